@@ -1,0 +1,55 @@
+# All that a bare checkout needs is python3 (3.10 or later, with venv), a C++20 compiler, make and git.
+PYTHON ?= python3
+# More for pytest or the demo: make test ARGS="-k lrn"
+ARGS ?=
+
+PY := .venv/bin/python
+SOURCES := setup.py pyproject.toml $(wildcard _build/*.py) $(shell find csrc -type f)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test check style bench clean
+help:
+	@echo "make demo    networks on real photographs and digits, reference against fastconv"
+	@echo "make test    the test suite"
+	@echo "make bench   the benchmarks"
+	@echo "make check   formatting, lint and types: only looks"
+	@echo "make style   formatting and lint: fixes"
+	@echo "make clean   removes everything that was built or installed here"
+
+demo: .venv/built
+	$(PY) -m fastconv demo $(ARGS)
+
+test: .venv/built
+	$(PY) -m pytest $(ARGS)
+
+bench: .venv/built
+	$(PY) -m pytest benchmarks $(ARGS)
+
+check: .venv/built
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	.venv/bin/clang-format --dry-run --Werror $(CPP)
+	$(PY) -m mypy
+
+style: .venv/built
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+	.venv/bin/clang-format -i $(CPP)
+
+clean:
+	rm -rf .venv .venv-cpu build dist *.egg-info fastconv/_C.*.so compile_commands.json
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+
+.venv/torch:
+	@$(PYTHON) -c 'import ensurepip, sys; assert sys.version_info >= (3, 10)' 2>/dev/null || \
+		{ echo "fastconv: $(PYTHON) is not Python 3.10 or later with venv; install it (Debian, Ubuntu:" \
+		  "apt install python3-venv python3-dev), or name another: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install torch torchvision "setuptools>=77" pybind11 ninja
+	@touch $@
+
+# The first line builds, with its progress visible, what the second installs.
+.venv/built: .venv/torch $(SOURCES)
+	$(PY) setup.py build_ext --inplace
+	$(PY) -m pip install --no-build-isolation -e ".[demo,dev,test]"
+	@touch $@

@@ -1,0 +1,125 @@
+"""Options of the benchmarks, what is recorded about the machine, and the summary; see README.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import Settings, clock
+from shapes import layers_of
+
+import fastconv
+from fastconv import backends
+from fastconv.bench import environment
+from fastconv.verify import DTYPES
+
+RESULTS = Path(__file__).parent / "results"
+_SETTINGS = pytest.StashKey[Settings]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastconv")
+    group.addoption("--device", default="cpu", help="cpu (default) or cuda")
+    group.addoption("--dtype", default="fp32", choices=DTYPES, help="default: fp32")
+    group.addoption("--batch", default=1, type=int, help="default: 1")
+    group.addoption("--backend", default="auto", choices=backends.NAMES, help="default: auto")
+    group.addoption("--quick", action="store_true", help="only the first layer of each op")
+    group.addoption("--tiny", action="store_true", help="at most 12x12 pixels: to see it work")
+    group.addoption("--save-results", action="store_true", help="as JSON in benchmarks/results")
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-benchmark reads its options in its own
+def pytest_configure(config: pytest.Config) -> None:
+    option = config.option
+    device = torch.device(option.device)
+    config.stash[_SETTINGS] = Settings(
+        device=device,
+        dtype=option.dtype,
+        batch=option.batch,
+        backend=option.backend,
+        largest_side=12 if option.tiny else math.inf,
+        seconds=float(option.benchmark_max_time),
+        least_rounds=option.benchmark_min_rounds,
+    )
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        # The bounds of fastconv/_numerics.py are those of true float32.
+        torch.backends.cudnn.allow_tf32 = False
+    if option.save_results:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        versions = f"fastconv-{fastconv.__version__}_torch-{torch.__version__}"
+        RESULTS.mkdir(exist_ok=True)
+        option.benchmark_json = str(
+            RESULTS / f"{name}_{option.dtype}_batch-{option.batch}_{versions}.json".replace(" ", "-")
+        )
+
+
+@pytest.fixture
+def settings(request: pytest.FixtureRequest) -> Settings:
+    return request.config.stash[_SETTINGS]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    timer = pytest.mark.benchmark(timer=clock(config.stash[_SETTINGS].device))
+    for item in items:
+        item.add_marker(timer)
+    if config.option.quick:
+        chosen = {item: _layer(item) == layers_of(_layer(item).op)[0] for item in items}
+        config.hook.pytest_deselected(items=[item for item in items if not chosen[item]])
+        items[:] = [item for item in items if chosen[item]]
+
+
+def _layer(item: pytest.Item) -> Any:
+    return item.callspec.params["layer"]
+
+
+def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
+    return environment()
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Leaves out every single round, and parameters that are in extra_info."""
+    for result in output_json["benchmarks"]:
+        del result["stats"]["data"], result["params"]
+
+
+# ----------------------------------------------------------------------------------------- summary
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """What the tables above say about fastconv, a line for each layer and direction."""
+    measured = [b for b in config._benchmarksession.benchmarks if b]
+    rows = [_row(list(cases)) for _, cases in groupby(measured, key=lambda b: b.group)]
+    if not rows:
+        return
+    terminalreporter.section("fastconv against the others: their median time / fastconv's")
+    terminalreporter.write_line(
+        f"{'':<67}{'channels_last:':<48}contiguous:\n"
+        f"{'layer':<67}{'µs':>9}{'of copy':>9}{'host µs':>9}{'eager':>8}{'compile':>9}"
+        f"{'':4}{'µs':>9}{'eager':>8}"
+    )
+    losses = 0
+    for text, lost in rows:
+        losses += lost
+        terminalreporter.write_line(text, red=lost)
+    terminalreporter.write_line(f"{losses} of {len(rows)} with an eager that is faster")
+
+
+def _row(cases: list[Any]) -> tuple[str, bool]:
+    """One line, and whether fastconv is slower than eager in its layout."""
+    info = cases[0].extra_info
+    found = {(c.extra_info["contender"], c.extra_info["layout"]): c for c in cases}
+
+    def ratio(who: str, layout: str) -> float:
+        if (who, layout) not in found or ("fastconv", layout) not in found:
+            return math.nan
+        return found[who, layout].stats.median / found["fastconv", layout].stats.median
+
+    def cells() -> Iterator[str]:
+        yield f"{info['op']} {info['direction']}: {info['layer']}"[:66].ljust(67)

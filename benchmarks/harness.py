@@ -1,0 +1,355 @@
+"""One way to time everything: verify first, then let pytest-benchmark repeat and count.
+
+A case is a layer, a direction (forward, backward) and a contender. Its result is compared with
+float64 by fastconv/_numerics.py; a wrong one fails and gets no time.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import eager
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from shapes import BATCHED, Layer, layers_of
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastconv import ops
+from fastconv._numerics import assert_close_to_oracle, poisoned_outputs
+from fastconv.verify import DTYPES, LAYOUTS, gates, mapped, named
+
+Call = Callable[..., Any]
+ALL = slice(None)
+NONE = slice(0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line chose."""
+
+    device: torch.device
+    dtype: str
+    batch: int
+    backend: str
+    largest_side: float
+    seconds: float
+    least_rounds: int
+
+    def __str__(self) -> str:
+        return f"{self.device.type} {self.dtype} batch {self.batch}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An implementation, and the layout of its tensors."""
+
+    who: str
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{self.who}-{self.layout}"
+
+    def call(self, layer: Layer, backend: str) -> Call:
+        if self.who == "fastconv":
+            return functools.partial(getattr(ops, layer.op), **layer.options, backend=backend)
+        call = functools.partial(getattr(eager, layer.op), **layer.options)
+        if self.who == "eager":
+            return call
+        torch._dynamo.reset()
+        return torch.compile(call, dynamic=False)
+
+
+CONTENDERS = (
+    Contender("fastconv", "channels_last"),
+    Contender("eager", "channels_last"),
+    Contender("compile", "channels_last"),
+    Contender("fastconv", "contiguous"),
+    Contender("eager", "contiguous"),
+)
+
+
+def suite(op: str) -> list[Callable[..., None]]:
+    """The two test functions of an op's file, forward and backward: all layers, all contenders."""
+
+    def tests(direction: str) -> Callable[..., None]:
+        @pytest.mark.parametrize("contender", CONTENDERS, ids=str)
+        @pytest.mark.parametrize("layer", layers_of(op), ids=str)
+        def test(
+            benchmark: BenchmarkFixture, settings: Settings, layer: Layer, contender: Contender
+        ) -> None:
+            benchmark.group = f"{op} {direction}: {layer}, {settings}"
+            with torch.set_grad_enabled(direction == "backward"):
+                measure(benchmark, _problem(layer, direction, settings), contender)
+
+        return test
+
+    return [tests("forward"), tests("backward")]
+
+
+def measure(benchmark: BenchmarkFixture, problem: Problem, contender: Contender) -> None:
+    """Verifies the contender, then times it into `benchmark`."""
+    device, layout = problem.settings.device, contender.layout
+    call = contender.call(problem.layer, problem.settings.backend)
+    try:
+        first_call = problem.verify(contender, call)
+    except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, say
+        pytest.skip(f"torch.compile: {str(error).strip().splitlines()[0]}")
+
+    now = clock(device)
+    target, setup = problem.timed(call, layout, flush=cold_cache(device))
+    (once,) = durations(target, setup, now, 1)
+    rounds = max(problem.settings.least_rounds, min(1000, int(problem.settings.seconds / once)))
+    benchmark.pedantic(target, setup=setup, rounds=rounds)
+
+    info = benchmark.extra_info
+    info |= {
+        "layer": str(problem.layer),
+        "why": problem.layer.why,
+        "op": problem.layer.op,
+        "direction": problem.direction,
+        "contender": contender.who,
+        "layout": layout,
+        "device": device.type,
+        "dtype": problem.settings.dtype,
+        "batch": problem.settings.batch,
+        "bytes": problem.moved_bytes,
+        "flop": problem.flop,
+        "host_us": host_microseconds(problem, contender, call),
+    }
+    if contender.who == "compile":
+        info["first_call_s"] = first_call
+    if benchmark.stats is None:  # --benchmark-disable
+        return
+    median = benchmark.stats.stats.median
+    info |= {
+        "gb_per_s": problem.moved_bytes / median / 1e9,
+        "of_copy_bandwidth": copy_seconds(problem.moved_bytes, device) / median,
+        "gflop_per_s": problem.flop / median / 1e9,
+    }
+
+
+class Problem:
+    """A layer in one direction, with random arguments and what has to come out."""
+
+    def __init__(self, layer: Layer, direction: str, settings: Settings) -> None:
+        self.layer = layer.sized(settings.batch, settings.largest_side)
+        self.direction = direction
+        self.settings = settings
+        torch.manual_seed(0)
+        dtype = DTYPES[settings.dtype]
+        self._arguments = self.layer.arguments(dtype, torch.contiguous_format, settings.device)
+        exact = mapped(self._arguments, lambda tensor: tensor.cpu().double())
+        self._grads = [
+            (gate * torch.randn(gate.shape)).to(settings.device, dtype)
+            for gate in gates(self.layer, exact, dtype)
+        ]
+        self._reference = functools.partial(
+            getattr(ops, layer.op), **layer.options, backend="reference"
+        )
+        self._oracle = self._results(
+            self._reference, self._recording(exact), [grad.cpu().double() for grad in self._grads]
+        )
+        self._baselines: dict[str, dict[str, Tensor]] = {}
+
+    def verify(self, contender: Contender, call: Call) -> float:
+        """Raises if a result is beyond the bounds of fastconv/_numerics.py.
+
+        Returns: seconds that this call took, usually the first.
+        """
+        arguments, grads = self._tensors(contender.layout)
+        if contender.layout not in self._baselines:
+            self._baselines[contender.layout] = self._results(self._reference, arguments, grads)
+        # torch.compile would compile once more for it.
+        poisoned = poisoned_outputs() if contender.who == "fastconv" else nullcontext()
+        start = time.perf_counter()
+        with poisoned:
+            found = self._results(call, arguments, grads)
+            synchronize(self.settings.device)
+        seconds = time.perf_counter() - start
+
+        for name, oracle in self._oracle.items():
+            spatial = oracle.dim() == 4 and min(oracle.shape[-2:]) > 1
+            assert_close_to_oracle(
+                found[name],
+                oracle,
+                self._baselines[contender.layout][name],
+                what=f"{contender}, {self.layer}, {self.direction}, {name}",
+                border=self.layer.border if spatial else None,
+            )
+        return seconds
+
+    def timed(
+        self, call: Call, layout: str, *, flush: Call, images: slice = ALL
+    ) -> tuple[Call, Call]:
+        """(target, setup): what to time; and what runs, untimed, before each round."""
+        arguments, grads = self._tensors(layout, images)
+        if self.direction == "forward":
+
+            def setup() -> tuple[tuple[()], dict[str, Any]]:
+                flush()
+                return (), arguments
+
+            return call, setup
+
+        leaves = list(_leaves(arguments).values())
+
+        def backward(outputs: Any) -> Any:
+            return torch.autograd.grad(outputs, leaves, grads)
+
+        def run_forward() -> tuple[tuple[Any], dict[str, Any]]:
+            outputs = call(**arguments)
+            flush()
+            return (outputs,), {}
+
+        return backward, run_forward
+
+    @property
+    def moved_bytes(self) -> int:
+        """Every tensor that must be read or written, once; no intermediate results."""
+        arguments = sum(tensor.nbytes for _, tensor in named(self._arguments))
+        outputs = sum(grad.nbytes for grad in self._grads)
+        if self.direction == "forward":
+            return arguments + outputs
+        if self.layer.op == "add_relu":  # reads gradient and mask; one gradient serves both inputs
+            return 3 * outputs
+        mask = outputs if self.layer.activation != "none" else 0
+        found = arguments - (self._arguments["input"].nbytes if self.layer.reads_image else 0)
+        return outputs + mask + arguments + found
+
+    @property
+    def flop(self) -> int:
+        """Of the convolutions by their definition; those of the backward for each gradient."""
+        on_meta = mapped(self._arguments, lambda tensor: tensor.to("meta"))
+        with FlopCounterMode(display=False) as counter:
+            self._reference(**on_meta)
+        gradients = 1 if self.layer.reads_image else 2
+        return counter.get_total_flops() * (1 if self.direction == "forward" else gradients)
+
+    def _recording(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """For the backward, leaves: all tensors but images."""
+        backward = self.direction == "backward"
+        arguments = mapped(arguments, lambda tensor: tensor.detach().requires_grad_(backward))
+        arguments["input"].requires_grad_(backward and not self.layer.reads_image)
+        return arguments
+
+    def _tensors(self, layout: str, images: slice = ALL) -> tuple[dict[str, Any], list[Tensor]]:
+        """Arguments, and gradients of the outputs."""
+
+        def laid_out(tensor: Tensor) -> Tensor:
+            return tensor.contiguous(memory_format=LAYOUTS[layout]) if tensor.dim() == 4 else tensor
+
+        arguments = {
+            name: value[images] if name in BATCHED else value
+            for name, value in self._arguments.items()
+        }
+        return (
+            self._recording(mapped(arguments, laid_out)),
+            [laid_out(grad[images]) for grad in self._grads],
+        )
+
+    def _results(
+        self, call: Call, arguments: dict[str, Any], grads: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Outputs, or gradients, by name."""
+        outputs = call(**arguments)
+        if self.direction == "forward":
+            return dict(named({"output": outputs}))
+        leaves = _leaves(arguments)
+        found = torch.autograd.grad(outputs, list(leaves.values()), grads)
+        return {f"grad {name}": grad for name, grad in zip(leaves, found, strict=True)}
+
+
+# The contenders of a layer follow each other, and need the same one.
+_problem = functools.lru_cache(maxsize=1)(Problem)
+
+
+def _leaves(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in named(arguments) if tensor.requires_grad}
+
+
+# -------------------------------------------------------------------------------------------- time
+
+
+class CudaInstant:
+    """A moment of the GPU; pytest-benchmark subtracts two."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+
+    def __sub__(self, earlier: CudaInstant) -> float:
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1e3
+
+
+def clock(device: torch.device) -> Callable[[], Any]:
+    """What pytest-benchmark calls before and after the target."""
+    return CudaInstant if device.type == "cuda" else time.perf_counter
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@functools.cache
+def cold_cache(device: torch.device) -> Callable[[], Any]:
+    """What makes a GPU's L2 cache cold, and keeps the GPU busy while the host launches the target.
+
+    A CPU's caches stay as they are: as warm as the layer before leaves them.
+    """
+    if device.type != "cuda":
+        return lambda: None
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(size, dtype=torch.uint8, device=device).zero_
+
+
+def durations(target: Call, setup: Call, now: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each repeat, after one for warming up."""
+
+    def once() -> float:
+        args, kwargs = setup()
+        start = now()
+        target(*args, **kwargs)
+        return now() - start
+
+    once()
+    return [once() for _ in range(repeats)]
+
+
+@functools.lru_cache(maxsize=2)
+def copy_seconds(nbytes: int, device: torch.device) -> float:
+    """The time of a copy that reads and writes so many bytes in total, in the same caches."""
+    source, target = torch.rand(2, max(1, nbytes // 8), device=device)
+    flush = cold_cache(device)
+
+    def setup() -> tuple[tuple[Tensor], dict[str, Any]]:
+        flush()
+        return (source,), {}
+
+    return statistics.median(durations(target.copy_, setup, clock(device), 20))
+
+
+def host_microseconds(problem: Problem, contender: Contender, call: Call) -> float | None:
+    """What a call costs the host before any arithmetic.
+
+    On a GPU the time until the call returns; on a CPU the time for an empty batch, for which
+    torch.compile would compile once more.
+    """
+    device = problem.settings.device
+    on_cpu = device.type == "cpu"
+    if on_cpu and contender.who == "compile":
+        return None
+    images = NONE if on_cpu else ALL
+    target, setup = problem.timed(
+        call, contender.layout, flush=lambda: synchronize(device), images=images
+    )
+    return 1e6 * statistics.median(durations(target, setup, time.perf_counter, 50))

@@ -1,0 +1,81 @@
+// What fastconv uses of torch: the LibTorch stable ABI (2.10 and later) and nothing else, so that one build of
+// the library serves many versions of torch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace fastconv {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using IntList = std::vector<int64_t>;
+
+namespace detail {
+
+template <class Result>
+struct Unpack {
+  static constexpr size_t kCount = 1;
+  static Result from(const StableIValue* stack) {
+    return torch::stable::detail::to<Result>(stack[0]);
+  }
+};
+
+template <class... Results>
+struct Unpack<std::tuple<Results...>> {
+  static constexpr size_t kCount = sizeof...(Results);
+  static std::tuple<Results...> from(const StableIValue* stack) {
+    return from(stack, std::index_sequence_for<Results...>{});
+  }
+  template <size_t... I>
+  static std::tuple<Results...> from(const StableIValue* stack, std::index_sequence<I...>) {
+    return {torch::stable::detail::to<Results>(stack[I])...};
+  }
+};
+
+}  // namespace detail
+
+// Calls an operator of torch by name. Its schema must have no Scalar argument: the stable ABI cannot carry one.
+template <class Result, class... Args>
+Result call(const char* op, const char* overload, const Args&... args) {
+  // Arguments go in and results come out in the same place.
+  constexpr size_t kSlots = std::max(sizeof...(Args), detail::Unpack<Result>::kCount);
+  std::array<StableIValue, kSlots> stack{torch::stable::detail::from(args)...};
+  STD_TORCH_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION) == 0,
+                  "fastconv: the call of ", op, " failed; torch's own message stands above");
+  return detail::Unpack<Result>::from(stack.data());
+}
+
+// f(T{}) with the C++ type that belongs to `dtype`
+template <class F>
+void for_floating(ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16{});
+    case ScalarType::Half:
+      return f(torch::headeronly::Half{});
+    default:
+      STD_TORCH_CHECK(false, "fastconv: no kernel for dtype ", torch::headeronly::toString(dtype));
+  }
+}
+
+inline bool is_low_precision(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+}  // namespace fastconv

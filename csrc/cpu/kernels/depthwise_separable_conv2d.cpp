@@ -1,0 +1,158 @@
+// A depthwise convolution and the 1x1 convolution behind it, channels-last, in one pass over memory: a tile of pixels
+// of the depthwise result goes to a buffer in the L2 cache, is multiplied with the 1x1 weights there, and is
+// forgotten. In 16-bit types the buffer is fp32, so that the intermediate result is not rounded.
+//
+// The product runs over panels of output channels. Of a panel, kAccumulators vectors (rows x vectors) are summed up in
+// registers over the channels, one broadcast and a few weights at a time; bound by FMA.
+#include "cpu/kernels/depthwise_separable_conv2d.h"
+
+#include "cpu/kernels/depthwise_nhwc.h"
+
+namespace fastconv::FASTCONV_KERNEL_NAMESPACE {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kAccumulators = 24;  // of 32 registers
+#else
+constexpr int kAccumulators = 12;  // of 16 registers
+#endif
+constexpr int64_t kTileBytes = 160 * 1024;  // of a common L2 cache of 512 KiB
+
+// How many vectors wide the next panel is: 2, or 3 where that saves a panel of 1, which would wait for its loads
+FASTCONV_INLINE int64_t panel_vectors(int64_t vectors_left) { return vectors_left == 2 || vectors_left > 3 ? 2 : vectors_left; }
+
+template <class A>
+FASTCONV_INLINE int64_t vectors_of(int64_t out_channels) {
+  return (out_channels + kLanes<A> - 1) / kLanes<A>;
+}
+
+// What the product of a tile with one panel needs
+template <class A, class T>
+struct Product {
+  const A* input;  // [rows, channels]
+  int64_t channels;
+  const A* weight;  // [channels, kVectors vectors]
+  const A* bias;
+  T* output;  // [rows, out_channels], from the panel's first channel on
+  int64_t out_channels;
+  Bounds<A> bounds;
+
+  // The last vector of the panel is whole or not.
+  template <int kRows, int kVectors, class Part>
+  FASTCONV_INLINE void rows(int64_t row, Part part) const {
+    constexpr int kStep = kLanes<A>;
+    Vec<A> sums[kRows][kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Vec<A> start{};
+      if (bias) start = v + 1 < kVectors ? load(bias + v * kStep) : load(bias + v * kStep, part);
+#pragma GCC unroll 24
+      for (int i = 0; i < kRows; ++i) sums[i][v] = start;
+    }
+    const A* x = input + row * channels;
+    const A* w = weight;
+    for (int64_t c = 0; c < channels; ++c, w += kVectors * kStep) {
+      Vec<A> weights[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) weights[v] = load(w + v * kStep);
+#pragma GCC unroll 24
+      for (int i = 0; i < kRows; ++i) {
+        const Vec<A> value = broadcast(x[i * channels + c]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[i][v] += value * weights[v];
+      }
+    }
+    T* y = output + row * out_channels;
+#pragma GCC unroll 24
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec<A> sum = bounds.clamp(sums[i][v]);
+        if (v + 1 < kVectors) {
+          store(y + i * out_channels + v * kStep, sum);
+        } else {
+          store(y + i * out_channels + v * kStep, sum, part);
+        }
+      }
+    }
+  }
+
+  template <int kVectors, class Part>
+  void all_rows(int64_t count, Part part) const {
+    constexpr int kRows = kAccumulators / kVectors;
+    int64_t row = 0;
+    for (; row + kRows <= count; row += kRows) rows<kRows, kVectors>(row, part);
+    if (row + kRows / 2 <= count) {
+      rows<kRows / 2, kVectors>(row, part);
+      row += kRows / 2;
+    }
+    for (; row < count; ++row) rows<1, kVectors>(row, part);
+  }
+
+  template <int kVectors>
+  void panel(int64_t count, int64_t width) const {
+    const int last = static_cast<int>(width - (kVectors - 1) * kLanes<A>);
+    last < kLanes<A> ? all_rows<kVectors>(count, Tail{last}) : all_rows<kVectors>(count, Whole{});
+  }
+};
+
+template <class T>
+void fprop(const DepthwiseSeparableConv2dParams& params, int64_t begin, int64_t end) {
+  using A = Compute<T>;
+  const int64_t channels = params.depthwise.channels;
+  const int64_t out_channels = params.out_channels;
+  const int64_t fitting = kTileBytes / (channels * static_cast<int64_t>(sizeof(A)));
+  const int64_t tile = max(2, min(8, fitting / kAccumulators)) * kAccumulators;
+  Scratch<A> buffer(tile * channels);
+  for (int64_t pixel = begin; pixel < end; pixel += tile) {
+    const int64_t count = min(tile, end - pixel);
+    depthwise_pixels<T>(params.depthwise, pixel, pixel + count, buffer.data());
+    const A* weight = static_cast<const A*>(params.weight);
+    for (int64_t k = 0; k < out_channels;) {
+      const int64_t vectors = panel_vectors(vectors_of<A>(out_channels - k));
+      const int64_t width = min(vectors * kLanes<A>, out_channels - k);
+      const Product<A, T> product{.input = buffer.data(),
+                                  .channels = channels,
+                                  .weight = weight,
+                                  .bias = params.bias ? static_cast<const A*>(params.bias) + k : nullptr,
+                                  .output = static_cast<T*>(params.output) + pixel * out_channels + k,
+                                  .out_channels = out_channels,
+                                  .bounds = Bounds<A>(params.activation)};
+      if (vectors == 1) product.template panel<1>(count, width);
+      if (vectors == 2) product.template panel<2>(count, width);
+      if (vectors == 3) product.template panel<3>(count, width);
+      weight += vectors * kLanes<A> * channels;
+      k += width;
+    }
+  }
+}
+
+template <class A>
+void pack(const A* weight, int64_t out_channels, int64_t channels, A* packed) {
+  for (int64_t k = 0; k < out_channels;) {
+    const int64_t width = panel_vectors(vectors_of<A>(out_channels - k)) * kLanes<A>;
+    const int64_t count = min(width, out_channels - k);
+    constexpr int64_t kBlock = 64 / sizeof(A);  // a cache line of each row at a time
+    for (int64_t first = 0; first < channels; first += kBlock) {
+      const int64_t last = min(first + kBlock, channels);
+      for (int64_t i = 0; i < width; ++i) {
+        for (int64_t c = first; c < last; ++c) packed[c * width + i] = i < count ? weight[(k + i) * channels + c] : 0;
+      }
+    }
+    packed += width * channels;
+    k += count;
+  }
+}
+
+}  // namespace
+
+void depthwise_separable_conv2d_fprop_nhwc(const DepthwiseSeparableConv2dParams& params, int64_t begin, int64_t end) {
+  for_dtype(params.depthwise.dtype, [&](auto element) { fprop<decltype(element)>(params, begin, end); });
+}
+
+void pointwise_pack(bool wide, const void* weight, int64_t rows, int64_t depth, void* packed) {
+  if (wide) return pack(static_cast<const double*>(weight), rows, depth, static_cast<double*>(packed));
+  pack(static_cast<const float*>(weight), rows, depth, static_cast<float*>(packed));
+}
+
+}  // namespace fastconv::FASTCONV_KERNEL_NAMESPACE

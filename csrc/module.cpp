@@ -1,0 +1,27 @@
+// fastconv._C, the face of the library that carries no tensors. The ops are not here: loading the
+// library registers them with torch (schemas.cpp).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+
+#include "build_info.h"
+#include "cpu/capability.h"
+#include "fingerprint.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastconv's compiled library; importing it registers the torch.ops.fastconv ops.";
+  m.def(
+      "build_info",
+      [] {
+        const char* json = std::strchr(fastconv::kBuildInfo, '{');
+        return py::module_::import("json").attr("loads")(json);
+      },
+      "What this library was built from and for, as a dict.");
+  m.def("cpu_capability", &fastconv::cpu::capability_name,
+        "The build of the CPU kernels that this machine runs: default, avx2 or avx512.");
+  m.def("fingerprint", &fastconv::fingerprint, py::arg("addresses"), py::arg("sizes"),
+        "A hash of samples of the memory at these addresses, which hold so many bytes.");
+}

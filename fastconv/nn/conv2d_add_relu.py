@@ -1,0 +1,45 @@
+"""Module for :func:`fastconv.ops.conv2d_add_relu`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ._base import checked_activation, pad
+
+
+class Conv2dAddReLU(torch.nn.Conv2d):
+    """``torch.nn.Conv2d``, plus a residual, then a ReLU, in one op.
+
+    Takes the arguments of ``torch.nn.Conv2d`` and has its parameters and state_dict; ``forward`` takes the residual
+    as its second argument.
+
+    Args:
+        activation: ``"relu"``, ``"relu6"`` or ``"none"``.
+
+    Shape: input [N, C, H, W] and residual [N, K, P, Q] to [N, K, P, Q]; or all without N.
+    """
+
+    def __init__(self, *args: Any, activation: str = "relu", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.activation = checked_activation(self, activation)
+
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        input, padding = pad(self, input)
+        return ops.conv2d_add_relu(
+            input,
+            self.weight,
+            self.bias,
+            residual,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            activation=self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}"

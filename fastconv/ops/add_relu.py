@@ -1,0 +1,119 @@
+"""Addition + ReLU in one op: the end of a residual block whose convolution has been run already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, _conv
+from ._registration import Operator
+
+_NAME = "add_relu"
+
+
+def add_relu(
+    input: Tensor, other: Tensor, *, activation: str = "relu", backend: str | None = None
+) -> Tensor:
+    """``relu(input + other)`` in one pass; broadcasts and promotes dtypes as ``input + other`` does.
+
+    The backward keeps the output alone, whose sign is the ReLU's mask. Differentiable twice.
+
+    Args:
+        input: any shape; float32, float64, bfloat16 or float16, in any memory layout.
+        other: a shape that broadcasts with that of `input`, on the same device.
+        activation: ``"relu"``, ``"relu6"`` for min(max(v, 0), 6), or ``"none"`` for the sum alone.
+        backend: see :func:`fastconv.use_backend`.
+
+    Returns:
+        The broadcast shape, in the promoted dtype.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names what arrived and what was needed.
+
+    Source: He et al. 2016, "Deep Residual Learning for Image Recognition", equation 1 with the ReLU after it.
+    """
+    if input.shape != other.shape and _broadcast(input, other):
+        input, other = torch.broadcast_tensors(input, other)
+    if input.dtype != other.dtype:
+        dtype = torch.result_type(input, other)
+        input, other = input.to(dtype), other.to(dtype)
+    return _operator.run(backend, input, other, activation)
+
+
+def _broadcast(input: Tensor, other: Tensor) -> bool:
+    pairs = zip(reversed(input.shape), reversed(other.shape), strict=False)
+    return all(a == b or a == 1 or b == 1 for a, b in pairs)
+
+
+def _reference(input: Tensor, other: Tensor, activation: str) -> Tensor:
+    _checks.activation(_NAME, activation)
+    _checks.floating(_NAME, input)
+    _checks.like_input(_NAME, input, "other", other)
+    _checks.same_shape(_NAME, input, "other", other)
+    return _conv.activate(input + other, activation)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *_, ctx.activation = inputs
+    ctx.set_materialize_grads(False)
+    if ctx.activation != "none":
+        ctx.save_for_backward(output)
+
+
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is not None and ctx.activation != "none":
+        (output,) = ctx.saved_tensors
+        grad = add_relu_backward(grad, output, ctx.activation)
+    return grad, grad, None
+
+
+def _autocast_promote(
+    function: Callable[..., Any], device: str, args: tuple[Any, ...]
+) -> Tensor:
+    """As autocast leaves ``input + other``: in the wider of their dtypes."""
+    input, other, activation = args
+    dtype = torch.promote_types(input.dtype, other.dtype)
+    return function(input.to(dtype), other.to(dtype), activation)
+
+
+# -------------------------------------------------------------------------------------------------- backward
+
+
+def _fake_backward(grad_output: Tensor, output: Tensor, activation: str) -> Tensor:
+    op = "add_relu_backward"
+    _checks.activation(op, activation)
+    _checks.floating(op, output)
+    _checks.like_input(op, output, "grad_output", grad_output)
+    _checks.same_shape(op, output, "grad_output", grad_output)
+    return torch.empty_like(output)
+
+
+def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, forward_output, ctx.activation = inputs
+    ctx.save_for_backward(forward_output)
+
+
+def _double_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
+    """The mask is linear in the gradient, and constant in the output wherever it is differentiable."""
+    (output,) = ctx.saved_tensors
+    return add_relu_backward(gg, output, ctx.activation), None, None
+
+
+add_relu_backward = Operator(
+    "add_relu_backward",
+    fake=_fake_backward,
+    setup_context=_setup_double,
+    backward=_double_backward,
+    fold_batch=(0, 1),
+)
+_operator = Operator(
+    _NAME,
+    reference=_reference,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=_autocast_promote,
+    fold_batch=(0, 1),
+)

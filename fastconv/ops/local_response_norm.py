@@ -1,0 +1,145 @@
+"""Local response normalization across channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks
+from ._registration import Operator, cast
+
+_NAME = "local_response_norm"
+
+
+def local_response_norm(
+    input: Tensor,
+    size: int,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``torch.nn.functional.local_response_norm`` in one pass each way, with nothing saved but the input.
+
+    b_c = a_c / (k + alpha / size * sum over j of a_j^2) ^ beta, where j runs over the `size` channels from
+    c - size // 2 to c + (size - 1) // 2, as far as they exist. Differentiable twice.
+
+    Args:
+        input: [N, C, ...], at least 3 dimensions; float32, float64, bfloat16 or float16, in any memory layout.
+        size: number of channels to sum over, at least 1; may be even, and larger than C.
+        alpha: weight of the mean square. The paper's alpha is not divided by the size: pass ``alpha=size * paper``.
+        beta: exponent.
+        k: additive constant.
+        backend: see :func:`fastconv.use_backend`.
+
+    Returns:
+        The shape, dtype and memory layout of `input`. 16-bit types are squared and summed in float32, so float16
+        does not overflow at 256; under autocast the result is float32, as eager's.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names what arrived and what was needed.
+
+    Source: Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural Networks", section 3.3.
+    """
+    return _operator.run(backend, input, size, float(alpha), float(beta), float(k))
+
+
+def _reference(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    _checks.local_response_norm(_NAME, input, size)
+    if input.dtype in (torch.bfloat16, torch.float16):  # squares overflow, and aten has no CPU kernel
+        return F.local_response_norm(input.float(), size, alpha, beta, k).to(input.dtype)
+    return F.local_response_norm(input, size, alpha, beta, k)
+
+
+def _fake(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    _checks.local_response_norm(_NAME, input, size)
+    return torch.empty_like(input)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input)
+
+
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is not None:
+        grad = _backward_operator(grad, *ctx.saved_tensors, *ctx.options)
+    return grad, *[None] * 4
+
+
+def _autocast_float32(function: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Tensor:
+    """Powers are on autocast's float32 list."""
+    return function(*cast(args, torch.float32))
+
+
+# -------------------------------------------------------------------------------------------------- backward
+
+
+def _fake_backward(
+    grad_output: Tensor, input: Tensor, size: int, alpha: float, beta: float, k: float
+) -> Tensor:
+    op = "local_response_norm_backward"
+    _checks.local_response_norm(op, input, size)
+    _checks.like_input(op, input, "grad_output", grad_output)
+    _checks.same_shape(op, input, "grad_output", grad_output)
+    return torch.empty_like(input)
+
+
+def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, input, *ctx.options = inputs
+    ctx.save_for_backward(grad_output, input)
+
+
+def _double_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
+    """Derivatives of  g d^-b - 2 a b x S'(g x d^-(b+1))  with  d = k + a S(x^2),  contracted with gg.
+
+    S sums over the window of a channel, S' over the channels whose window holds it; a is alpha / size.
+    """
+    g, x = ctx.saved_tensors
+    size, alpha, beta, k = ctx.options
+    a = alpha / size
+    c = 2 * a * beta
+    d = k + a * _window_sum(x * x, size)
+    p, q = d**-beta, d ** -(beta + 1)
+    u = _window_sum(g * x * q, size, adjoint=True)
+    v = _window_sum(gg * x, size)
+    for_grad = gg * p - c * x * q * v
+    for_d = c * (beta + 1) * g * x * v * q / d - beta * gg * g * q
+    for_input = 2 * a * x * _window_sum(for_d, size, adjoint=True) - c * (gg * u + g * q * v)
+    return for_grad, for_input, *[None] * 4
+
+
+def _window_sum(values: Tensor, size: int, *, adjoint: bool = False) -> Tensor:
+    """Sums over the `size` channels around each channel; the adjoint mirrors the window, which tells for even sizes."""
+    before, after = size // 2, (size - 1) // 2
+    if adjoint:
+        before, after = after, before
+    flat = values.flatten(2).unsqueeze(1)
+    sums = F.avg_pool2d(
+        F.pad(flat, (0, 0, before, after)), (size, 1), stride=1, divisor_override=1
+    )
+    return sums.reshape(values.shape)
+
+
+_backward_operator = Operator(
+    "local_response_norm_backward",
+    fake=_fake_backward,
+    setup_context=_setup_double,
+    backward=_double_backward,
+    fold_batch=(0, 1),
+)
+_operator = Operator(
+    _NAME,
+    reference=_reference,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=_autocast_float32,
+    fold_batch=(0,),
+)

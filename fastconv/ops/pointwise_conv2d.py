@@ -1,0 +1,100 @@
+"""1x1 convolution with bias, residual and activation in one op: the bottleneck's reduce, expand and shortcut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks, _conv
+from ._registration import Operator
+
+_NAME = "pointwise_conv2d"
+_RESIDUAL = 3
+
+
+def pointwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: _conv.Size2 = 1,
+    *,
+    activation: str = "none",
+    backend: str | None = None,
+) -> Tensor:
+    """``activation(conv2d(input, weight, bias) + residual)`` with a 1x1 filter: a matrix product over pixels.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16, in any memory layout.
+        weight: [K, C, 1, 1], dtype and device of `input`.
+        bias: [K] or None.
+        residual: the shape of the result, dtype and device of `input`, or None; it is not broadcast.
+        stride: int or (height, width), at least 1.
+        activation: ``"none"``, ``"relu"`` or ``"relu6"``.
+        backend: see :func:`fastconv.use_backend`.
+
+    Returns:
+        [N, K, P, Q] with P = (H - 1) // stride + 1, Q likewise; the memory layout is that of
+        ``torch.nn.functional.conv2d``. 16-bit types are accumulated in float32 and rounded once.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names what arrived and what was needed.
+
+    Source: Lin et al. 2013, "Network In Network"; He et al. 2016, "Deep Residual Learning for Image Recognition",
+    figure 5 (bottleneck).
+    """
+    input, unbatch = _conv.batch(input)
+    if residual is not None and unbatch is not _conv.as_it_is:
+        residual = residual.unsqueeze(0)
+    stride = _conv.pair(stride)
+    return unbatch(_operator.run(backend, input, weight, bias, residual, stride, activation))
+
+
+def _reference(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    activation: str,
+) -> Tensor:
+    _checks.activation(_NAME, activation)
+    _checks.pointwise_weight(_NAME, "weight", weight)
+    _checks.conv2d(_NAME, input, weight, bias, residual, stride, [0, 0], [1, 1], 1)
+    output = _convolve(input, weight, bias, residual, stride, activation)
+    if residual is not None:
+        output = output + residual
+    return _conv.activate(output, activation)
+
+
+def _convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    activation: str,
+) -> Tensor:
+    return F.conv2d(input, weight, bias, stride)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, _, _, ctx.stride, activation = inputs
+    _conv.save_for_backward(ctx, activation, output, input, weight)
+
+
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    geometry = (ctx.stride, [0, 0], [1, 1], 1)
+    return *_conv.gradients(ctx, grad, geometry, ctx.needs_input_grad[:4]), None, None
+
+
+_operator = Operator(
+    _NAME,
+    reference=_reference,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=_conv.autocast_with_residual(_RESIDUAL, _convolve),
+    fold_batch=(0, _RESIDUAL),
+)

@@ -1,0 +1,170 @@
+"""Several 1x1 convolutions that share one input: the branches of an Inception module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import _checks, _conv
+from ._registration import Operator, autocast_to_low_precision
+
+_NAME = "pointwise_conv2d_group"
+_POINTWISE = ([1, 1], [0, 0], [1, 1], 1)
+
+
+def pointwise_conv2d_group(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    activation: str = "none",
+    backend: str | None = None,
+) -> list[Tensor]:
+    """``[activation(conv2d(input, weight, bias)) for weight, bias in zip(weights, biases)]`` for 1x1 filters.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16, in any memory layout.
+        weights: one [K_i, C, 1, 1] for each branch, dtype and device of `input`.
+        biases: [K_i] or None for each branch; or None for no bias at all.
+        activation: ``"none"``, ``"relu"`` or ``"relu6"``, the same for all branches.
+        backend: see :func:`fastconv.use_backend`.
+
+    Returns:
+        One [N, K_i, H, W] for each branch, as :func:`pointwise_conv2d` gives it.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names what arrived and what was needed.
+
+    Source: Szegedy et al. 2015, "Going Deeper with Convolutions", figure 2b.
+    """
+    input, unbatch = _conv.batch(input)
+    weights = list(weights)
+    return [unbatch(output) for output in _operator.run(backend, input, weights, _tensors(weights, biases), activation)]
+
+
+def _tensors(
+    weights: list[Tensor], biases: Sequence[Tensor | None] | None
+) -> list[Tensor]:
+    """The operator takes a bias for every branch or for none."""
+    given = [] if biases is None else list(biases)
+    _checks.group(_NAME, weights, given)
+    if all(bias is None for bias in given):
+        return []
+    return [
+        weight.new_zeros(weight.shape[0]) if bias is None else bias
+        for weight, bias in zip(weights, given, strict=True)
+    ]
+
+
+def _reference(
+    input: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str
+) -> list[Tensor]:
+    _checks.group(_NAME, weights, biases)
+    _checks.activation(_NAME, activation)
+    branches = list(zip(weights, biases or [None] * len(weights), strict=True))
+    for i, (weight, bias) in enumerate(branches):
+        _checks.pointwise_weight(_NAME, f"weights[{i}]", weight)
+        _checks.conv2d(_NAME, input, weight, bias, None, *_POINTWISE)
+    return [
+        _conv.activate(F.conv2d(input, weight, bias), activation) for weight, bias in branches
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    input, weights, biases, ctx.activation = inputs
+    ctx.branches, ctx.has_biases = len(weights), bool(biases)
+    ctx.save_for_backward(input, *weights, *_for_the_mask(output, ctx.activation))
+
+
+def _for_the_mask(outputs: list[Tensor], activation: str) -> list[Tensor]:
+    return [] if activation == "none" else outputs
+
+
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    input, *rest = ctx.saved_tensors
+    weights, outputs = rest[: ctx.branches], rest[ctx.branches :]
+    # an entry of needs_input_grad is a list for a list of tensors
+    wanted = [any(pytree.tree_leaves(needed)) for needed in ctx.needs_input_grad[:3]]
+    found = _backward_operator(grads, outputs, input, weights, ctx.activation, wanted)
+    nothing = (None, [None] * ctx.branches, [None] * ctx.branches if ctx.has_biases else [])
+    return *(g if want else none for g, none, want in zip(found, nothing, wanted, strict=True)), None
+
+
+# -------------------------------------------------------------------------------------------------- backward
+
+
+def _fake_backward(
+    grad_outputs: list[Tensor],
+    outputs: list[Tensor],
+    input: Tensor,
+    weights: list[Tensor],
+    activation: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    _checks.activation("pointwise_conv2d_group_backward", activation)
+    grad = torch.cat(grad_outputs if activation == "none" else outputs, 1)
+    weight = torch.cat(weights)
+    grad_input, *joined, _ = _conv.fake_gradients(grad, input, weight, *_POINTWISE)
+    sizes = [weight.shape[0] for weight in weights]
+    split = [
+        [part.clone() for part in grad.split(sizes)]
+        if wanted
+        else [_conv.empty_gradient(input) for _ in sizes]
+        for grad, wanted in zip(joined, output_mask[1:], strict=True)
+    ]
+    return grad_input if output_mask[0] else _conv.empty_gradient(input), *split
+
+
+def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grads, outputs, input, weights, ctx.activation, ctx.output_mask = inputs
+    ctx.branches = len(weights)
+    ctx.save_for_backward(input, *grads, *weights, *outputs)
+
+
+def _double_backward(
+    ctx: Any, gg_input: Tensor, gg_weights: list[Tensor], gg_biases: list[Tensor]
+) -> tuple[Any, ...]:
+    """The gradient of the gradients; each branch adds its own terms."""
+    input, *rest = ctx.saved_tensors
+    n = ctx.branches
+    conv = _conv.Convolution(*_POINTWISE)
+    want_input, want_weights, want_biases = ctx.output_mask
+    for_grads, for_weights, for_input = [], [], []
+    grads, weights, outputs = rest[:n], rest[n : 2 * n], rest[2 * n :] or [None] * n
+    for grad_output, output, weight, gg_weight, gg_bias in zip(
+        grads, outputs, weights, gg_weights, gg_biases, strict=True
+    ):
+        grad = _conv.mask(grad_output, output, ctx.activation)
+        terms = _conv.total(
+            [
+                conv.fprop(gg_input, weight) if want_input else None,
+                conv.fprop(input, gg_weight) if want_weights else None,
+                _conv.per_channel(gg_bias).expand_as(grad) if want_biases else None,
+            ]
+        )
+        for_grads.append(None if terms is None else _conv.mask(terms, output, ctx.activation))
+        for_weights.append(conv.wgrad(grad, gg_input, weight) if want_input else None)
+        for_input.append(conv.dgrad(grad, input, gg_weight) if want_weights else None)
+    nothing = [None] * len(_for_the_mask(outputs, ctx.activation))
+    return for_grads, nothing, _conv.total(for_input), for_weights, None, None
+
+
+_backward_operator = Operator(
+    "pointwise_conv2d_group_backward",
+    fake=_fake_backward,
+    setup_context=_setup_double,
+    backward=_double_backward,
+)
+_operator = Operator(
+    _NAME,
+    reference=_reference,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=autocast_to_low_precision,
+    fold_batch=(0,),
+)

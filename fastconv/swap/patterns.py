@@ -1,0 +1,247 @@
+"""Finds what can be fused in a graph, and says for every other convolution why it cannot.
+
+Nothing is changed here: a `Group` names the nodes that one fused call can stand for. It does so only where the graph
+proves that nobody can tell the difference: each inner value has one reader, nothing overwrites what the call reads
+later than before, and what was overwritten in place is read by nobody else.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .effects import Effect, Effects, argument
+from .tracing import has_hooks, runs_forward_of
+
+
+@dataclass
+class Group:
+    """Nodes that one call replaces: in graph order, the last of which has the result."""
+
+    nodes: list[fx.Node]
+    parts: list[str]  # what they do, in words: "conv", "bn", "add", "relu", "relu6", "lrn"
+    conv: nn.Conv2d | None = None
+    bn: nn.BatchNorm2d | None = None
+    residual: fx.Node | None = None
+    activation: str = "none"
+    reason: str = ""  # why it is not larger
+
+    @property
+    def pattern(self) -> str:
+        return " + ".join(self.parts)
+
+    def reads(self) -> list[tuple[fx.Node, fx.Node]]:
+        """The values that come from outside, each with the node that reads it."""
+        return [
+            (value, node) for node in self.nodes for value in node.all_input_nodes if value not in self.nodes
+        ]
+
+    @property
+    def is_fused(self) -> bool:
+        return len(self.parts) > 1 or self.parts == ["lrn"]
+
+
+@dataclass
+class Findings:
+    groups: list[Group] = field(default_factory=list)
+    skipped: dict[fx.Node, str] = field(default_factory=dict)  # convolutions left alone, with the reason
+
+
+def find(graph: fx.Graph, modules: dict[str, nn.Module], *, fold: bool) -> Findings:
+    """All fusions in the graph.
+
+    Args:
+        graph: a traced forward.
+        modules: the modules that its call_module nodes name.
+        fold: whether batch norms in evaluation mode may be folded into convolutions.
+    """
+    return _Finder(graph, modules, fold).find()
+
+
+class _Finder:
+    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], fold: bool) -> None:
+        self.graph = graph
+        self.modules = modules
+        self.fold = fold
+        self.effects = Effects(graph, modules)
+        self.calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+        self.taken: set[fx.Node] = set()
+
+    def find(self) -> Findings:
+        found = Findings()
+        # Of two convolutions whose results are added, the later one takes the addition.
+        for node in reversed(self.graph.nodes):
+            if self._module(node, nn.Conv2d, nn.ConvTranspose2d) is None:
+                continue
+            reason = self._refusal(node)
+            if reason is not None:
+                found.skipped[node] = reason
+            else:
+                found.groups.append(self._grow(node))
+        for node in self.graph.nodes:
+            group = None if node in self.taken else self._without_conv(node)
+            if group is not None:
+                self.taken.update(group.nodes)
+                found.groups.append(group)
+        found.groups.sort(key=lambda group: self.effects.order[group.nodes[0]])
+        return found
+
+    def _module(self, node: fx.Node, *types: type[nn.Module]) -> nn.Module | None:
+        module = self.modules[node.target] if node.op == "call_module" else None
+        return module if isinstance(module, types) else None
+
+    def _refusal(self, node: fx.Node) -> str | None:
+        """Why this convolution cannot be called any other way; None if it can."""
+        conv = self.modules[node.target]
+        if isinstance(conv, nn.modules.lazy.LazyModuleMixin):
+            return "its parameters are lazy: run the model once, then swap it"
+        if has_hooks(conv):
+            return "it has hooks"
+        if not runs_forward_of(conv, nn.Conv2d):
+            return f"{type(conv).__name__} is not supported"
+        if "weight" not in conv._parameters:
+            return "its weight is computed at every call (parametrization)"
+        if conv.padding_mode != "zeros":
+            return f"padding_mode {conv.padding_mode!r} is not supported"
+        if not conv.weight.is_floating_point():
+            return f"dtype {conv.weight.dtype} is not supported"
+        if self.calls[node.target] > 1:
+            return f"it is shared: called {self.calls[node.target]} times"
+        if len(node.args) != 1 or node.kwargs:
+            return "it is called with keyword arguments"
+        return None
+
+    def _grow(self, node: fx.Node) -> Group:
+        group = Group([node], ["conv"], conv=self.modules[node.target])
+        for step in (self._take_bn, self._take_add, self._take_activation):
+            step(group)
+        self.taken.update(group.nodes)
+        return group
+
+    def _only_reader(self, group: Group) -> fx.Node | None:
+        """The one node that reads the group's result, if the group may grow by it."""
+        last, readers = group.nodes[-1], list(group.nodes[-1].users)
+        if len(readers) != 1:
+            group.reason = "its result has several readers" if readers else "nobody reads its result"
+            return None
+        (reader,) = readers
+        if reader in self.taken:
+            group.reason = "another convolution takes the addition"
+            return None
+        if any(self.effects.is_written(value, node, reader) for value, node in group.reads()):
+            group.reason = "its input may be overwritten before the next step"
+            return None
+        return reader
+
+    def _take_bn(self, group: Group) -> None:
+        node = self._only_reader(group)
+        bn = node and self._module(node, nn.BatchNorm2d)
+        if bn is None or not runs_forward_of(bn, nn.BatchNorm2d):
+            return
+        group.reason = _unfoldable(bn, group.conv) or ("" if self.fold else "a batch norm follows")
+        if has_hooks(bn):
+            group.reason = "the batch norm after it has hooks"
+        elif self.calls[node.target] > 1:
+            group.reason = "the batch norm after it is shared"
+        if not group.reason:
+            group.bn = bn
+            group.nodes.append(node)
+            group.parts.append("bn")
+
+    def _take_add(self, group: Group) -> None:
+        node = None if group.reason else self._only_reader(group)
+        operands = None if node is None else _addition(node)
+        if operands is None:
+            return
+        value = group.nodes[-1]
+        residual = operands[1] if operands[0] is value else operands[0]
+        if not isinstance(residual, fx.Node):
+            return
+        if self.effects.of[node] is Effect.IN_PLACE and operands[0] is residual:
+            if not self.effects.is_private(residual):
+                group.reason = "the addition overwrites a value that others read"
+                return
+        group.residual = residual
+        group.nodes.append(node)
+        group.parts.append("add")
+
+    def _take_activation(self, group: Group) -> None:
+        node = None if group.reason else self._only_reader(group)
+        activation = None if node is None else self._activation(node)
+        if activation is not None:
+            group.activation = activation
+            group.nodes.append(node)
+            group.parts.append(activation)
+        elif node is not None:
+            group.reason = f"{self._describe(node)} follows"
+
+    def _without_conv(self, node: fx.Node) -> Group | None:
+        if self._lrn(node):
+            return Group([node], ["lrn"])
+        operands = _addition(node)
+        if operands is None or not all(isinstance(value, fx.Node) for value in operands):
+            return None
+        if self.effects.of[node] is Effect.IN_PLACE and not self.effects.is_private(operands[0]):
+            return None
+        group = Group([node], ["add"], residual=operands[1])
+        self._take_activation(group)
+        return group if group.is_fused and len(group.nodes) > 1 else None
+
+    def _lrn(self, node: fx.Node) -> bool:
+        module = self._module(node, nn.LocalResponseNorm)
+        if module is not None:
+            return type(module) is nn.LocalResponseNorm and self.effects.of[node] is Effect.NEW
+        return node.op == "call_function" and node.target is F.local_response_norm
+
+    def _activation(self, node: fx.Node) -> str | None:
+        """ "relu" or "relu6", if that is what the node computes of its first argument."""
+        if self.effects.of[node] not in (Effect.NEW, Effect.IN_PLACE):
+            return None
+        if node.op == "call_module":
+            module = self.modules[node.target]
+            if type(module) is nn.ReLU:
+                return "relu"
+            if isinstance(module, nn.Hardtanh):  # ReLU6 is one
+                return "relu6" if (module.min_val, module.max_val) == (0, 6) else None
+        elif node.op == "call_method":
+            return "relu" if node.target in ("relu", "relu_") else None
+        elif node.target in (F.relu, torch.relu, F.relu_, torch.relu_):
+            return "relu"
+        elif node.target is F.relu6:
+            return "relu6"
+        elif node.target is F.hardtanh:
+            bounds = argument(node, "min_val"), argument(node, "max_val")
+            return "relu6" if bounds == (0, 6) else None
+        return None
+
+    def _describe(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return type(self.modules[node.target]).__name__
+        return "the end of the forward" if node.op == "output" else str(getattr(node.target, "__name__", node.target))
+
+
+def _addition(node: fx.Node) -> tuple[Any, Any] | None:
+    """The operands of a plain addition of two different values."""
+    functions = node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)
+    methods = node.op == "call_method" and node.target in ("add", "add_")
+    if not (functions or methods) or len(node.args) != 2 or node.kwargs or node.args[0] is node.args[1]:
+        return None
+    return node.args[0], node.args[1]
+
+
+def _unfoldable(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> str:
+    if bn.training:
+        return "the batch norm after it is training"
+    if bn.running_mean is None or bn.running_var is None:
+        return "the batch norm after it keeps no running statistics"
+    if bn.num_features != conv.out_channels:
+        return "the batch norm after it has another number of channels"
+    if bn.affine and "weight" not in bn._parameters:
+        return "the batch norm after it computes its parameters at every call (parametrization)"
+    return ""

@@ -1,0 +1,268 @@
+"""Convolutions made ready for inference: batch norm folded, weights packed, arguments parsed, all of it once.
+
+What is prepared is a cached view of the parameters and never stale: `PreparedConvs.refresh` compares their present
+state with the one that was prepared, before every forward.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _library
+from .fused import FusedConv, fold, output_shape
+
+if _library.LOADED:
+    from .. import _C
+
+_PACKS_KEPT = 4  # for this many sizes of the input; a pack is as large as the weight
+_SHAPES_KEPT = 32
+# Below this many products aten's own choice of a kernel is followed: oneDNN's calls cost more than its kernels save.
+_FEW_PRODUCTS = 500_000
+
+_conv = torch.ops.mkldnn._convolution_pointwise.default
+_conv_add = torch.ops.mkldnn._convolution_pointwise.binary
+_NO_SCALARS: list[float] = []
+_ACTIVATIONS = {
+    "none": lambda output: output,
+    "relu": torch.relu_,
+    "relu6": lambda output: output.clamp_(0, 6),
+}
+
+
+class PreparedConv(FusedConv):
+    """A `FusedConv` for inference, which runs on prepared weights where there are any."""
+
+    ready: _Folded | _OneDNN | None = None
+
+    def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        ready = self.ready
+        if ready is None or torch.compiler.is_compiling():
+            return super().__call__(input, residual)
+        return ready(input, residual)
+
+    def sources(self) -> list[tuple[dict[str, Tensor | None], str]]:
+        """Where the tensors that are prepared live."""
+        conv, bn = self.conv, self.bn
+        found = [(conv._parameters, "weight"), (conv._parameters, "bias")]
+        if bn is not None:
+            found += [(bn._parameters, "weight"), (bn._parameters, "bias")]
+            found += [(bn._buffers, "running_mean"), (bn._buffers, "running_var")]
+        return [(store, name) for store, name in found if store.get(name) is not None]
+
+    def settings(self) -> tuple[Any, ...]:
+        """What else the prepared weights depend on."""
+        conv = self.conv
+        eps = None if self.bn is None else self.bn.eps
+        return conv.stride, conv.padding, conv.dilation, conv.groups, eps
+
+    def prepare(self) -> None:
+        self.ready = _prepare(self)
+
+
+class PreparedConvs:
+    """All prepared convolutions of one program, kept up to date together.
+
+    The state that is compared: the identity, version, address, size, strides and dtype of every tensor, the
+    batch norms' eps, the convolutions' geometry, and for the CPU a fingerprint of the data. Every write that torch
+    counts changes the version. A write that it does not count (through ``.data``, NumPy or another library) is seen
+    if it changes one of the bytes of which the fingerprint is taken: all of a tensor of up to 4 KiB (batch norms,
+    biases), and of a larger one 64 stretches of 64 bytes, evenly spread from its first byte to its last. So a tensor
+    that was overwritten as a whole is always noticed, and a single number changed in that way may not be.
+    """
+
+    def __init__(self, convs: Sequence[PreparedConv]) -> None:
+        self._convs = convs
+        self._state: list[Any] | None = None
+        self._pending: list[Any] | None = None
+        self._tensors: list[Tensor] = []  # keeps the identities in _state unique
+        self._lock = threading.Lock()
+        self._slots = [slot for conv in convs for slot in conv.sources()]
+
+    def refresh(self) -> bool:
+        """Makes everything ready for the present parameters; False if they have only just changed.
+
+        Parameters that change between any two forwards, as in training, are not worth preparing: after a change it
+        takes a second forward with the same ones.
+        """
+        tensors, state = self._observe()
+        if state == self._state:
+            return True
+        with self._lock:
+            if state == self._state:
+                return True
+            if self._state is not None and state != self._pending:
+                self._pending = state
+                return False
+            for conv in self._convs:
+                conv.prepare()
+            self._tensors, self._state = tensors, state
+        return True
+
+    def _observe(self) -> tuple[list[Tensor], list[Any]]:
+        tensors = [store[name] for store, name in self._slots]
+        addresses = list(map(Tensor.data_ptr, tensors))
+        sizes = list(map(operator.attrgetter("nbytes"), tensors))
+        try:
+            versions = list(map(operator.attrgetter("_version"), tensors))
+        except RuntimeError:  # tensors made in inference mode have no version
+            versions = [None if t.is_inference() else t._version for t in tensors]
+        state = [
+            list(map(id, tensors)),
+            addresses,
+            sizes,
+            versions,
+            list(map(Tensor.stride, tensors)),
+            list(map(operator.attrgetter("dtype"), tensors)),
+            [conv.settings() for conv in self._convs],
+            torch._C._get_mkldnn_enabled(),
+        ]
+        if tensors and tensors[0].device.type == "cpu":
+            state.append(_C.fingerprint(addresses, sizes))
+        return tensors, state
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype in which oneDNN computes for a model of this dtype here; None if it does not."""
+    native = {
+        torch.float32: lambda: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if dtype not in native:
+        return None
+    return dtype if native[dtype]() else torch.float32
+
+
+def _numeric_padding(conv: nn.Conv2d) -> list[int] | None:
+    """The padding in numbers; None for a "same" that pads one side more than the other."""
+    if conv.padding == "valid":
+        return [0, 0]
+    if conv.padding == "same":
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return None if any(t % 2 for t in total) else [t // 2 for t in total]
+    return list(conv.padding)
+
+
+def _prepare(source: PreparedConv) -> _Folded | _OneDNN:
+    weight = source.conv.weight
+    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
+        compute, padding = _compute_dtype(weight.dtype), _numeric_padding(source.conv)
+        if compute is not None and padding is not None:
+            return _OneDNN(source, compute, padding)
+    return _Folded(source)
+
+
+class _Folded:
+    """Prepared for the public ops: batch norm folded."""
+
+    def __init__(self, source: PreparedConv) -> None:
+        conv, bn = source.conv, source.bn
+        self._call = source.call
+        self._weight = conv.weight.detach()
+        self._bias = None if conv.bias is None else conv.bias.detach()
+        if bn is not None:
+            self._weight, self._bias = fold(self._weight, self._bias, bn)
+
+    def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        return self._call(input, self._weight, self._bias, residual)
+
+
+class _OneDNN:
+    """Prepared for oneDNN: batch norm folded, weights packed for each size of input that it meets.
+
+    Results are channels_last. Where oneDNN has no kernel for the model's 16-bit dtype on this processor, sums are
+    float32 on float32 weights, and rounded once.
+
+    The activation is a pass of its own over the result: oneDNN's would turn NaN into 0.
+    """
+
+    def __init__(self, source: PreparedConv, compute: torch.dtype, padding: list[int]) -> None:
+        conv, bn = source.conv, source.bn
+        self._source = source
+        self._dtype = conv.weight.dtype
+        self._compute = compute
+        weight = conv.weight.detach().to(compute)
+        bias = None if conv.bias is None else conv.bias.detach().to(compute)
+        if bn is not None:
+            weight, bias = fold(weight, bias, bn)
+        self._weight, self._bias = weight, bias
+        self._geometry = (padding, list(conv.stride), list(conv.dilation), conv.groups)
+        self._activate = _ACTIVATIONS[source.activation]
+        self._known: dict[torch.Size, tuple[Tensor | None, tuple[int, ...]]] = {}
+        self._packs: dict[torch.Size, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        dtype = input.dtype
+        if torch.is_autocast_enabled("cpu") and dtype is not torch.float64:
+            dtype = torch.get_autocast_dtype("cpu")
+        elif dtype is not self._dtype:
+            return FusedConv.__call__(self._source, input, residual)  # which says what is wrong
+        packed, shape = self._known.get(input.shape) or self._meet(input)
+        compute, geometry = self._compute, self._geometry
+        if input.dtype is not compute:
+            input = input.to(compute)
+        if packed is None:
+            padding, stride, dilation, groups = geometry
+            output = F.conv2d(input, self._weight, self._bias, stride, padding, dilation, groups)
+        elif residual is not None and residual.dtype is dtype and residual.shape == shape:
+            if dtype is not compute:
+                residual = residual.to(compute)
+            residual = residual.contiguous(memory_format=torch.channels_last)
+            output = _conv_add(
+                input, residual, packed, self._bias, *geometry, "add", 1.0, None, _NO_SCALARS, None
+            )
+            residual = None
+        else:
+            output = _conv(input, packed, self._bias, *geometry, "none", _NO_SCALARS, None)
+        if output.dtype is not dtype:
+            output = output.to(dtype)
+        if residual is not None:
+            output = output + residual
+        return self._activate(output)
+
+    def _meet(self, input: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
+        """The packed weight for inputs of this shape, None where aten is faster; and the output's shape."""
+        shape = output_shape(self._source.conv, input)
+        with self._lock:
+            packed = self._pack(input) if self._pays(input, shape) else None
+            if len(self._known) >= _SHAPES_KEPT:
+                self._known = {}
+            self._known[input.shape] = packed, shape
+        return packed, shape
+
+    def _pays(self, input: Tensor, shape: tuple[int, ...]) -> bool:
+        weight = self._weight
+        if (
+            input.dim() != 4
+            or input.shape[1] != self._source.conv.in_channels
+            or min(input.shape) == 0
+            or min(shape) <= 0
+        ):
+            return False
+        if shape[0] * shape[2] * shape[3] * weight.numel() >= _FEW_PRODUCTS:
+            return True
+        padding, stride, dilation, groups = self._geometry
+        chosen = torch._C._select_conv_backend(
+            input.to(self._compute), weight, self._bias, stride, padding, dilation, False, [0, 0], groups
+        )
+        return chosen.name == "Mkldnn"
+
+    def _pack(self, input: Tensor) -> Tensor:
+        # The format depends on height and width (with another one, calls take ten times as long), not on the batch.
+        pixels = input.shape[2:]
+        if pixels not in self._packs:
+            if len(self._packs) >= _PACKS_KEPT:
+                self._packs, self._known = {}, {}
+            padding, stride, dilation, groups = self._geometry
+            self._packs[pixels] = torch.ops.mkldnn._reorder_convolution_weight(
+                self._weight, padding, stride, dilation, groups, list(input.shape)
+            )
+        return self._packs[pixels]

@@ -1,0 +1,235 @@
+"""Modules whose forward runs the programs that were traced from it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils import _pytree as pytree
+
+from .. import _library, backends
+from .programs import Programs, Watch
+from .tracing import Untraceable, is_leaf
+
+_STATE = "_fastconv_region"  # in the __dict__ of a module
+_SIGNATURES_KEPT = 8
+_TRACES_KEPT = 4  # for each signature and mode
+_TRACES_MADE = 64  # a module that never settles is not worth tracing
+_CONSTANTS = (bool, int, float, str, type(None))
+
+
+# ------------------------------------------------------------------------------------------------- the copy
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A copy of a tree of modules that shares all tensors with it, and the dictionaries that hold them.
+
+    Sharing the dictionaries keeps the two models one set of weights for good: a buffer that ``model.half()`` replaces,
+    or a Parameter that ``load_state_dict(assign=True)`` replaces, is replaced in both.
+    """
+    copies: dict[int, nn.Module] = {}
+    pairs: list[tuple[nn.Module, nn.Module]] = []
+
+    def visit(module: nn.Module) -> None:
+        if id(module) in copies:
+            return
+        if isinstance(module, torch.jit.ScriptModule):
+            copies[id(module)] = copy.copy(module)
+            return
+        copies[id(module)] = object.__new__(plain_class(module))
+        pairs.append((module, copies[id(module)]))
+        for child in module._modules.values():
+            if child is not None:
+                visit(child)
+
+    visit(model)
+    for module, duplicate in pairs:
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers"):
+                vars(duplicate)[name] = value
+            elif name != _STATE:
+                vars(duplicate)[name] = _with_copies(value, copies)
+    return copies[id(model)]
+
+
+def _with_copies(value: Any, copies: dict[int, nn.Module]) -> Any:
+    """An attribute's value, in which copies stand for the modules."""
+    if isinstance(value, nn.Module):
+        return copies.get(id(value), value)
+    if isinstance(value, types.MethodType) and id(value.__self__) in copies:
+        return types.MethodType(value.__func__, copies[id(value.__self__)])
+    if type(value) in (list, tuple, set):
+        return type(value)(_with_copies(item, copies) for item in value)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _with_copies(item, copies)) for key, item in value.items())
+    return value
+
+
+# ----------------------------------------------------------------------------------------------- the classes
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The user's class of a module."""
+    cls = type(module)
+    return getattr(cls, "fastconv_plain_class", cls)
+
+
+def install(model: nn.Module) -> None:
+    """Makes every module of the tree that has a forward of its own run programs."""
+    for module in model.modules():
+        has_forward = type(module).forward is not nn.Module.forward
+        if has_forward and not is_leaf(module):
+            module.__class__ = _fast_class(plain_class(module))
+
+
+@functools.cache
+def _fast_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass that differs in its forward alone."""
+    plain = cls.forward
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        program, tensors = region_of(self).choose(args, kwargs)
+        if program is None:
+            return plain(self, *args, **kwargs)
+        return program(*tensors)
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        # For copy and pickle: an object of the user's class, of which the reader makes a fast one.
+        state = {name: value for name, value in vars(self).items() if name != _STATE}
+        return _new, (cls,), state
+
+    return type(
+        f"Fast{cls.__name__}",
+        (cls,),
+        {
+            "__module__": cls.__module__,
+            "__doc__": cls.__doc__,
+            "__reduce_ex__": reduce,
+            "fastconv_plain_class": cls,
+            "fastconv_plain_forward": plain,
+            "forward": forward,
+        },
+    )
+
+
+def _new(cls: type[nn.Module]) -> nn.Module:
+    return object.__new__(_fast_class(cls))
+
+
+# ----------------------------------------------------------------------------------------------- the regions
+
+
+def region_of(module: nn.Module) -> Region:
+    region = vars(module).get(_STATE)
+    if region is None or region.module is not module:
+        # New, or taken over with the __dict__ of another module, as DataParallel does.
+        region = vars(module)[_STATE] = Region(module)
+    return region
+
+
+class Region:
+    """The programs of one module, made when they are needed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._traces: dict[Any, list[tuple[Watch, Programs | str]]] = {}
+        self._made = 0
+        self._lock = threading.RLock()
+
+    def choose(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Callable[..., Any] | None, Sequence[Tensor]]:
+        """The program for a call and its arguments; None if the plain forward is to run."""
+        if torch.compiler.is_compiling():
+            return self._choose_compiled(args, kwargs)
+        call = _signature(args, kwargs)
+        if call is None or _is_special():
+            return None, ()
+        signature, tensors = call
+        programs = self.programs(signature, args, kwargs)
+        if isinstance(programs, str):
+            return None, ()
+        if (
+            not self._needs_grad(tensors)
+            and _library.LOADED
+            and backends.current() != "reference"
+            and programs.prepared.refresh()
+        ):
+            return programs.inference.forward, tensors
+        return programs.differentiable.forward, tensors
+
+    def _choose_compiled(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Callable[..., Any] | None, Sequence[Tensor]]:
+        """As `choose`, among the programs that are there."""
+        for watch, programs in self._traces.get((len(args), self.module.training), ()):
+            if not kwargs and not isinstance(programs, str) and watch.holds():
+                return programs.inference.forward, args
+        return None, ()
+
+    def programs(
+        self, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Programs | str:
+        """The programs for calls of this signature in the module's present state, or why there are none."""
+        key = signature, self.module.training
+        for watch, programs in self._traces.get(key, ()):
+            if watch.holds():
+                return programs
+        with self._lock:
+            self._made += 1
+            if self._made > _TRACES_MADE:
+                return "it changes too often"
+            watch = Watch(self.module)
+            try:
+                programs = Programs(self.module, args, kwargs)
+            except Untraceable as error:
+                programs = str(error)
+            known = self._traces if len(self._traces) < 2 * _SIGNATURES_KEPT else {}
+            self._traces = {**known, key: [(watch, programs), *known.get(key, [])[: _TRACES_KEPT - 1]]}
+        return programs
+
+    def _needs_grad(self, tensors: Sequence[Tensor]) -> bool:
+        return torch.is_grad_enabled() and (
+            any(t.requires_grad for t in tensors)
+            or any(p.requires_grad for p in self.module.parameters())
+        )
+
+
+def _signature(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Sequence[Tensor]] | None:
+    """What tells this call from others that need another trace, and its tensors; None for values of other kinds."""
+    if not kwargs and all(type(value) is Tensor for value in args):
+        return (len(args), args) if all(t.layout is torch.strided for t in args) else None
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    tensors, kinds = [], []
+    for leaf in leaves:
+        if type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided:
+            tensors.append(leaf)
+            kinds.append(Tensor)
+        elif type(leaf) in _CONSTANTS:
+            kinds.append((type(leaf), leaf))
+        else:
+            return None
+    return (structure, tuple(kinds)), tensors
+
+
+def _is_special() -> bool:
+    """Whether something other than plain execution is under way, for which only the plain forward is known to do."""
+    return (
+        _has_any_global_hook()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )

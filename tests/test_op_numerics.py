@@ -1,0 +1,226 @@
+"""Every op on every case, dtype and layout against float64, forward and backward, by the numerics policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, CONV_OPS, DTYPES, LAYOUTS, Case, mapped, named, run, tensors
+from torch import Tensor
+
+from fastconv import ops
+from fastconv._numerics import assert_close_to_oracle, away_from_kinks, poisoned_outputs
+
+
+def border(case: Case, output: Tensor) -> int | None:
+    """Convolutions are judged on their border and their interior apart."""
+    return 1 if case.op in CONV_OPS and output.dim() >= 3 else None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case: Case, dtype: torch.dtype, layout: str) -> None:
+    arguments = case.arguments(dtype, layout)
+    with poisoned_outputs():
+        outputs = run(case.op, arguments)
+    oracles = run(case.op, mapped(arguments, Tensor.double), backend="reference")
+    baselines = run(case.op, arguments, backend="reference")
+    for output, oracle, baseline in zip(outputs, oracles, baselines, strict=True):
+        assert_close_to_oracle(output, oracle, baseline, what=str(case), border=border(case, output))
+        assert layout_of(output) == layout_of(baseline)
+
+
+def layout_of(tensor: Tensor) -> list[int]:
+    """The strides that tell: not those of a dimension of one, nor any of an empty tensor."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return [stride for size, stride in pairs if size > 1 and tensor.numel()]
+
+
+def preactivations(case: Case, arguments: dict[str, Any]) -> list[tuple[Tensor, str]]:
+    """What goes into each activation of the call, in float64, with the activation's name."""
+    exact = mapped(arguments, Tensor.double)
+    found = []
+    if case.op == "depthwise_separable_conv2d":
+        names = {"depthwise_weight": "weight", "depthwise_bias": "bias"}
+        names |= {name: name for name in ("input", "stride", "padding", "dilation")}
+        first = {new: exact[old] for old, new in names.items() if old in exact}
+        (hidden,) = run("depthwise_conv2d", first, backend="reference")
+        found.append((hidden, exact.get("depthwise_activation", "none")))
+        outer = "pointwise_activation"
+    else:
+        outer = "activation"
+    exact_sign = case.op == "add_relu" and exact.get("activation") != "relu6"
+    if case.op != "local_response_norm" and not exact_sign:
+        default = "relu" if case.op.endswith("relu") else "none"
+        for value in run(case.op, {**exact, outer: "none"}, backend="reference"):
+            found.append((value, exact.get(outer, default)))
+    return found
+
+
+def arguments_off_the_kinks(case: Case, dtype: torch.dtype, layout: str) -> dict[str, Any]:
+    """Arguments whose gradients do not hang on a rounding error."""
+    for seed in range(200):
+        arguments = case.arguments(dtype, layout, seed=seed, requires_grad=True)
+        with torch.no_grad():
+            if all(bool(away_from_kinks(v, a, dtype).all()) for v, a in preactivations(case, arguments)):
+                return arguments
+    raise AssertionError(f"{case}: every seed has a value on a kink; make the case smaller")
+
+
+def gradients(
+    case: Case, arguments: dict[str, Any], grads: list[Tensor], **more: Any
+) -> list[Tensor]:
+    return list(torch.autograd.grad(run(case.op, arguments, **more), tensors(arguments), grads))
+
+
+def check_gradients(case: Case, arguments: dict[str, Any], grads: list[Tensor]) -> None:
+    with poisoned_outputs():
+        found = gradients(case, arguments, grads)
+    exact = mapped(arguments, lambda t: t.detach().double().requires_grad_())
+    oracles = gradients(case, exact, [g.double() for g in grads], backend="reference")
+    baselines = gradients(case, arguments, grads, backend="reference")
+    for argument, gradient, oracle, baseline in zip(
+        tensors(arguments), found, oracles, baselines, strict=True
+    ):
+        assert gradient.shape == argument.shape
+        assert gradient.dtype == argument.dtype
+        what = f"{case}, gradient of the argument of shape {tuple(argument.shape)}"
+        ring = 1 if gradient.dim() > 2 and min(gradient.shape[-2:]) > 2 else None
+        assert_close_to_oracle(gradient, oracle, baseline, what=what, border=ring)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_backward(case: Case, dtype: torch.dtype, layout: str) -> None:
+    arguments = arguments_off_the_kinks(case, dtype, layout)
+    grads = [torch.randn_like(output) for output in run(case.op, arguments)]
+    check_gradients(case, arguments, grads)
+
+
+def expanded(output: Tensor) -> Tensor:
+    return torch.randn((), dtype=output.dtype).expand_as(output)
+
+
+def transposed(output: Tensor) -> Tensor:
+    return torch.randn_like(output.mT.contiguous()).mT
+
+
+def channels_last(output: Tensor) -> Tensor:
+    return torch.randn_like(output).contiguous(memory_format=torch.channels_last)
+
+
+def sliced(output: Tensor) -> Tensor:
+    return torch.randn(*output.shape[:-1], 2 * output.shape[-1], dtype=output.dtype)[..., ::2]
+
+
+@pytest.mark.parametrize("make", [expanded, transposed, channels_last, sliced])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if len(case.shapes["input"]) == 4 and case.shapes["input"][0]],
+    ids=str,
+)
+def test_odd_gradients(case: Case, layout: str, make: Any) -> None:
+    """`.sum()` sends expanded gradients, other consumers send any layout."""
+    arguments = arguments_off_the_kinks(case, torch.float32, layout)
+    check_gradients(case, arguments, [make(output) for output in run(case.op, arguments)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_non_contiguous_inputs(case: Case, dtype: torch.dtype) -> None:
+    def strided(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0:
+            return tensor
+        wide = torch.empty(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype)
+        wide[..., ::2] = tensor
+        return wide[..., ::2]
+
+    arguments = case.arguments(dtype)
+    outputs = run(case.op, mapped(arguments, strided))
+    for output, expected in zip(outputs, run(case.op, arguments), strict=True):
+        torch.testing.assert_close(output, expected)
+
+
+def test_same_bits_every_time() -> None:
+    case = named("depthwise_separable_conv2d")[1]
+    first, second = (
+        gradients(case, arguments, [torch.ones_like(o) for o in run(case.op, arguments)])
+        for arguments in [case.arguments(requires_grad=True)] * 2
+    )
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+# ----------------------------------------------------------------------------------------- edge values
+
+SPECIAL = [torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 1e-45, 3e38, 6.0, 5.9999995]
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values_through_activations(dtype: torch.dtype, activation: str) -> None:
+    """NaN stays NaN, zeros keep eager's sign; the mask treats them as eager does."""
+    values = torch.tensor(SPECIAL * 7, dtype=dtype)  # vectors and a rest
+    zeros = torch.zeros_like(values)
+
+    def forward_and_backward(backend: str | None) -> tuple[Tensor, Tensor]:
+        value = values.clone().requires_grad_()
+        output = ops.add_relu(value, -zeros, activation=activation, backend=backend)
+        (gradient,) = torch.autograd.grad(output, value, torch.full_like(output, 3.0))
+        if activation == "relu6":  # of NaN torch's own differs between its vectors and their rest
+            gradient = gradient.where(~output.isnan(), 0)
+        return output, gradient
+
+    for found, expected in zip(
+        forward_and_backward(None), forward_and_backward("reference"), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(found.signbit() & ~found.isnan(), expected.signbit() & ~expected.isnan())
+
+
+@pytest.mark.parametrize("op", CONV_OPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_special_values_through_convolutions(op: str, dtype: torch.dtype, value: float) -> None:
+    case = next(c for c in named(op) if len(c.shapes["input"]) == 4)
+    arguments = case.arguments(dtype)
+    arguments["input"][0, 0, 1, 1] = value
+    for output, expected in zip(
+        run(op, arguments), run(op, arguments, backend="reference"), strict=True
+    ):
+        assert torch.equal(output.isnan(), expected.isnan())
+        assert torch.equal(output.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_special_values_through_lrn(dtype: torch.dtype, layout: str, value: float) -> None:
+    """A bad value spoils its own window and nothing beyond it."""
+    case = named("local_response_norm")[1]
+    arguments = case.arguments(dtype, layout)
+    arguments["input"][1, 50, 3, 3] = value
+    (output,) = run(case.op, arguments)
+    (expected,) = run(case.op, arguments, backend="reference")
+    assert torch.equal(output.isnan(), expected.isnan())
+    torch.testing.assert_close(output, expected, equal_nan=True)
+
+
+def test_float16_squares_do_not_overflow_in_lrn() -> None:
+    output = ops.local_response_norm(torch.full((1, 8, 2, 2), 300.0).half(), 5, 1.0)
+    expected = ops.local_response_norm(torch.full((1, 8, 2, 2), 300.0).double(), 5, 1.0)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-3, atol=0)
+
+
+def test_bias_gradient_of_many_pixels() -> None:
+    """A sum of 2^17 ones in bfloat16 would stop at 256."""
+    input = torch.ones(2, 1, 256, 256, dtype=torch.bfloat16)
+    weight = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    bias = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
+    ops.conv2d_relu(input, weight, bias).sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.item() == 2**17
