@@ -103,14 +103,7 @@ def measure(benchmark: BenchmarkFixture, problem: Problem, contender: Contender)
     except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, say
         pytest.skip(f"torch.compile: {str(error).strip().splitlines()[0]}")
 
-    now = clock(device)
-    target, setup = problem.timed(call, layout, flush=cold_cache(device))
-    (once,) = durations(target, setup, now, 1)
-    rounds = max(problem.settings.least_rounds, min(1000, int(problem.settings.seconds / once)))
-    benchmark.pedantic(target, setup=setup, rounds=rounds)
-
-    info = benchmark.extra_info
-    info |= {
+    benchmark.extra_info |= {
         "layer": str(problem.layer),
         "why": problem.layer.why,
         "op": problem.layer.op,
@@ -122,18 +115,22 @@ def measure(benchmark: BenchmarkFixture, problem: Problem, contender: Contender)
         "batch": problem.settings.batch,
         "bytes": problem.moved_bytes,
         "flop": problem.flop,
+        "copy_s": copy_seconds(problem.moved_bytes, device),
         "host_us": host_microseconds(problem, contender, call),
+        "first_call_s": first_call,
     }
-    if contender.who == "compile":
-        info["first_call_s"] = first_call
-    if benchmark.stats is None:  # --benchmark-disable
-        return
-    median = benchmark.stats.stats.median
-    info |= {
-        "gb_per_s": problem.moved_bytes / median / 1e9,
-        "of_copy_bandwidth": copy_seconds(problem.moved_bytes, device) / median,
-        "gflop_per_s": problem.flop / median / 1e9,
-    }
+    target, setup = problem.timed(call, layout, flush=cold_cache(device))
+    (once,) = durations(target, setup, clock(device), 1)
+    rounds = max(problem.settings.least_rounds, min(1000, int(problem.settings.seconds / once)))
+    benchmark.pedantic(target, setup=setup, rounds=rounds)
+
+    if benchmark.stats is not None:  # not with --benchmark-disable
+        median = benchmark.stats.stats.median
+        benchmark.extra_info |= {
+            "gb_per_s": problem.moved_bytes / median / 1e9,
+            "of_copy_bandwidth": benchmark.extra_info["copy_s"] / median,
+            "gflop_per_s": problem.flop / median / 1e9,
+        }
 
 
 class Problem:
@@ -229,7 +226,7 @@ class Problem:
         """Of the convolutions by their definition; those of the backward for each gradient."""
         on_meta = mapped(self._arguments, lambda tensor: tensor.to("meta"))
         with FlopCounterMode(display=False) as counter:
-            self._reference(**on_meta)
+            getattr(eager, self.layer.op)(**on_meta, **self.layer.options)
         gradients = 1 if self.layer.reads_image else 2
         return counter.get_total_flops() * (1 if self.direction == "forward" else gradients)
 

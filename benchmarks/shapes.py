@@ -24,6 +24,9 @@ class Layer(verify.Layer):
     def __str__(self) -> str:
         return self.name
 
+    def __hash__(self) -> int:
+        return hash((self.op, self.name))
+
     @property
     def reads_image(self) -> bool:
         """Whether this is a first layer, whose input has no gradient."""

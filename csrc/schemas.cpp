@@ -1,11 +1,12 @@
-// Every operator of fastconv, on one screen. Python registers the rest of each one (fake, autograd, autocast,
-// vmap) in fastconv/ops/<op>.py; kernels are registered beside their code in cpu/<op>.cpp and cuda/<op>.cpp.
+// Every operator of fastconv, on one screen. Python registers the rest of each one (fake, autograd,
+// autocast, vmap) in fastconv/ops/<op>.py; kernels are registered beside their code in cpu/<op>.cpp
+// and cuda/<op>.cpp.
 //
-// No argument has a default: torch drops defaulted arguments when it calls a kernel, and which ones depends on
-// the torch version. The public Python functions supply the defaults.
+// No argument has a default: torch drops defaulted arguments when it calls a kernel, and which ones
+// depends on the torch version. The public Python functions supply the defaults.
 //
-// `activation` is "none", "relu" or "relu6". A `*_backward` entry that `output_mask` leaves out comes back as an
-// empty tensor of size [0].
+// `activation` is "none", "relu" or "relu6". A `*_backward` entry that `output_mask` leaves out
+// comes back as an empty tensor of size [0].
 #include "common/stable.h"
 
 STABLE_TORCH_LIBRARY(fastconv, m) {
@@ -14,36 +15,45 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
       "conv2d_relu(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
       "SymInt[] dilation, SymInt groups, str activation) -> Tensor");
   m.def(
-      "conv2d_add_relu(Tensor input, Tensor weight, Tensor? bias, Tensor residual, SymInt[] stride, "
+      "conv2d_add_relu(Tensor input, Tensor weight, Tensor? bias, Tensor residual, SymInt[] "
+      "stride, "
       "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation) -> Tensor");
   m.def(
-      "pointwise_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride, "
+      "pointwise_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] "
+      "stride, "
       "str activation) -> Tensor");
   m.def(
-      "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
+      "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] "
+      "padding, "
       "SymInt[] dilation, str activation) -> Tensor");
-  // Gradients of input, weight, bias and residual, for the four operators above. `output` is read only for the
-  // activation's mask and may be left out when there is none.
+  // Gradients of input, weight, bias and residual, for the four operators above. `output` is read
+  // only for the activation's mask and may be left out when there is none.
   m.def(
-      "conv2d_backward(Tensor grad_output, Tensor? output, Tensor input, Tensor weight, SymInt[] stride, "
+      "conv2d_backward(Tensor grad_output, Tensor? output, Tensor input, Tensor weight, SymInt[] "
+      "stride, "
       "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation, bool[] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 
-  // Several 1x1 convolutions of one input; as many biases as weights, or none. (Not Tensor?[], for which torch's
-  // register_autograd knows no gradient.)
+  // Several 1x1 convolutions of one input; as many biases as weights, or none. (Not Tensor?[], for
+  // which torch's register_autograd knows no gradient.)
   m.def(
-      "pointwise_conv2d_group(Tensor input, Tensor[] weights, Tensor[] biases, str activation) -> Tensor[]");
-  // Gradients of input, weights and biases; output_mask has these three entries. No outputs without an activation.
+      "pointwise_conv2d_group(Tensor input, Tensor[] weights, Tensor[] biases, str activation) -> "
+      "Tensor[]");
+  // Gradients of input, weights and biases; output_mask has these three entries. No outputs without
+  // an activation.
   m.def(
-      "pointwise_conv2d_group_backward(Tensor[] grad_outputs, Tensor[] outputs, Tensor input, Tensor[] weights, "
+      "pointwise_conv2d_group_backward(Tensor[] grad_outputs, Tensor[] outputs, Tensor input, "
+      "Tensor[] weights, "
       "str activation, bool[] output_mask) -> (Tensor, Tensor[], Tensor[])");
 
   // pointwise_activation(conv1x1(depthwise_activation(depthwise(input))))
   m.def(
       "depthwise_separable_conv2d(Tensor input, Tensor depthwise_weight, Tensor pointwise_weight, "
-      "Tensor? depthwise_bias, Tensor? pointwise_bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+      "Tensor? depthwise_bias, Tensor? pointwise_bias, SymInt[] stride, SymInt[] padding, SymInt[] "
+      "dilation, "
       "str depthwise_activation, str pointwise_activation) -> Tensor");
-  // Gradients of the five tensors, in their order. The depthwise result is computed again, not kept.
+  // Gradients of the five tensors, in their order. The depthwise result is computed again, not
+  // kept.
   m.def(
       "depthwise_separable_conv2d_backward(Tensor grad_output, Tensor? output, Tensor input, "
       "Tensor depthwise_weight, Tensor pointwise_weight, Tensor? depthwise_bias, SymInt[] stride, "
@@ -52,13 +62,15 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
 
   // activation(input + other), of one shape and dtype
   m.def("add_relu(Tensor input, Tensor other, str activation) -> Tensor");
-  // The gradient of input, which is also that of other: grad_output where the activation let the value through
+  // The gradient of input, which is also that of other: grad_output where the activation let the
+  // value through
   m.def("add_relu_backward(Tensor grad_output, Tensor output, str activation) -> Tensor");
 
   // input / (k + alpha / size * sum of squares over `size` neighbouring channels) ^ beta
   m.def(
       "local_response_norm(Tensor input, SymInt size, float alpha, float beta, float k) -> Tensor");
   m.def(
-      "local_response_norm_backward(Tensor grad_output, Tensor input, SymInt size, float alpha, float beta, "
+      "local_response_norm_backward(Tensor grad_output, Tensor input, SymInt size, float alpha, "
+      "float beta, "
       "float k) -> Tensor");
 }

@@ -63,8 +63,8 @@ def choose(backend: str | None, input: torch.Tensor) -> str:
         _require(name)
         if input.device.type not in (name, "meta"):
             raise RuntimeError(
-                f"fastconv: got a tensor on {input.device} for backend '{name}', needed one on {name}; "
-                f"move it, or leave the backend to 'auto'"
+                f"fastconv: got a tensor on {input.device} for backend '{name}', needed one on "
+                f"{name}; move it, or leave the backend to 'auto'"
             )
     return name
 
@@ -72,10 +72,12 @@ def choose(backend: str | None, input: torch.Tensor) -> str:
 def _require(name: str) -> None:
     if name not in NAMES:
         raise ValueError(
-            f"fastconv: got backend {name!r}, needed one of {', '.join(NAMES)}; see `python -m fastconv info`"
+            f"fastconv: got backend {name!r}, needed one of {', '.join(NAMES)}; "
+            f"see `python -m fastconv info`"
         )
     reason = available().get(name)
     if reason is not None:
         raise RuntimeError(
-            f"fastconv: got backend '{name}', which cannot run here: {reason}; leave the backend to 'auto'"
+            f"fastconv: got backend '{name}', which cannot run here: {reason}; "
+            f"leave the backend to 'auto'"
         )

@@ -1,4 +1,4 @@
-"""Sample inputs of every op, each with the reason it is there. Tests draw all their inputs from here."""
+"""Sample inputs of every op, each with the reason it is there."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Case:
         seed: int = 0,
         requires_grad: bool = False,
     ) -> dict[str, Any]:
-        """Fresh random arguments; weights are scaled so that outputs have the size of the inputs."""
+        """Random arguments; weights are scaled so that outputs have the size of the inputs."""
         generator = torch.Generator().manual_seed(seed)
 
         def tensor(name: str, shape: tuple[int, ...] | None) -> Tensor | None:
@@ -214,7 +214,12 @@ CASES: list[Case] = [
     Case(
         "pointwise_conv2d",
         "expand",
-        {"input": (2, 16, 7, 7), "weight": (64, 16, 1, 1), "bias": (64,), "residual": (2, 64, 7, 7)},
+        {
+            "input": (2, 16, 7, 7),
+            "weight": (64, 16, 1, 1),
+            "bias": (64,),
+            "residual": (2, 64, 7, 7),
+        },
         "the end of a bottleneck",
         {"activation": "relu"},
     ),

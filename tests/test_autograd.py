@@ -1,4 +1,4 @@
-"""First and second derivatives against finite differences, in float64, and the rules around them."""
+"""First and second derivatives against finite differences, and the rules around them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import pytest
 import torch
 from cases import CASES, Case, run, tensors
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastconv import ops
 
 SMALL = [case for case in CASES if case.small and 0 not in case.shapes["input"]]
 
@@ -64,8 +67,6 @@ def test_each_gradient_alone(case: Case) -> None:
 
 def test_third_derivative() -> None:
     """The second derivative is made of differentiable ops, too."""
-    from fastconv import ops
-
     x = torch.tensor([[[1.5, -0.5, 2.0]]], dtype=torch.float64).mT.requires_grad_()
 
     def value(backend: str) -> Tensor:
@@ -76,6 +77,32 @@ def test_third_derivative() -> None:
         return third
 
     torch.testing.assert_close(value("cpu"), value("reference"))
+
+
+@pytest.mark.parametrize("case", [c for c in SMALL if c.name == "small"], ids=str)
+def test_torch_func_and_forward_mode(case: Case) -> None:
+    """Per-sample gradients and directional derivatives, as of aten's own ops."""
+    arguments = case.arguments(torch.float64)
+    values = tuple(tensors(arguments))
+    positions = tuple(range(len(values)))
+
+    def loss(*values: Tensor) -> Tensor:
+        return sum(o.square().sum() for o in function_of_tensors(case, arguments)(*values))
+
+    leaves = [value.clone().requires_grad_() for value in values]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(torch.func.grad(loss, positions)(*values), expected)
+    stacked = tuple(value.expand(3, *value.shape) for value in values)
+    per_sample = torch.func.vmap(torch.func.grad(loss, positions))(*stacked)
+    torch.testing.assert_close([g[2] for g in per_sample], list(expected))
+
+    directions = tuple(torch.randn_like(value) for value in values)
+    _, slope = torch.func.jvp(loss, values, directions)
+    along = sum((g * d).sum() for g, d in zip(expected, directions, strict=True))
+    torch.testing.assert_close(slope, along)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(v, d) for v, d in zip(values, directions, strict=True)]
+        torch.testing.assert_close(forward_ad.unpack_dual(loss(*duals)).tangent, along)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)

@@ -1,4 +1,4 @@
-"""Fails when an op lacks a layer: schema, kernel, fake, autograd, autocast, vmap, module, case, benchmark, docs."""
+"""Fails when an op lacks a layer, from its schema to its line in the README."""
 
 from __future__ import annotations
 

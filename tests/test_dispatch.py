@@ -18,13 +18,15 @@ FIRST = [next(iter(named(op))) for op in ops.__all__]
 
 
 class Recorder(TorchDispatchMode):
-    """The calls of fastconv's operators below autograd, forward and backward, with their arguments."""
+    """The calls of fastconv's operators below autograd, forward and backward."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function.namespace == "fastconv":
             self.calls.append((function, args))
         return function(*args, **(kwargs or {}))
@@ -32,7 +34,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_opcheck(case: Case) -> None:
-    """Schema, fake kernel, autograd registration and AOT dispatch of the op and of its backward op."""
+    """Schema, fake kernel, autograd registration and AOT dispatch of op and backward op."""
     arguments = case.arguments(requires_grad=True)
     with Recorder() as recorder:
         outputs = run(case.op, arguments)
@@ -124,7 +126,8 @@ def test_export_is_one_node(case: Case) -> None:
         torch.testing.assert_close(loaded(larger), module(larger))
 
 
-# ------------------------------------------------------------------------------------------- autocast
+# -------------------------------------------------------------------------------------------
+# autocast
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -195,13 +198,14 @@ def test_autocast_under_compile(case: Case) -> None:
         torch.testing.assert_close(found, expected)
 
 
-# ----------------------------------------------------------------------------------------------- vmap
+# -----------------------------------------------------------------------------------------------
+# vmap
 
 
 @pytest.mark.parametrize("which", ["input", "everything"])
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_vmap(case: Case, which: str) -> None:
-    """Over the input alone (one call on a larger batch where that is the same) and over all tensors."""
+    """Over the input alone, which is one call on a larger batch, and over all tensors."""
     samples = [case.arguments(seed=seed) for seed in range(3)]
     fixed = samples[0]
 
@@ -216,7 +220,12 @@ def test_vmap(case: Case, which: str) -> None:
 
     names = [name for name in case.shapes if is_mapped(name)]
     values = {name: stacked(name) for name in names}
-    dims = ({name: torch.utils._pytree.tree_map(lambda v: None if v is None else 1, values[name]) for name in names},)
+    dims = (
+        {
+            name: torch.utils._pytree.tree_map(lambda v: None if v is None else 1, values[name])
+            for name in names
+        },
+    )
     found = torch.vmap(lambda given: run(case.op, {**fixed, **given}), in_dims=dims)(values)
     for index, sample in enumerate(samples):
         given = {name: sample[name] for name in names}
@@ -224,7 +233,8 @@ def test_vmap(case: Case, which: str) -> None:
         torch.testing.assert_close([output[index] for output in found], expected)
 
 
-# ------------------------------------------------------------------------------------------- backends
+# -------------------------------------------------------------------------------------------
+# backends
 
 
 def test_use_backend_reaches_every_op() -> None:
@@ -241,7 +251,7 @@ def test_backend_errors_say_what_to_do() -> None:
     x = torch.randn(2, 3)
     with pytest.raises(ValueError, match="needed one of auto, cpu, cuda, triton, reference"):
         ops.add_relu(x, x, backend="cudnn")
-    with pytest.raises(RuntimeError, match="'cuda', which cannot run here: .+; leave the backend"):
+    with pytest.raises(RuntimeError, match=r"'cuda', which cannot run here: .+; leave the backend"):
         ops.add_relu(x, x, backend="cuda")
     with pytest.raises(RuntimeError, match="cannot run here"), fastconv.use_backend("triton"):
         pass
@@ -258,7 +268,9 @@ def test_use_backend_is_undone_after_an_error() -> None:
 def test_meta_tensors() -> None:
     for case in FIRST:
         arguments = case.arguments()
-        found = run(case.op, torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arguments))
+        found = run(
+            case.op, torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arguments)
+        )
         expected = run(case.op, arguments)
         assert [(o.shape, o.stride(), o.dtype) for o in found] == [
             (o.shape, o.stride(), o.dtype) for o in expected

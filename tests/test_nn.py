@@ -118,7 +118,14 @@ def test_pointwise_group_is_a_list_of_convs() -> None:
 
 def test_depthwise_separable() -> None:
     module = nn.DepthwiseSeparableConv2d(
-        6, 10, 3, stride=2, padding=1, multiplier=2, depthwise_activation="relu", padding_mode="reflect"
+        6,
+        10,
+        3,
+        stride=2,
+        padding=1,
+        multiplier=2,
+        depthwise_activation="relu",
+        padding_mode="reflect",
     )
     expected = module.pointwise(F.relu(module.depthwise(X)))
     torch.testing.assert_close(module(X), expected)
@@ -145,7 +152,9 @@ def test_representations_name_the_activation() -> None:
 
 def test_modules_compile_without_breaks() -> None:
     torch._dynamo.reset()
-    model = torch.nn.Sequential(nn.Conv2dReLU(6, 8, 3), nn.LocalResponseNorm(3), nn.DepthwiseConv2d(8, 8, 3))
+    model = torch.nn.Sequential(
+        nn.Conv2dReLU(6, 8, 3), nn.LocalResponseNorm(3), nn.DepthwiseConv2d(8, 8, 3)
+    )
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(X), model(X))
 

@@ -1,4 +1,4 @@
-"""Every op on every case, dtype and layout against float64, forward and backward, by the numerics policy."""
+"""Every op on every case, dtype and layout against float64, by the numerics policy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def test_forward(case: Case, dtype: torch.dtype, layout: str) -> None:
     oracles = run(case.op, mapped(arguments, Tensor.double), backend="reference")
     baselines = run(case.op, arguments, backend="reference")
     for output, oracle, baseline in zip(outputs, oracles, baselines, strict=True):
-        assert_close_to_oracle(output, oracle, baseline, what=str(case), border=border(case, output))
+        assert_close_to_oracle(
+            output, oracle, baseline, what=str(case), border=border(case, output)
+        )
         assert layout_of(output) == layout_of(baseline)
 
 
@@ -64,7 +66,9 @@ def arguments_off_the_kinks(case: Case, dtype: torch.dtype, layout: str) -> dict
     for seed in range(200):
         arguments = case.arguments(dtype, layout, seed=seed, requires_grad=True)
         with torch.no_grad():
-            if all(bool(away_from_kinks(v, a, dtype).all()) for v, a in preactivations(case, arguments)):
+            if all(
+                bool(away_from_kinks(v, a, dtype).all()) for v, a in preactivations(case, arguments)
+            ):
                 return arguments
     raise AssertionError(f"{case}: every seed has a value on a kink; make the case smaller")
 
@@ -155,7 +159,8 @@ def test_same_bits_every_time() -> None:
         assert torch.equal(one, other)
 
 
-# ----------------------------------------------------------------------------------------- edge values
+# ----------------------------------------------------------------------------------------- edge
+# values
 
 SPECIAL = [torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 1e-45, 3e38, 6.0, 5.9999995]
 

@@ -1,5 +1,6 @@
-// The argument checks that every backend's kernels share. fastconv/ops/_checks.py says the same in the same words
-// for tensors without data (fake, meta) and for the reference; tests/test_errors.py holds the two together.
+// The argument checks that every backend's kernels share. fastconv/ops/_checks.py says the same in
+// the same words for tensors without data (fake, meta) and for the reference; tests/test_errors.py
+// holds the two together.
 //
 // A message names the operator, what arrived, what was needed and the remedy.
 #pragma once
@@ -22,14 +23,16 @@ void check_floating(const char* op, const Tensor& input);
 void check_like_input(const char* op, const Tensor& input, const char* name, const Tensor& other);
 void check_same_shape(const char* op, const Tensor& input, const char* name, const Tensor& other);
 
-// Everything about a 2-d convolution's arguments, as torch.nn.functional.conv2d wants them. Returns its output size,
-// which is that of the residual (in a backward: of grad_output), too.
-IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                     const std::optional<Tensor>& residual, const ConvGeometry& geometry,
-                     const char* residual_name = "residual");
+// Everything about a 2-d convolution's arguments, as torch.nn.functional.conv2d wants them. Returns
+// its output size, which is that of the residual (in a backward: of grad_output), too.
+IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight,
+                     const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                     const ConvGeometry& geometry, const char* residual_name = "residual");
 void check_pointwise_weight(const char* op, const char* name, const Tensor& weight);
-// Weight [C * multiplier, 1, R, S]: one filter set for each of the input's channels. Returns C, the groups.
-int64_t check_depthwise_weight(const char* op, const char* name, const Tensor& input, const Tensor& weight);
+// Weight [C * multiplier, 1, R, S]: one filter set for each of the input's channels. Returns C, the
+// groups.
+int64_t check_depthwise_weight(const char* op, const char* name, const Tensor& input,
+                               const Tensor& weight);
 void check_local_response_norm(const char* op, const Tensor& input, int64_t size);
 void check_output_mask(const char* op, const std::vector<bool>& output_mask, size_t entries);
 

@@ -1,5 +1,5 @@
-// What fastconv uses of torch: the LibTorch stable ABI (2.10 and later) and nothing else, so that one build of
-// the library serves many versions of torch.
+// What fastconv uses of torch: the LibTorch stable ABI (2.10 and later) and nothing else, so that
+// one build of the library serves many versions of torch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -46,7 +46,8 @@ struct Unpack<std::tuple<Results...>> {
 
 }  // namespace detail
 
-// Calls an operator of torch by name. Its schema must have no Scalar argument: the stable ABI cannot carry one.
+// Calls an operator of torch by name. Its schema must have no Scalar argument: the stable ABI
+// cannot carry one.
 template <class Result, class... Args>
 Result call(const char* op, const char* overload, const Args&... args) {
   // Arguments go in and results come out in the same place.

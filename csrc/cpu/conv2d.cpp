@@ -1,9 +1,10 @@
 // conv2d_relu, conv2d_add_relu, pointwise_conv2d and their backward on the CPU.
 //
-// The convolution itself is oneDNN's, through torch's own fused operators, which take bias and residual in the
-// epilogue. Where oneDNN has no kernel for a 16-bit type on this processor, torch falls back to a slow one;
-// here such tensors are computed in fp32 and rounded once instead (10 to 70 times faster on an AVX2 machine, and
-// at least as exact). float64 and a torch without oneDNN go through aten::convolution.
+// The convolution itself is oneDNN's, through torch's own fused operators, which take bias and
+// residual in the epilogue. Where oneDNN has no kernel for a 16-bit type on this processor, torch
+// falls back to a slow one; here such tensors are computed in fp32 and rounded once instead (10 to
+// 70 times faster on an AVX2 machine, and at least as exact). float64 and a torch without oneDNN go
+// through aten::convolution.
 #include "cpu/conv2d.h"
 
 #include "cpu/activation.h"
@@ -13,7 +14,8 @@ namespace {
 
 bool torch_has(const char* query) {
   StableIValue answer[1];
-  return torch_call_dispatcher(query, "", answer, TORCH_ABI_VERSION) == 0 && torch::stable::detail::to<bool>(answer[0]);
+  return torch_call_dispatcher(query, "", answer, TORCH_ABI_VERSION) == 0 &&
+         torch::stable::detail::to<bool>(answer[0]);
 }
 
 // torch without oneDNN has neither the queries nor the fused operators.
@@ -22,7 +24,8 @@ bool onednn_computes(ScalarType dtype) {
   static const bool fp16 = torch_has("mkldnn::_is_mkldnn_fp16_supported");
   static const bool fp32 = [] {
     StableIValue answer[1];
-    return torch_call_dispatcher("mkldnn::_is_mkldnn_bf16_supported", "", answer, TORCH_ABI_VERSION) == 0;
+    return torch_call_dispatcher("mkldnn::_is_mkldnn_bf16_supported", "", answer,
+                                 TORCH_ABI_VERSION) == 0;
   }();
   switch (dtype) {
     case ScalarType::Float:
@@ -44,24 +47,30 @@ std::optional<Tensor> dense(const std::optional<Tensor>& bias) {
   return bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
 }
 
-// conv2d(input, weight) + bias [+ residual]. The fused operators ignore a bias's stride. oneDNN could take ReLU along, too, but its ReLU turns NaN into 0, which
-// would hide a diverged training run.
-Tensor onednn_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                          const std::optional<Tensor>& residual, const ConvGeometry& geometry) {
+// conv2d(input, weight) + bias [+ residual]. The fused operators ignore a bias's stride. oneDNN
+// could take ReLU along, too, but its ReLU turns NaN into 0, which would hide a diverged training
+// run.
+Tensor onednn_convolution(const Tensor& input, const Tensor& weight,
+                          const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                          const ConvGeometry& geometry) {
   const torch::headeronly::HeaderOnlyArrayRef<double> no_scalars;
   if (residual) {
-    return call<Tensor>("mkldnn::_convolution_pointwise", "binary", input, *residual, weight, dense(bias), geometry.padding,
-                        geometry.stride, geometry.dilation, geometry.groups, std::string("add"), std::nullopt,
-                        std::nullopt, no_scalars, std::nullopt);
+    return call<Tensor>("mkldnn::_convolution_pointwise", "binary", input, *residual, weight,
+                        dense(bias), geometry.padding, geometry.stride, geometry.dilation,
+                        geometry.groups, std::string("add"), std::nullopt, std::nullopt, no_scalars,
+                        std::nullopt);
   }
-  return call<Tensor>("mkldnn::_convolution_pointwise", "", input, weight, dense(bias), geometry.padding, geometry.stride,
-                      geometry.dilation, geometry.groups, std::string("none"), no_scalars, std::nullopt);
+  return call<Tensor>("mkldnn::_convolution_pointwise", "", input, weight, dense(bias),
+                      geometry.padding, geometry.stride, geometry.dilation, geometry.groups,
+                      std::string("none"), no_scalars, std::nullopt);
 }
 
-Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                        const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation) {
-  Tensor output = call<Tensor>("aten::convolution", "", input, weight, bias, geometry.stride, geometry.padding,
-                               geometry.dilation, false, IntList{0, 0}, geometry.groups);
+Tensor aten_convolution(const Tensor& input, const Tensor& weight,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                        const ConvGeometry& geometry, Activation activation) {
+  Tensor output =
+      call<Tensor>("aten::convolution", "", input, weight, bias, geometry.stride, geometry.padding,
+                   geometry.dilation, false, IntList{0, 0}, geometry.groups);
   if (residual) {
     add_activation_inplace(output, *residual, activation);
   } else {
@@ -70,51 +79,57 @@ Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::op
   return output;
 }
 
-// The gradient of the bias. aten adds in pairs, oneDNN one pixel after the other: ten times the rounding error.
+// The gradient of the bias. aten adds in pairs, oneDNN one pixel after the other: ten times the
+// rounding error.
 Tensor sum_over_pixels(const Tensor& grad) {
-  return call<Tensor>("aten::sum", "dim_IntList", grad, std::optional<IntList>(IntList{0, 2, 3}), false,
-                      std::optional<ScalarType>());
+  return call<Tensor>("aten::sum", "dim_IntList", grad, std::optional<IntList>(IntList{0, 2, 3}),
+                      false, std::optional<ScalarType>());
 }
 
 }  // namespace
 
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation) {
+                   const std::optional<Tensor>& residual, const ConvGeometry& geometry,
+                   Activation activation) {
   const ScalarType dtype = input.scalar_type();
   const bool through_fp32 = is_low_precision(dtype) && !onednn_computes(dtype);
   if (input.numel() == 0 || !(onednn_computes(dtype) || through_fp32)) {
     return aten_convolution(input, weight, bias, residual, geometry, activation);
   }
   constexpr ScalarType kFp32 = ScalarType::Float;
-  // Rounding first lets the activation pass over half of the bytes; it changes neither sign nor order.
+  // Rounding first lets the activation pass over half of the bytes; it changes neither sign nor
+  // order.
   const Tensor output =
-      through_fp32 ? torch::stable::to(onednn_convolution(torch::stable::to(input, kFp32),
-                                                          torch::stable::to(weight, kFp32), to_dtype(bias, kFp32),
-                                                          to_dtype(residual, kFp32), geometry),
-                                       dtype)
-                   : onednn_convolution(input, weight, bias, residual, geometry);
+      through_fp32
+          ? torch::stable::to(onednn_convolution(
+                                  torch::stable::to(input, kFp32), torch::stable::to(weight, kFp32),
+                                  to_dtype(bias, kFp32), to_dtype(residual, kFp32), geometry),
+                              dtype)
+          : onednn_convolution(input, weight, bias, residual, geometry);
   activation_inplace(output, activation);
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output, const Tensor& input,
-                                                        const Tensor& weight, const ConvGeometry& geometry,
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output,
+                                                        const Tensor& input, const Tensor& weight,
+                                                        const ConvGeometry& geometry,
                                                         std::array<bool, 3> mask) {
   const ScalarType dtype = input.scalar_type();
   if (is_low_precision(dtype) && !onednn_computes(dtype)) {
     constexpr ScalarType kCompute = ScalarType::Float;
-    auto [grad_input, grad_weight, grad_bias] =
-        convolution_backward(torch::stable::to(grad_output, kCompute), torch::stable::to(input, kCompute),
-                             torch::stable::to(weight, kCompute), geometry, mask);
+    auto [grad_input, grad_weight, grad_bias] = convolution_backward(
+        torch::stable::to(grad_output, kCompute), torch::stable::to(input, kCompute),
+        torch::stable::to(weight, kCompute), geometry, mask);
     return {torch::stable::to(grad_input, dtype), torch::stable::to(grad_weight, dtype),
             torch::stable::to(grad_bias, dtype)};
   }
   const std::array<bool, 3> convolved{mask[0], mask[1], false};
   auto [grad_input, grad_weight, unused] = call<std::tuple<Tensor, Tensor, Tensor>>(
-      "aten::convolution_backward", "", grad_output, input, weight, std::optional<IntList>(), geometry.stride,
-      geometry.padding, geometry.dilation, false, IntList{0, 0}, geometry.groups,
+      "aten::convolution_backward", "", grad_output, input, weight, std::optional<IntList>(),
+      geometry.stride, geometry.padding, geometry.dilation, false, IntList{0, 0}, geometry.groups,
       torch::headeronly::HeaderOnlyArrayRef<bool>(convolved.data(), convolved.size()));
-  return {mask[0] ? grad_input : empty_gradient(input), mask[1] ? grad_weight : empty_gradient(input),
+  return {mask[0] ? grad_input : empty_gradient(input),
+          mask[1] ? grad_weight : empty_gradient(input),
           mask[2] ? sum_over_pixels(grad_output) : empty_gradient(input)};
 }
 
@@ -122,25 +137,28 @@ Tensor empty_gradient(const Tensor& like) { return torch::stable::new_empty(like
 
 namespace {
 
-Tensor conv2d_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntList stride,
-                   IntList padding, IntList dilation, int64_t groups, std::string activation) {
+Tensor conv2d_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   IntList stride, IntList padding, IntList dilation, int64_t groups,
+                   std::string activation) {
   constexpr auto kOp = "fastconv::conv2d_relu";
   const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
   check_conv2d(kOp, input, weight, bias, std::nullopt, geometry);
-  return convolution(input, weight, bias, std::nullopt, geometry, parse_activation(kOp, activation));
+  return convolution(input, weight, bias, std::nullopt, geometry,
+                     parse_activation(kOp, activation));
 }
 
 Tensor conv2d_add_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                       const Tensor& residual, IntList stride, IntList padding, IntList dilation, int64_t groups,
-                       std::string activation) {
+                       const Tensor& residual, IntList stride, IntList padding, IntList dilation,
+                       int64_t groups, std::string activation) {
   constexpr auto kOp = "fastconv::conv2d_add_relu";
   const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
   check_conv2d(kOp, input, weight, bias, residual, geometry);
   return convolution(input, weight, bias, residual, geometry, parse_activation(kOp, activation));
 }
 
-Tensor pointwise_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                        const std::optional<Tensor>& residual, IntList stride, std::string activation) {
+Tensor pointwise_conv2d(const Tensor& input, const Tensor& weight,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                        IntList stride, std::string activation) {
   constexpr auto kOp = "fastconv::pointwise_conv2d";
   const ConvGeometry geometry{std::move(stride), {0, 0}, {1, 1}, 1};
   check_pointwise_weight(kOp, "weight", weight);
@@ -148,24 +166,25 @@ Tensor pointwise_conv2d(const Tensor& input, const Tensor& weight, const std::op
   return convolution(input, weight, bias, residual, geometry, parse_activation(kOp, activation));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad_output,
-                                                           const std::optional<Tensor>& output, const Tensor& input,
-                                                           const Tensor& weight, IntList stride, IntList padding,
-                                                           IntList dilation, int64_t groups, std::string activation,
-                                                           std::vector<bool> output_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
+    const Tensor& grad_output, const std::optional<Tensor>& output, const Tensor& input,
+    const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups,
+    std::string activation, std::vector<bool> output_mask) {
   constexpr auto kOp = "fastconv::conv2d_backward";
   const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
   check_output_mask(kOp, output_mask, 4);
   check_conv2d(kOp, input, weight, std::nullopt, grad_output, geometry, "grad_output");
   const Activation kind = parse_activation(kOp, activation);
-  STD_TORCH_CHECK(output || kind == Activation::kNone, kOp,
-                  ": got no output, needed it for the activation's mask; pass the forward's output");
-  const Tensor grad = kind == Activation::kNone ? grad_output : activation_backward(grad_output, *output, kind);
-  auto [grad_input, grad_weight, grad_bias] =
-      convolution_backward(grad, input, weight, geometry, {output_mask[0], output_mask[1], output_mask[2]});
-  Tensor grad_residual = !output_mask[3]                ? empty_gradient(input)
+  STD_TORCH_CHECK(
+      output || kind == Activation::kNone, kOp,
+      ": got no output, needed it for the activation's mask; pass the forward's output");
+  const Tensor grad =
+      kind == Activation::kNone ? grad_output : activation_backward(grad_output, *output, kind);
+  auto [grad_input, grad_weight, grad_bias] = convolution_backward(
+      grad, input, weight, geometry, {output_mask[0], output_mask[1], output_mask[2]});
+  Tensor grad_residual = !output_mask[3]             ? empty_gradient(input)
                          : kind == Activation::kNone ? torch::stable::clone(grad)
-                                                        : grad;
+                                                     : grad;
   return {grad_input, grad_weight, grad_bias, grad_residual};
 }
 

@@ -1,4 +1,4 @@
-"""The ops as modules: subclasses of torch.nn's where there is one, with its constructor and state_dict."""
+"""The ops as modules: subclasses of torch.nn's where it has one, same state_dict."""
 
 from .add_relu import AddReLU
 from .conv2d_add_relu import Conv2dAddReLU

@@ -10,7 +10,7 @@ from ..ops._checks import ACTIVATIONS
 
 
 def pad(module: torch.nn.Conv2d, input: Tensor) -> tuple[Tensor, int | str | tuple[int, ...]]:
-    """The input and the padding that is left for the op: the ops themselves pad with zeros alone."""
+    """The input and the padding left for the op, which itself pads with zeros alone."""
     if module.padding_mode == "zeros":
         return input, module.padding
     return F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0

@@ -14,8 +14,8 @@ from ._base import checked_activation, pad
 class Conv2dAddReLU(torch.nn.Conv2d):
     """``torch.nn.Conv2d``, plus a residual, then a ReLU, in one op.
 
-    Takes the arguments of ``torch.nn.Conv2d`` and has its parameters and state_dict; ``forward`` takes the residual
-    as its second argument.
+    Takes the arguments of ``torch.nn.Conv2d`` and has its parameters and state_dict; ``forward``
+    takes the residual as its second argument.
 
     Args:
         activation: ``"relu"``, ``"relu6"`` or ``"none"``.

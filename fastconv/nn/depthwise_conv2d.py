@@ -12,9 +12,11 @@ from ._base import checked_activation, pad, require
 
 
 class DepthwiseConv2d(torch.nn.Conv2d):
-    """``torch.nn.Conv2d`` with as many groups as input channels, and optionally an activation, in one op.
+    """``torch.nn.Conv2d`` with as many groups as input channels, and optionally an activation, in
+    one op.
 
-    Takes the arguments of ``torch.nn.Conv2d`` (``groups`` may be left out) and has its parameters and state_dict.
+    Takes the arguments of ``torch.nn.Conv2d`` (``groups`` may be left out) and has its parameters
+    and state_dict.
 
     Args:
         activation: ``"none"``, ``"relu"`` or ``"relu6"``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from ._base import checked_activation, pad
 class DepthwiseSeparableConv2d(torch.nn.Module):
     """A depthwise ``torch.nn.Conv2d`` and the 1x1 ``torch.nn.Conv2d`` that follows it, in one op.
 
-    The two convolutions are the submodules ``depthwise`` and ``pointwise``, which name the state_dict.
+    The two convolutions are the submodules ``depthwise`` and ``pointwise``, which name the
+    state_dict.
 
     Args:
         in_channels: C.
@@ -23,8 +24,8 @@ class DepthwiseSeparableConv2d(torch.nn.Module):
             ``torch.nn.Conv2d``.
         multiplier: filters for each input channel.
         bias: whether the two convolutions have one.
-        depthwise_activation, pointwise_activation: ``"none"``, ``"relu"`` or ``"relu6"``; between the two
-            convolutions and after them.
+        depthwise_activation, pointwise_activation: ``"none"``, ``"relu"`` or ``"relu6"``; between
+            the two convolutions and after them.
         device, dtype: as for ``torch.nn.Conv2d``.
 
     Shape: [N, C, H, W] or [C, H, W] to [N, K, P, Q] or [K, P, Q].
@@ -40,7 +41,7 @@ class DepthwiseSeparableConv2d(torch.nn.Module):
         dilation: int | tuple[int, int] = 1,
         multiplier: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         *,
         depthwise_activation: str = "none",
         pointwise_activation: str = "none",

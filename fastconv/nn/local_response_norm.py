@@ -9,7 +9,8 @@ from .. import ops
 
 
 class LocalResponseNorm(torch.nn.LocalResponseNorm):
-    """``torch.nn.LocalResponseNorm`` in one pass each way; takes its arguments, and has no parameters either.
+    """``torch.nn.LocalResponseNorm`` in one pass each way; takes its arguments, and has no
+    parameters either.
 
     Shape: [N, C, ...] to the same.
     """

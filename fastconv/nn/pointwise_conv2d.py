@@ -12,10 +12,11 @@ from ._base import checked_activation, require
 
 
 class PointwiseConv2d(torch.nn.Conv2d):
-    """``torch.nn.Conv2d`` with a 1x1 filter, and optionally a residual and an activation, in one op.
+    """``torch.nn.Conv2d`` with a 1x1 filter, and optionally a residual and an activation, in one
+    op.
 
-    Takes the arguments of ``torch.nn.Conv2d`` (the filter's size may be left out) and has its parameters and
-    state_dict; ``forward`` takes an optional residual as its second argument.
+    Takes the arguments of ``torch.nn.Conv2d`` (the filter's size may be left out) and has its
+    parameters and state_dict; ``forward`` takes an optional residual as its second argument.
 
     Args:
         activation: ``"none"``, ``"relu"`` or ``"relu6"``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from ._base import checked_activation
 
 
 class PointwiseConv2dGroup(torch.nn.ModuleList):
-    """Several 1x1 convolutions of one input, in one op: a ``torch.nn.ModuleList`` of ``torch.nn.Conv2d``.
+    """Several 1x1 convolutions of one input, in one op: a ``torch.nn.ModuleList`` of
+    ``torch.nn.Conv2d``.
 
     Args:
         in_channels: C.
@@ -42,9 +43,10 @@ class PointwiseConv2dGroup(torch.nn.ModuleList):
         self.activation = checked_activation(self, activation)
 
     def forward(self, input: Tensor) -> list[Tensor]:
+        convs = cast(list[torch.nn.Conv2d], list(self))
         return ops.pointwise_conv2d_group(
             input,
-            [conv.weight for conv in self],
-            [conv.bias for conv in self],
+            [conv.weight for conv in convs],
+            [conv.bias for conv in convs],
             activation=self.activation,
         )

@@ -1,6 +1,7 @@
 """The argument checks of csrc/common/checks.cpp, for tensors without data and for the reference.
 
-The words are the same in both places: tests/test_errors.py runs one table of bad arguments against them all.
+The words are the same in both places: tests/test_errors.py runs one table of bad arguments against
+them all.
 """
 
 from __future__ import annotations
@@ -185,12 +186,7 @@ def depthwise_weight(op: str, name: str, input: Tensor, weight: Tensor) -> int:
     """Returns the number of groups, which is the input's number of channels."""
     _four_dimensions(op, "input", input, "(N, C, H, W)")
     channels = input.shape[1]
-    if (
-        weight.dim() != 4
-        or weight.shape[1] != 1
-        or channels == 0
-        or weight.shape[0] % channels
-    ):
+    if weight.dim() != 4 or weight.shape[1] != 1 or channels == 0 or weight.shape[0] % channels:
         fail(
             op,
             f"{name} of shape {_shape(weight)}",

@@ -1,6 +1,7 @@
 """What the convolution ops share: reading arguments, activations, gradients and second gradients.
 
-Letters: N batch, C input channels, H W input pixels, K output channels, R S filter, P Q output pixels.
+Letters: N batch, C input channels, H W input pixels, K output channels, R S filter, P Q output
+pixels.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Size2 = int | Sequence[int]
 Padding = int | Sequence[int] | str
 
 
-# ---------------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------------------------- arguments
 
 
 def pair(value: Size2) -> list[int]:
@@ -30,7 +31,7 @@ def pair(value: Size2) -> list[int]:
 
 
 def batch(input: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """An unbatched [C, H, W] as a batch of one, and what brings the result back to the caller's form."""
+    """An unbatched [C, H, W] as a batch of one, and what takes the batch off the result."""
     if input.dim() == 3:
         return input.unsqueeze(0), _first
     return input, as_it_is
@@ -49,8 +50,8 @@ def resolve_padding(
 ) -> tuple[Tensor, list[int]]:
     """``"same"`` and ``"valid"`` in numbers.
 
-    "same" keeps H and W. Where that takes an odd number of rows or columns, the input itself is padded with the
-    last of them (bottom, right), as ``torch.nn.functional.conv2d`` does.
+    "same" keeps H and W. Where that takes an odd number of rows or columns, the input itself is
+    padded with the last of them (bottom, right), as ``torch.nn.functional.conv2d`` does.
     """
     if not isinstance(padding, str):
         return input, pair(padding)
@@ -59,7 +60,9 @@ def resolve_padding(
     if padding != "same":
         _checks.fail(op, f"padding '{padding}'", "integers, 'same' or 'valid'", "pass one of them")
     if any(step != 1 for step in stride):
-        _checks.fail(op, f"padding 'same' with stride {stride}", "stride 1", "pass the padding in numbers")
+        _checks.fail(
+            op, f"padding 'same' with stride {stride}", "stride 1", "pass the padding in numbers"
+        )
     total = [d * (r - 1) for d, r in zip(dilation, weight.shape[2:], strict=True)]
     odd = [t % 2 for t in total]
     if any(odd):
@@ -67,7 +70,7 @@ def resolve_padding(
     return input, [t // 2 for t in total]
 
 
-# --------------------------------------------------------------------------------------------- activations
+# -------------------------------------------------------------------------------------- activations
 
 
 def activate(value: Tensor, activation: str) -> Tensor:
@@ -88,7 +91,7 @@ def mask(grad: Tensor, output: Tensor | None, activation: str) -> Tensor:
     return grad
 
 
-# ------------------------------------------------------------------------------------- convolution, in aten
+# ------------------------------------------------------------------------------ convolution in aten
 
 
 class Convolution:
@@ -127,10 +130,12 @@ def total(terms: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def autocast_with_residual(position: int, convolve: Callable[..., Tensor]) -> AutocastRule:
-    """The autocast rule for a convolution that adds the residual at this position among its arguments.
+    """The autocast rule for a convolution that adds the residual at this position among its
+    arguments.
 
-    Eager adds a residual that is wider than the convolution's result in the residual's dtype; that sum is not fused.
-    `convolve` takes the operator's arguments and leaves out residual and activation.
+    Eager adds a residual that is wider than the convolution's result in the residual's dtype; that
+    sum is not fused. `convolve` takes the operator's arguments and leaves out residual and
+    activation.
     """
 
     def rule(function: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Any:
@@ -143,11 +148,16 @@ def autocast_with_residual(position: int, convolve: Callable[..., Tensor]) -> Au
     return rule
 
 
-# ------------------------------------------- conv2d_backward: shared by every op that is one convolution
+# ---------------------------------------------------------------------------------- conv2d_backward
 
 
 def empty_gradient(like: Tensor) -> Tensor:
     return like.new_empty([0])
+
+
+def masked_like(grad: Tensor, output: Tensor | None) -> Tensor:
+    """The gradient before the activation, for its layout: the activation's output's, if any."""
+    return grad if output is None else torch.empty_like(output)
 
 
 def where_wanted(
@@ -196,7 +206,7 @@ def _fake(
     geometry = (stride, padding, dilation, groups)
     _checks.conv2d(op, input, weight, None, grad_output, *geometry, "grad_output")
     _checks.activation(op, activation)
-    grad = grad_output if activation == "none" else torch.empty_like(output)
+    grad = masked_like(grad_output, output)
     found = fake_gradients(grad, input, weight, *geometry)
     return where_wanted(found, output_mask, input)
 
@@ -215,11 +225,13 @@ def _backward(
     gg_bias: Tensor | None,
     gg_residual: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradient of (grad_input, grad_weight, grad_bias, grad_residual), a bilinear map of grad and (weight, input)."""
+    """The gradient of the four gradients, which are bilinear in grad_output and (weight, input)."""
     grad_output, output, input, weight = ctx.saved_tensors
     gg_input, gg_weight, gg_bias, gg_residual = (
         gg if wanted else None
-        for gg, wanted in zip((gg_input, gg_weight, gg_bias, gg_residual), ctx.output_mask, strict=True)
+        for gg, wanted in zip(
+            (gg_input, gg_weight, gg_bias, gg_residual), ctx.output_mask, strict=True
+        )
     )
     conv = ctx.convolution
     grad = mask(grad_output, output, ctx.activation)
@@ -245,7 +257,9 @@ conv2d_backward = Operator(
 )
 
 
-def save_for_backward(ctx: Any, activation: str, output: Tensor, input: Tensor, weight: Tensor) -> None:
+def save_for_backward(
+    ctx: Any, activation: str, output: Tensor, input: Tensor, weight: Tensor
+) -> None:
     """Keeps what `gradients` needs; the output only where there is a mask to read from it."""
     ctx.activation = activation
     ctx.set_materialize_grads(False)
@@ -258,11 +272,9 @@ def gradients(
     geometry: tuple[list[int], list[int], list[int], int],
     wanted: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of input, weight, bias and residual; None where not wanted, or where there is none to pass on."""
+    """Gradients of input, weight, bias and residual; None where not wanted or not to be had."""
     if grad is None or not any(wanted):
         return None, None, None, None
     output, input, weight = ctx.saved_tensors
-    found = conv2d_backward(
-        grad, output, input, weight, *geometry, ctx.activation, list(wanted)
-    )
+    found = conv2d_backward(grad, output, input, weight, *geometry, ctx.activation, list(wanted))
     return tuple(g if want else None for g, want in zip(found, wanted, strict=True))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _conv
-from ._registration import Operator
+from ._registration import Operator, PublicOperator
 
 _NAME = "add_relu"
 
@@ -17,7 +17,8 @@ _NAME = "add_relu"
 def add_relu(
     input: Tensor, other: Tensor, *, activation: str = "relu", backend: str | None = None
 ) -> Tensor:
-    """``relu(input + other)`` in one pass; broadcasts and promotes dtypes as ``input + other`` does.
+    """``relu(input + other)`` in one pass; broadcasts and promotes dtypes as ``input + other``
+    does.
 
     The backward keeps the output alone, whose sign is the ReLU's mask. Differentiable twice.
 
@@ -33,7 +34,8 @@ def add_relu(
     Raises:
         RuntimeError: an argument does not fit; the message names what arrived and what was needed.
 
-    Source: He et al. 2016, "Deep Residual Learning for Image Recognition", equation 1 with the ReLU after it.
+    Source: He et al. 2016, "Deep Residual Learning for Image Recognition", equation 1 with the ReLU
+    after it.
     """
     if input.shape != other.shape and _broadcast(input, other):
         input, other = torch.broadcast_tensors(input, other)
@@ -70,16 +72,14 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad, grad, None
 
 
-def _autocast_promote(
-    function: Callable[..., Any], device: str, args: tuple[Any, ...]
-) -> Tensor:
+def _autocast_promote(function: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Tensor:
     """As autocast leaves ``input + other``: in the wider of their dtypes."""
     input, other, activation = args
     dtype = torch.promote_types(input.dtype, other.dtype)
     return function(input.to(dtype), other.to(dtype), activation)
 
 
-# -------------------------------------------------------------------------------------------------- backward
+# ----------------------------------------------------------------------------------------- backward
 
 
 def _fake_backward(grad_output: Tensor, output: Tensor, activation: str) -> Tensor:
@@ -97,7 +97,7 @@ def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _double_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
-    """The mask is linear in the gradient, and constant in the output wherever it is differentiable."""
+    """The mask is linear in the gradient, and constant in the output almost everywhere."""
     (output,) = ctx.saved_tensors
     return add_relu_backward(gg, output, ctx.activation), None, None
 
@@ -109,7 +109,7 @@ add_relu_backward = Operator(
     backward=_double_backward,
     fold_batch=(0, 1),
 )
-_operator = Operator(
+_operator = PublicOperator(
     _NAME,
     reference=_reference,
     setup_context=_setup_context,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _conv
-from ._registration import Operator
+from ._registration import PublicOperator
 
 _NAME = "conv2d_add_relu"
 _RESIDUAL = 3
@@ -27,10 +27,12 @@ def conv2d_add_relu(
     activation: str = "relu",
     backend: str | None = None,
 ) -> Tensor:
-    """``relu(conv2d(input, weight, bias) + residual)``: the residual is added in the convolution's epilogue.
+    """``relu(conv2d(input, weight, bias) + residual)``: the residual is added in the convolution's
+    epilogue.
 
     Args:
-        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16, in any memory layout.
+        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16, in any memory
+            layout.
         weight: [K, C / groups, R, S], dtype and device of `input`.
         bias: [K] or None.
         residual: the shape of the result, dtype and device of `input`; it is not broadcast.
@@ -39,13 +41,14 @@ def conv2d_add_relu(
         backend: see :func:`fastconv.use_backend`.
 
     Returns:
-        [N, K, P, Q] as for :func:`conv2d_relu`. In 16-bit types the sum is rounded once, where eager rounds the
-        convolution and then the sum.
+        [N, K, P, Q] as for :func:`conv2d_relu`. In 16-bit types the sum is rounded once, where
+        eager rounds the convolution and then the sum.
 
     Raises:
         RuntimeError: an argument does not fit; the message names what arrived and what was needed.
 
-    Source: He et al. 2016, "Deep Residual Learning for Image Recognition", equation 1 with the ReLU after it.
+    Source: He et al. 2016, "Deep Residual Learning for Image Recognition", equation 1 with the ReLU
+    after it.
     """
     input, unbatch = _conv.batch(input)
     if unbatch is not _conv.as_it_is:
@@ -100,7 +103,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     return *found, *[None] * 5
 
 
-_operator = Operator(
+_operator = PublicOperator(
     _NAME,
     reference=_reference,
     setup_context=_setup_context,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _conv
-from ._registration import Operator, autocast_to_low_precision
+from ._registration import PublicOperator, autocast_to_low_precision
 
 _NAME = "conv2d_relu"
 
@@ -27,37 +27,38 @@ def conv2d_relu(
 ) -> Tensor:
     """``relu(conv2d(input, weight, bias))`` without a pass of its own for bias or ReLU.
 
-    The backward saves what eager's convolution followed by an in-place ReLU saves: input, weight and output, whose
-    sign is the ReLU's mask. Differentiable twice.
+    The backward saves what eager's convolution followed by an in-place ReLU saves: input, weight
+    and output, whose sign is the ReLU's mask. Differentiable twice.
 
     Args:
-        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16, in any memory layout.
+        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16, in any memory
+            layout.
         weight: [K, C / groups, R, S], dtype and device of `input`.
         bias: [K] or None.
         stride: int or (height, width), at least 1.
         padding: int or (height, width), at least 0; or ``"same"`` (stride 1 only) or ``"valid"``.
         dilation: int or (height, width), at least 1.
         groups: divides C and K.
-        activation: ``"relu"``, or ``"relu6"`` for min(max(v, 0), 6); ``"none"`` for the plain convolution.
+        activation: ``"relu"``, or ``"relu6"`` for min(max(v, 0), 6); ``"none"`` for the plain
+            convolution.
         backend: see :func:`fastconv.use_backend`.
 
     Returns:
-        [N, K, P, Q] with P = (H + 2 * padding - dilation * (R - 1) - 1) // stride + 1, Q likewise; the memory layout
-        is that of ``torch.nn.functional.conv2d``. 16-bit types are accumulated in float32.
+        [N, K, P, Q] with P = (H + 2 * padding - dilation * (R - 1) - 1) // stride + 1, Q likewise;
+        the memory layout is that of ``torch.nn.functional.conv2d``. 16-bit types are accumulated in
+        float32.
 
     Raises:
         RuntimeError: an argument does not fit; the message names what arrived and what was needed.
 
-    Source: Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural Networks", section 3.1
-    (ReLU); Howard et al. 2017, "MobileNets" (ReLU6).
+    Source: Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural
+    Networks", section 3.1 (ReLU); Howard et al. 2017, "MobileNets" (ReLU6).
     """
     input, unbatch = _conv.batch(input)
     stride, dilation = _conv.pair(stride), _conv.pair(dilation)
     input, padding = _conv.resolve_padding(_NAME, input, weight, stride, padding, dilation)
     return unbatch(
-        _operator.run(
-            backend, input, weight, bias, stride, padding, dilation, groups, activation
-        )
+        _operator.run(backend, input, weight, bias, stride, padding, dilation, groups, activation)
     )
 
 
@@ -88,7 +89,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     return *found[:3], *[None] * 5
 
 
-_operator = Operator(
+_operator = PublicOperator(
     _NAME,
     reference=_reference,
     setup_context=_setup_context,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _conv
-from ._registration import Operator, autocast_to_low_precision
+from ._registration import PublicOperator, autocast_to_low_precision
 
 _NAME = "depthwise_conv2d"
 
@@ -27,9 +27,10 @@ def depthwise_conv2d(
     """``activation(conv2d(input, weight, bias, groups=C))``: every channel has filters of its own.
 
     Args:
-        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16, in any memory layout.
-        weight: [C * M, 1, R, S] with the channel multiplier M, dtype and device of `input`. Filters c * M to
-            c * M + M - 1 read channel c.
+        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16, in any memory
+            layout.
+        weight: [C * M, 1, R, S] with the channel multiplier M, dtype and device of `input`. Filters
+            c * M to c * M + M - 1 read channel c.
         bias: [C * M] or None.
         stride: int or (height, width), at least 1.
         padding: int or (height, width), at least 0; or ``"same"`` (stride 1 only) or ``"valid"``.
@@ -38,14 +39,15 @@ def depthwise_conv2d(
         backend: see :func:`fastconv.use_backend`.
 
     Returns:
-        [N, C * M, P, Q] with P = (H + 2 * padding - dilation * (R - 1) - 1) // stride + 1, Q likewise; the memory
-        layout is that of ``torch.nn.functional.conv2d``. 16-bit types are accumulated in float32.
+        [N, C * M, P, Q] with P = (H + 2 * padding - dilation * (R - 1) - 1) // stride + 1, Q
+        likewise; the memory layout is that of ``torch.nn.functional.conv2d``. 16-bit types are
+        accumulated in float32.
 
     Raises:
         RuntimeError: an argument does not fit; the message names what arrived and what was needed.
 
-    Source: Howard et al. 2017, "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision
-    Applications", equation 3; Chollet 2017, "Xception" (channel multiplier 1).
+    Source: Howard et al. 2017, "MobileNets: Efficient Convolutional Neural Networks for Mobile
+    Vision Applications", equation 3; Chollet 2017, "Xception" (channel multiplier 1).
     """
     input, unbatch = _conv.batch(input)
     stride, dilation = _conv.pair(stride), _conv.pair(dilation)
@@ -83,7 +85,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     return *found[:3], *[None] * 4
 
 
-_operator = Operator(
+_operator = PublicOperator(
     _NAME,
     reference=_reference,
     setup_context=_setup_context,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _conv
-from ._registration import Operator, autocast_to_low_precision
+from ._registration import Operator, PublicOperator, autocast_to_low_precision
 
 _NAME = "depthwise_separable_conv2d"
 
@@ -28,13 +28,17 @@ def depthwise_separable_conv2d(
     pointwise_activation: str = "none",
     backend: str | None = None,
 ) -> Tensor:
-    """A depthwise convolution and the 1x1 convolution that mixes its channels, each with bias and activation.
+    """A depthwise convolution and the 1x1 convolution that mixes its channels, each with bias and
+    activation.
 
-    The backward keeps neither the depthwise result nor its mask; it computes them again. Differentiable twice.
+    The backward keeps neither the depthwise result nor its mask; it computes them again.
+    Differentiable twice.
 
     Args:
-        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16, in any memory layout.
-        depthwise_weight: [C * M, 1, R, S] with the channel multiplier M, dtype and device of `input`.
+        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16, in any memory
+            layout.
+        depthwise_weight: [C * M, 1, R, S] with the channel multiplier M, dtype and device of
+            `input`.
         pointwise_weight: [K, C * M, 1, 1], likewise.
         depthwise_bias: [C * M] or None.
         pointwise_bias: [K] or None.
@@ -46,14 +50,14 @@ def depthwise_separable_conv2d(
         backend: see :func:`fastconv.use_backend`.
 
     Returns:
-        [N, K, P, Q] with P = (H + 2 * padding - dilation * (R - 1) - 1) // stride + 1, Q likewise; the memory
-        layout is that of two calls of ``torch.nn.functional.conv2d``.
+        [N, K, P, Q] with P = (H + 2 * padding - dilation * (R - 1) - 1) // stride + 1, Q likewise;
+        the memory layout is that of two calls of ``torch.nn.functional.conv2d``.
 
     Raises:
         RuntimeError: an argument does not fit; the message names what arrived and what was needed.
 
-    Source: Chollet 2017, "Xception: Deep Learning with Depthwise Separable Convolutions"; Howard et al. 2017,
-    "MobileNets", section 3.1.
+    Source: Chollet 2017, "Xception: Deep Learning with Depthwise Separable Convolutions"; Howard et
+    al. 2017, "MobileNets", section 3.1.
     """
     input, unbatch = _conv.batch(input)
     stride, dilation = _conv.pair(stride), _conv.pair(dilation)
@@ -100,9 +104,7 @@ def _reference(
         F.conv2d(input, depthwise_weight, depthwise_bias, stride, padding, dilation, groups),
         depthwise_activation,
     )
-    _checks.conv2d(
-        _NAME, hidden, pointwise_weight, pointwise_bias, None, [1, 1], [0, 0], [1, 1], 1
-    )
+    _checks.conv2d(_NAME, hidden, pointwise_weight, pointwise_bias, None, [1, 1], [0, 0], [1, 1], 1)
     return _conv.activate(F.conv2d(hidden, pointwise_weight, pointwise_bias), pointwise_activation)
 
 
@@ -142,7 +144,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     return *(g if want else None for g, want in zip(found, wanted, strict=True)), *[None] * 5
 
 
-# -------------------------------------------------------------------------------------------------- backward
+# ----------------------------------------------------------------------------------------- backward
 
 
 def _fake_backward(
@@ -163,7 +165,7 @@ def _fake_backward(
     _checks.activation("depthwise_separable_conv2d_backward", pointwise_activation)
     depthwise = (stride, padding, dilation, input.shape[1])
     hidden = F.conv2d(input, depthwise_weight, depthwise_bias, *depthwise)
-    grad = grad_output if pointwise_activation == "none" else torch.empty_like(output)
+    grad = _conv.masked_like(grad_output, output)
     grad_hidden, grad_pointwise, grad_pointwise_bias, _ = _conv.fake_gradients(
         grad, hidden, pointwise_weight, [1, 1], [0, 0], [1, 1], 1
     )
@@ -193,8 +195,9 @@ def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _double_backward(ctx: Any, *ggs: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradient of the five gradients.
 
-    With h = act(D x + b) and y = act(P h): every gradient is a product of linear maps of the masked gradients of
-    y and h, written z and t here; each map's adjoint carries the incoming second gradients (gg) back.
+    With h = act(D x + b) and y = act(P h): every gradient is a product of linear maps of the masked
+    gradients of y and h, written z and t here; each map's adjoint carries the incoming second
+    gradients (gg) back.
     """
     grad_output, output, input, depthwise_weight, pointwise_weight, depthwise_bias = (
         ctx.saved_tensors
@@ -216,7 +219,9 @@ def _double_backward(ctx: Any, *ggs: Tensor | None) -> tuple[Tensor | None, ...]
         [
             None if gg_input is None else dw.fprop(gg_input, depthwise_weight),
             None if gg_depthwise is None else dw.fprop(input, gg_depthwise),
-            None if gg_depthwise_bias is None else _conv.per_channel(gg_depthwise_bias).expand_as(t),
+            None
+            if gg_depthwise_bias is None
+            else _conv.per_channel(gg_depthwise_bias).expand_as(t),
         ]
     )
     masked = None if for_t is None else _conv.mask(for_t, hidden, inner)
@@ -230,7 +235,9 @@ def _double_backward(ctx: Any, *ggs: Tensor | None) -> tuple[Tensor | None, ...]
         [
             None if masked is None else pw.fprop(masked, pointwise_weight),
             None if gg_pointwise is None else pw.fprop(hidden, gg_pointwise),
-            None if gg_pointwise_bias is None else _conv.per_channel(gg_pointwise_bias).expand_as(z),
+            None
+            if gg_pointwise_bias is None
+            else _conv.per_channel(gg_pointwise_bias).expand_as(z),
         ]
     )
     for_input = _conv.total(
@@ -262,7 +269,7 @@ _backward_operator = Operator(
     setup_context=_setup_double,
     backward=_double_backward,
 )
-_operator = Operator(
+_operator = PublicOperator(
     _NAME,
     reference=_reference,
     setup_context=_setup_context,

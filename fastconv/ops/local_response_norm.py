@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
-from ._registration import Operator, cast
+from ._registration import Operator, PublicOperator, cast
 
 _NAME = "local_response_norm"
 
@@ -24,34 +24,42 @@ def local_response_norm(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.local_response_norm`` in one pass each way, with nothing saved but the input.
+    """``torch.nn.functional.local_response_norm`` in one pass each way, with nothing saved but the
+    input.
 
-    b_c = a_c / (k + alpha / size * sum over j of a_j^2) ^ beta, where j runs over the `size` channels from
-    c - size // 2 to c + (size - 1) // 2, as far as they exist. Differentiable twice.
+    b_c = a_c / (k + alpha / size * sum over j of a_j^2) ^ beta, where j runs over the `size`
+    channels from c - size // 2 to c + (size - 1) // 2, as far as they exist. Differentiable twice.
 
     Args:
-        input: [N, C, ...], at least 3 dimensions; float32, float64, bfloat16 or float16, in any memory layout.
+        input: [N, C, ...], at least 3 dimensions; float32, float64, bfloat16 or float16, in any
+            memory layout.
         size: number of channels to sum over, at least 1; may be even, and larger than C.
-        alpha: weight of the mean square. The paper's alpha is not divided by the size: pass ``alpha=size * paper``.
+        alpha: weight of the mean square. The paper's alpha is not divided by the size: pass
+            ``alpha=size * paper``.
         beta: exponent.
         k: additive constant.
         backend: see :func:`fastconv.use_backend`.
 
     Returns:
-        The shape, dtype and memory layout of `input`. 16-bit types are squared and summed in float32, so float16
-        does not overflow at 256; under autocast the result is float32, as eager's.
+        The shape, dtype and memory layout of `input`. 16-bit types are squared and summed in
+        float32, so float16 does not overflow at 256; under autocast the result is float32, as
+        eager's.
 
     Raises:
         RuntimeError: an argument does not fit; the message names what arrived and what was needed.
 
-    Source: Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural Networks", section 3.3.
+    Source: Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural
+    Networks", section 3.3.
     """
     return _operator.run(backend, input, size, float(alpha), float(beta), float(k))
 
 
 def _reference(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     _checks.local_response_norm(_NAME, input, size)
-    if input.dtype in (torch.bfloat16, torch.float16):  # squares overflow, and aten has no CPU kernel
+    if input.dtype in (
+        torch.bfloat16,
+        torch.float16,
+    ):  # squares overflow, and aten has no CPU kernel
         return F.local_response_norm(input.float(), size, alpha, beta, k).to(input.dtype)
     return F.local_response_norm(input, size, alpha, beta, k)
 
@@ -78,7 +86,7 @@ def _autocast_float32(function: Callable[..., Any], device: str, args: tuple[Any
     return function(*cast(args, torch.float32))
 
 
-# -------------------------------------------------------------------------------------------------- backward
+# ----------------------------------------------------------------------------------------- backward
 
 
 def _fake_backward(
@@ -97,9 +105,11 @@ def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _double_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
-    """Derivatives of  g d^-b - 2 a b x S'(g x d^-(b+1))  with  d = k + a S(x^2),  contracted with gg.
+    """Derivatives of  g d^-b - 2 a b x S'(g x d^-(b+1))  with  d = k + a S(x^2),  contracted with
+    gg.
 
-    S sums over the window of a channel, S' over the channels whose window holds it; a is alpha / size.
+    S sums over the window of a channel, S' over the channels whose window holds it; a is alpha /
+    size.
     """
     g, x = ctx.saved_tensors
     size, alpha, beta, k = ctx.options
@@ -116,14 +126,12 @@ def _double_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _window_sum(values: Tensor, size: int, *, adjoint: bool = False) -> Tensor:
-    """Sums over the `size` channels around each channel; the adjoint mirrors the window, which tells for even sizes."""
+    """Sums over the `size` channels around each one; the adjoint mirrors the window."""
     before, after = size // 2, (size - 1) // 2
     if adjoint:
         before, after = after, before
     flat = values.flatten(2).unsqueeze(1)
-    sums = F.avg_pool2d(
-        F.pad(flat, (0, 0, before, after)), (size, 1), stride=1, divisor_override=1
-    )
+    sums = F.avg_pool2d(F.pad(flat, (0, 0, before, after)), (size, 1), stride=1, divisor_override=1)
     return sums.reshape(values.shape)
 
 
@@ -134,7 +142,7 @@ _backward_operator = Operator(
     backward=_double_backward,
     fold_batch=(0, 1),
 )
-_operator = Operator(
+_operator = PublicOperator(
     _NAME,
     reference=_reference,
     fake=_fake,

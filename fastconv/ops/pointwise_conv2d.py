@@ -1,4 +1,4 @@
-"""1x1 convolution with bias, residual and activation in one op: the bottleneck's reduce, expand and shortcut."""
+"""1x1 convolution with bias, residual and activation in one op: the bottleneck's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _conv
-from ._registration import Operator
+from ._registration import PublicOperator
 
 _NAME = "pointwise_conv2d"
 _RESIDUAL = 3
@@ -24,13 +24,16 @@ def pointwise_conv2d(
     activation: str = "none",
     backend: str | None = None,
 ) -> Tensor:
-    """``activation(conv2d(input, weight, bias) + residual)`` with a 1x1 filter: a matrix product over pixels.
+    """``activation(conv2d(input, weight, bias) + residual)`` with a 1x1 filter: a matrix product
+    over pixels.
 
     Args:
-        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16, in any memory layout.
+        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16, in any memory
+            layout.
         weight: [K, C, 1, 1], dtype and device of `input`.
         bias: [K] or None.
-        residual: the shape of the result, dtype and device of `input`, or None; it is not broadcast.
+        residual: the shape of the result, dtype and device of `input`, or None; it is not
+            broadcast.
         stride: int or (height, width), at least 1.
         activation: ``"none"``, ``"relu"`` or ``"relu6"``.
         backend: see :func:`fastconv.use_backend`.
@@ -42,8 +45,8 @@ def pointwise_conv2d(
     Raises:
         RuntimeError: an argument does not fit; the message names what arrived and what was needed.
 
-    Source: Lin et al. 2013, "Network In Network"; He et al. 2016, "Deep Residual Learning for Image Recognition",
-    figure 5 (bottleneck).
+    Source: Lin et al. 2013, "Network In Network"; He et al. 2016, "Deep Residual Learning for Image
+    Recognition", figure 5 (bottleneck).
     """
     input, unbatch = _conv.batch(input)
     if residual is not None and unbatch is not _conv.as_it_is:
@@ -90,7 +93,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     return *_conv.gradients(ctx, grad, geometry, ctx.needs_input_grad[:4]), None, None
 
 
-_operator = Operator(
+_operator = PublicOperator(
     _NAME,
     reference=_reference,
     setup_context=_setup_context,

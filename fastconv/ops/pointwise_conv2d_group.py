@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import _checks, _conv
-from ._registration import Operator, autocast_to_low_precision
+from ._registration import Operator, PublicOperator, autocast_to_low_precision
 
 _NAME = "pointwise_conv2d_group"
 _POINTWISE = ([1, 1], [0, 0], [1, 1], 1)
@@ -25,10 +25,12 @@ def pointwise_conv2d_group(
     activation: str = "none",
     backend: str | None = None,
 ) -> list[Tensor]:
-    """``[activation(conv2d(input, weight, bias)) for weight, bias in zip(weights, biases)]`` for 1x1 filters.
+    """``[activation(conv2d(input, weight, bias)) for weight, bias in zip(weights, biases)]`` for
+    1x1 filters.
 
     Args:
-        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16, in any memory layout.
+        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16, in any memory
+            layout.
         weights: one [K_i, C, 1, 1] for each branch, dtype and device of `input`.
         biases: [K_i] or None for each branch; or None for no bias at all.
         activation: ``"none"``, ``"relu"`` or ``"relu6"``, the same for all branches.
@@ -44,12 +46,13 @@ def pointwise_conv2d_group(
     """
     input, unbatch = _conv.batch(input)
     weights = list(weights)
-    return [unbatch(output) for output in _operator.run(backend, input, weights, _tensors(weights, biases), activation)]
+    return [
+        unbatch(output)
+        for output in _operator.run(backend, input, weights, _tensors(weights, biases), activation)
+    ]
 
 
-def _tensors(
-    weights: list[Tensor], biases: Sequence[Tensor | None] | None
-) -> list[Tensor]:
+def _tensors(weights: list[Tensor], biases: Sequence[Tensor | None] | None) -> list[Tensor]:
     """The operator takes a bias for every branch or for none."""
     given = [] if biases is None else list(biases)
     _checks.group(_NAME, weights, given)
@@ -66,13 +69,12 @@ def _reference(
 ) -> list[Tensor]:
     _checks.group(_NAME, weights, biases)
     _checks.activation(_NAME, activation)
-    branches = list(zip(weights, biases or [None] * len(weights), strict=True))
+    given: Sequence[Tensor | None] = biases or [None] * len(weights)
+    branches = list(zip(weights, given, strict=True))
     for i, (weight, bias) in enumerate(branches):
         _checks.pointwise_weight(_NAME, f"weights[{i}]", weight)
         _checks.conv2d(_NAME, input, weight, bias, None, *_POINTWISE)
-    return [
-        _conv.activate(F.conv2d(input, weight, bias), activation) for weight, bias in branches
-    ]
+    return [_conv.activate(F.conv2d(input, weight, bias), activation) for weight, bias in branches]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -92,10 +94,11 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     wanted = [any(pytree.tree_leaves(needed)) for needed in ctx.needs_input_grad[:3]]
     found = _backward_operator(grads, outputs, input, weights, ctx.activation, wanted)
     nothing = (None, [None] * ctx.branches, [None] * ctx.branches if ctx.has_biases else [])
-    return *(g if want else none for g, none, want in zip(found, nothing, wanted, strict=True)), None
+    passed_on = (g if want else none for g, none, want in zip(found, nothing, wanted, strict=True))
+    return *passed_on, None
 
 
-# -------------------------------------------------------------------------------------------------- backward
+# ----------------------------------------------------------------------------------------- backward
 
 
 def _fake_backward(
@@ -117,7 +120,9 @@ def _fake_backward(
         else [_conv.empty_gradient(input) for _ in sizes]
         for grad, wanted in zip(joined, output_mask[1:], strict=True)
     ]
-    return grad_input if output_mask[0] else _conv.empty_gradient(input), *split
+    grad_weights, grad_biases = split
+    grad_input = grad_input if output_mask[0] else _conv.empty_gradient(input)
+    return grad_input, grad_weights, grad_biases
 
 
 def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -135,9 +140,9 @@ def _double_backward(
     conv = _conv.Convolution(*_POINTWISE)
     want_input, want_weights, want_biases = ctx.output_mask
     for_grads, for_weights, for_input = [], [], []
-    grads, weights, outputs = rest[:n], rest[n : 2 * n], rest[2 * n :] or [None] * n
+    grads, weights, outputs = rest[:n], rest[n : 2 * n], rest[2 * n :]
     for grad_output, output, weight, gg_weight, gg_bias in zip(
-        grads, outputs, weights, gg_weights, gg_biases, strict=True
+        grads, outputs or [None] * n, weights, gg_weights, gg_biases, strict=True
     ):
         grad = _conv.mask(grad_output, output, ctx.activation)
         terms = _conv.total(
@@ -160,7 +165,7 @@ _backward_operator = Operator(
     setup_context=_setup_double,
     backward=_double_backward,
 )
-_operator = Operator(
+_operator = PublicOperator(
     _NAME,
     reference=_reference,
     setup_context=_setup_context,

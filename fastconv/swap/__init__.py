@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
-import torch
 from torch import nn
 
 from . import regions
@@ -16,5 +13,5 @@ def swap(model: nn.Module) -> nn.Module:
     """TODO"""
     fast = regions.clone(model)
     regions.install(fast)
-    regions.prepare(fast)
+    regions.trace_ahead(fast)
     return fast

@@ -13,7 +13,11 @@ from . import patterns
 from .fused import Attribute, FusedAdd, FusedConv, FusedLRN
 from .layout import restore_layouts
 from .prepared import PreparedConv, PreparedConvs
-from .tracing import has_hooks, hooks_of, is_leaf, trace
+from .tracing import REGION, has_hooks, hooks_of, is_leaf, trace
+
+
+# Attributes of every module that no forward reads.
+_BOOKKEEPING = {*vars(nn.Module()), REGION}
 
 
 class Watch:
@@ -21,9 +25,12 @@ class Watch:
 
     def __init__(self, root: nn.Module) -> None:
         modules = list(root.modules())
-        self._root = root
-        self._leaves = [m for m in modules if m is not root and is_leaf(m)]
-        self._inlined = [m for m in modules if m is root or not is_leaf(m)]
+        self._modules = modules
+        inlined = [m for m in modules if m is root or not is_leaf(m)]
+        self._attributes = [
+            (vars(m), name) for m in inlined for name in vars(m) if name not in _BOOKKEEPING
+        ]
+        self._children = [m._modules for m in inlined]
         # The root's own hooks run around its forward as ever.
         self._hooks = [
             hooks for m in modules if m is not root and not has_hooks(m) for hooks in hooks_of(m)
@@ -31,10 +38,10 @@ class Watch:
         self._state = self._observe()
 
     def _observe(self) -> list[Any]:
-        state: list[Any] = [module.training for module in self._leaves]
-        for module in self._inlined:
-            state += vars(module).values()
-            state += module._modules.values()
+        state: list[Any] = [module.training for module in self._modules]
+        state += [attributes.get(name) for attributes, name in self._attributes]
+        for children in self._children:
+            state += children.values()
         return state
 
     def holds(self) -> bool:

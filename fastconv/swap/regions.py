@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import threading
 import types
 from collections import OrderedDict
@@ -18,9 +19,8 @@ from torch.utils import _pytree as pytree
 
 from .. import _library, backends
 from .programs import Programs, Watch
-from .tracing import Untraceable, is_leaf
+from .tracing import REGION, Untraceable, is_leaf
 
-_STATE = "_fastconv_region"  # in the __dict__ of a module
 _SIGNATURES_KEPT = 8
 _TRACES_KEPT = 4  # for each signature and mode
 _TRACES_MADE = 64  # a module that never settles is not worth tracing
@@ -56,7 +56,7 @@ def clone(model: nn.Module) -> nn.Module:
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers"):
                 vars(duplicate)[name] = value
-            elif name != _STATE:
+            elif name != REGION:
                 vars(duplicate)[name] = _with_copies(value, copies)
     return copies[id(model)]
 
@@ -91,6 +91,10 @@ def install(model: nn.Module) -> None:
             module.__class__ = _fast_class(plain_class(module))
 
 
+def is_region(module: nn.Module) -> bool:
+    return hasattr(type(module), "fastconv_plain_class")
+
+
 @functools.cache
 def _fast_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass that differs in its forward alone."""
@@ -105,7 +109,7 @@ def _fast_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         # For copy and pickle: an object of the user's class, of which the reader makes a fast one.
-        state = {name: value for name, value in vars(self).items() if name != _STATE}
+        state = {name: value for name, value in vars(self).items() if name != REGION}
         return _new, (cls,), state
 
     return type(
@@ -129,11 +133,43 @@ def _new(cls: type[nn.Module]) -> nn.Module:
 # ----------------------------------------------------------------------------------------------- the regions
 
 
+def trace_ahead(module: nn.Module) -> None:
+    """Traces the usual call, all required arguments tensors, in both modes; where that fails, the parts.
+
+    A call of another kind is traced when it comes. torch.compile and torch.export use what they find.
+    """
+    count = _required_arguments(module) if is_region(module) else 0
+    if count:
+        args = (torch.empty(0),) * count
+        region = region_of(module)
+        flags = [(part, part.training) for part in module.modules()]
+        traced = region.programs(count, args, {})
+        mode = not module.training
+        try:
+            for part, _ in flags:
+                part.training = mode
+            region.programs(count, args, {})
+        finally:
+            for part, training in flags:
+                part.training = training
+        if not isinstance(traced, str):
+            return
+    for child in module.children():
+        trace_ahead(child)
+
+
+def _required_arguments(module: nn.Module) -> int:
+    """How many positional arguments the forward has to be given; 0 if it takes any other way to call it."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [p for p in parameters if p.default is p.empty]
+    return len(required) if all(p.kind is p.POSITIONAL_OR_KEYWORD for p in required) else 0
+
+
 def region_of(module: nn.Module) -> Region:
-    region = vars(module).get(_STATE)
+    region = vars(module).get(REGION)
     if region is None or region.module is not module:
         # New, or taken over with the __dict__ of another module, as DataParallel does.
-        region = vars(module)[_STATE] = Region(module)
+        region = vars(module)[REGION] = Region(module)
     return region
 
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+REGION = "_fastconv_region"  # where a swapped module keeps its programs, in its __dict__
+
 _lock = threading.RLock()  # torch.fx patches torch.nn.Module for the whole process while it traces
 
 

@@ -6,6 +6,8 @@
 // registers over the channels, one broadcast and a few weights at a time; bound by FMA.
 #include "cpu/kernels/depthwise_separable_conv2d.h"
 
+#include <utility>
+
 #include "cpu/kernels/depthwise_nhwc.h"
 
 namespace fastconv::FASTCONV_KERNEL_NAMESPACE {
@@ -18,13 +20,26 @@ constexpr int kAccumulators = 12;  // of 16 registers
 #endif
 constexpr int64_t kTileBytes = 160 * 1024;  // of a common L2 cache of 512 KiB
 
-// How many vectors wide the next panel is: 2, or 3 where that saves a panel of 1, which would wait for its loads
-FASTCONV_INLINE int64_t panel_vectors(int64_t vectors_left) { return vectors_left == 2 || vectors_left > 3 ? 2 : vectors_left; }
-
+// The output channels in vectors, and those in panels of 2 vectors. An odd one goes to the last panel, which is then 3
+// wide, as a panel of 1 waits for its loads.
 template <class A>
-FASTCONV_INLINE int64_t vectors_of(int64_t out_channels) {
+FASTCONV_INLINE int64_t count_vectors(int64_t out_channels) {
   return (out_channels + kLanes<A> - 1) / kLanes<A>;
 }
+template <class A>
+FASTCONV_INLINE int64_t count_panels(int64_t out_channels) {
+  return max(count_vectors<A>(out_channels) / 2, 1);
+}
+template <class A>
+struct Panel {
+  Panel(int64_t panel, int64_t out_channels)
+      : first(2 * kLanes<A> * panel),
+        vectors(panel + 1 < count_panels<A>(out_channels) ? 2 : count_vectors<A>(out_channels) - 2 * panel),
+        width(min(vectors * kLanes<A>, out_channels - first)) {}
+  int64_t first;  // output channel
+  int64_t vectors;
+  int64_t width;  // in output channels
+};
 
 // What the product of a tile with one panel needs
 template <class A, class T>
@@ -107,40 +122,69 @@ void fprop(const DepthwiseSeparableConv2dParams& params, int64_t begin, int64_t 
   for (int64_t pixel = begin; pixel < end; pixel += tile) {
     const int64_t count = min(tile, end - pixel);
     depthwise_pixels<T>(params.depthwise, pixel, pixel + count, buffer.data());
-    const A* weight = static_cast<const A*>(params.weight);
-    for (int64_t k = 0; k < out_channels;) {
-      const int64_t vectors = panel_vectors(vectors_of<A>(out_channels - k));
-      const int64_t width = min(vectors * kLanes<A>, out_channels - k);
-      const Product<A, T> product{.input = buffer.data(),
-                                  .channels = channels,
-                                  .weight = weight,
-                                  .bias = params.bias ? static_cast<const A*>(params.bias) + k : nullptr,
-                                  .output = static_cast<T*>(params.output) + pixel * out_channels + k,
-                                  .out_channels = out_channels,
-                                  .bounds = Bounds<A>(params.activation)};
-      if (vectors == 1) product.template panel<1>(count, width);
-      if (vectors == 2) product.template panel<2>(count, width);
-      if (vectors == 3) product.template panel<3>(count, width);
-      weight += vectors * kLanes<A> * channels;
-      k += width;
+    for (int64_t i = 0; i < count_panels<A>(out_channels); ++i) {
+      const Panel<A> panel(i, out_channels);
+      const Product<A, T> product{
+          .input = buffer.data(),
+          .channels = channels,
+          .weight = static_cast<const A*>(params.weight) + panel.first * channels,
+          .bias = params.bias ? static_cast<const A*>(params.bias) + panel.first : nullptr,
+          .output = static_cast<T*>(params.output) + pixel * out_channels + panel.first,
+          .out_channels = out_channels,
+          .bounds = Bounds<A>(params.activation)};
+      if (panel.vectors == 1) product.template panel<1>(count, panel.width);
+      if (panel.vectors == 2) product.template panel<2>(count, panel.width);
+      if (panel.vectors == 3) product.template panel<3>(count, panel.width);
     }
   }
 }
 
+// Lane j + kStep of vector i and lane j of vector i + kStep change places.
+template <class A, int kStep, int... kLane>
+FASTCONV_INLINE void exchange(Vec<A>& a, Vec<A>& b, std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = sizeof...(kLane);
+  const Vec<A> low = shuffle<A, (kLane & kStep ? kCount + kLane - kStep : kLane)...>(a, b);
+  b = shuffle<A, (kLane & kStep ? kCount + kLane : kLane + kStep)...>(a, b);
+  a = low;
+}
+
+template <class A, int kStep = 1>
+FASTCONV_INLINE void transpose(Vec<A>* rows) {
+  constexpr int kCount = kLanes<A>;
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) {
+    if (!(i & kStep)) exchange<A, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kCount>{});
+  }
+  if constexpr (2 * kStep < kCount) transpose<A, 2 * kStep>(rows);
+}
+
+// `count` rows of `weight` (as many as a vector has lanes, or what is left of them) to the columns of `packed`
 template <class A>
-void pack(const A* weight, int64_t out_channels, int64_t channels, A* packed) {
-  for (int64_t k = 0; k < out_channels;) {
-    const int64_t width = panel_vectors(vectors_of<A>(out_channels - k)) * kLanes<A>;
-    const int64_t count = min(width, out_channels - k);
-    constexpr int64_t kBlock = 64 / sizeof(A);  // a cache line of each row at a time
-    for (int64_t first = 0; first < channels; first += kBlock) {
-      const int64_t last = min(first + kBlock, channels);
-      for (int64_t i = 0; i < width; ++i) {
-        for (int64_t c = first; c < last; ++c) packed[c * width + i] = i < count ? weight[(k + i) * channels + c] : 0;
-      }
+void pack_vector(const A* weight, int64_t channels, int64_t count, A* packed, int64_t width) {
+  constexpr int kCount = kLanes<A>;
+  int64_t c = 0;
+  for (; count == kCount && c + kCount <= channels; c += kCount) {
+    Vec<A> rows[kCount];
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) rows[i] = load(weight + i * channels + c);
+    transpose<A>(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) store(packed + (c + i) * width, rows[i]);
+  }
+  for (; c < channels; ++c) {
+    for (int i = 0; i < kCount; ++i) packed[c * width + i] = i < count ? weight[i * channels + c] : 0;
+  }
+}
+
+template <class A>
+void pack(const A* weight, int64_t out_channels, int64_t channels, A* packed, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const Panel<A> panel(i, out_channels);
+    for (int64_t v = 0; v < panel.vectors; ++v) {
+      const int64_t first = panel.first + v * kLanes<A>;
+      pack_vector(weight + first * channels, channels, min(kLanes<A>, out_channels - first),
+                  packed + panel.first * channels + v * kLanes<A>, panel.vectors * kLanes<A>);
     }
-    packed += width * channels;
-    k += count;
   }
 }
 
@@ -151,8 +195,8 @@ void depthwise_separable_conv2d_fprop_nhwc(const DepthwiseSeparableConv2dParams&
 }
 
 void pointwise_pack(bool wide, const void* weight, int64_t rows, int64_t depth, void* packed) {
-  if (wide) return pack(static_cast<const double*>(weight), rows, depth, static_cast<double*>(packed));
-  pack(static_cast<const float*>(weight), rows, depth, static_cast<float*>(packed));
+  if (wide) return pack(static_cast<const double*>(weight), rows, depth, static_cast<double*>(packed),0,count_panels<double>(rows));
+  pack(static_cast<const float*>(weight), rows, depth, static_cast<float*>(packed),0,count_panels<float>(rows));
 }
 
 }  // namespace fastconv::FASTCONV_KERNEL_NAMESPACE

@@ -139,6 +139,7 @@ void fprop_pixels(const LocalResponseNormParams& params, int64_t begin, int64_t 
   const int64_t window = params.before + 1 + params.after;
   Scratch<A> scratch(window + channels + kLanes<A>);
   A* const squares = scratch.data();
+  __builtin_memset(squares, 0, (window + channels + kLanes<A>) * sizeof(A));
   for (int64_t pixel = begin; pixel < end; ++pixel) {
     const T* x = static_cast<const T*>(params.input) + pixel * channels;
     T* y = static_cast<T*>(params.output) + pixel * channels;
@@ -164,6 +165,7 @@ void dgrad_pixels(const LocalResponseNormParams& params, int64_t begin, int64_t 
   A* const squares = scratch.data();
   A* const t = squares + padded;
   A* const q = t + padded;
+  __builtin_memset(squares, 0, 2 * padded * sizeof(A));
   for (int64_t pixel = begin; pixel < end; ++pixel) {
     const T* x = static_cast<const T*>(params.input) + pixel * channels;
     const T* g = static_cast<const T*>(params.grad_output) + pixel * channels;
@@ -222,6 +224,7 @@ void local_response_norm_dgrad(const LocalResponseNormParams& params, int64_t be
     const int64_t block = max(fitting / kLanes<A> * kLanes<A>, 8 * kLanes<A>);
     for_each_block(params, begin, end, block, [&](int64_t offset, int64_t width) {
       Scratch<A> scratch(rows * block);
+      __builtin_memset(scratch.data(), 0, rows * block * sizeof(A));
       dgrad_planes(params, static_cast<const T*>(params.input) + offset,
                    static_cast<const T*>(params.grad_output) + offset, static_cast<T*>(params.output) + offset, width,
                    block, scratch.data());

@@ -42,6 +42,8 @@ struct Float16 {
 
 typedef float VecF32 __attribute__((vector_size(kVectorBytes)));
 typedef double VecF64 __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
+typedef int64_t VecI64 __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
 
@@ -60,10 +62,12 @@ using Compute = typename ElementTraits<T>::Compute;
 template <class A>
 struct VecTraits {
   using Type = VecF32;
+  using Lanes = VecI32;
 };
 template <>
 struct VecTraits<double> {
   using Type = VecF64;
+  using Lanes = VecI64;
 };
 template <class A>
 using Vec = typename VecTraits<A>::Type;
@@ -81,6 +85,16 @@ struct Tail {
 template <class A>
 FASTCONV_INLINE Vec<A> broadcast(A value) {
   return value - Vec<A>{};  // not +, which loses the sign of -0.0
+}
+
+// Lane i of the result is lane lane[i] of a and b, one behind the other.
+template <class A, int... lane>
+FASTCONV_INLINE Vec<A> shuffle(Vec<A> a, Vec<A> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  return __builtin_shuffle(a, b, typename VecTraits<A>::Lanes{lane...});
+#endif
 }
 
 FASTCONV_INLINE VecU32 bits(VecF32 v) { return reinterpret_cast<VecU32>(v); }
@@ -232,14 +246,12 @@ FASTCONV_INLINE VecF64 sqrt(VecF64 v) {
 #endif
 }
 
-// Zeroed memory for the time of one call, aligned to a cache line
+// Memory for the time of one call, not initialised, aligned to a cache line
 template <class A>
 class Scratch {
  public:
   explicit Scratch(int64_t size) {
-    const int64_t bytes = (size * static_cast<int64_t>(sizeof(A)) + 63) / 64 * 64;
-    data_ = static_cast<A*>(::operator new(bytes, std::align_val_t{64}));
-    __builtin_memset(data_, 0, bytes);
+    data_ = static_cast<A*>(::operator new(size * sizeof(A), std::align_val_t{64}));
   }
   Scratch(const Scratch&) = delete;
   ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
