@@ -14,7 +14,7 @@ from shapes import layers_of
 
 import fastconv
 from fastconv import backends
-from fastconv.bench import environment
+from fastconv._report import environment
 from fastconv.verify import DTYPES
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,7 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
         versions = f"fastconv-{fastconv.__version__}_torch-{torch.__version__}"
         RESULTS.mkdir(exist_ok=True)
         option.benchmark_json = str(
-            RESULTS / f"{name}_{option.dtype}_batch-{option.batch}_{versions}.json".replace(" ", "-")
+            RESULTS
+            / f"{name}_{option.dtype}_batch-{option.batch}_{versions}.json".replace(" ", "-")
         )
 
 

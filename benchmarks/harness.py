@@ -120,7 +120,7 @@ def measure(benchmark: BenchmarkFixture, problem: Problem, contender: Contender)
         "first_call_s": first_call,
     }
     target, setup = problem.timed(call, layout, flush=cold_cache(device))
-    (once,) = durations(target, setup, clock(device), 1)
+    once = statistics.median(durations(target, setup, clock(device), 3))
     rounds = max(problem.settings.least_rounds, min(1000, int(problem.settings.seconds / once)))
     benchmark.pedantic(target, setup=setup, rounds=rounds)
 

@@ -18,6 +18,8 @@ bool torch_has(const char* query) {
          torch::stable::detail::to<bool>(answer[0]);
 }
 
+}  // namespace
+
 // torch without oneDNN has neither the queries nor the fused operators.
 bool onednn_computes(ScalarType dtype) {
   static const bool bf16 = torch_has("mkldnn::_is_mkldnn_bf16_supported");
@@ -42,6 +44,8 @@ bool onednn_computes(ScalarType dtype) {
 std::optional<Tensor> to_dtype(const std::optional<Tensor>& tensor, ScalarType dtype) {
   return tensor ? std::optional(torch::stable::to(*tensor, dtype)) : std::nullopt;
 }
+
+namespace {
 
 std::optional<Tensor> dense(const std::optional<Tensor>& bias) {
   return bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;

@@ -5,6 +5,11 @@
 
 namespace fastconv::cpu {
 
+// Whether oneDNN has convolutions of this type for the running processor
+bool onednn_computes(ScalarType dtype);
+
+std::optional<Tensor> to_dtype(const std::optional<Tensor>& tensor, ScalarType dtype);
+
 // activation(conv2d(input, weight) + bias [+ residual]), layout as eager's. Arguments are already
 // checked.
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,

@@ -12,20 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import backends, ops
 
 
 class FusedConv:
     """activation(bn(conv(input)) + residual) as one op.
 
     Args:
-        conv, bn, activation: what to compute; `bn`, if any, is in evaluation mode and folded into the weights.
+        conv, bn, activation, has_residual: what to compute; `bn`, if any, is in evaluation mode and folded into
+            the weights.
     """
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, activation: str) -> None:
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d | None = None,
+        activation: str = "none",
+        has_residual: bool = False,
+    ) -> None:
         self.conv = conv
         self.bn = bn
         self.activation = activation
+        self.has_residual = has_residual
         self.__name__ = "fused_conv"  # as generated code calls it
 
     def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -64,15 +72,18 @@ class FusedConv:
             )
         return ops.conv2d_add_relu(input, weight, bias, residual, *geometry, activation=activation)
 
-    def op(self, has_residual: bool) -> str:
+    def op(self) -> str:
         """The name of the op that `call` runs, for explanations."""
-        if self.activation == "none" and not has_residual:
+        if self.activation == "none" and not self.has_residual:
             return "conv2d"
         if is_pointwise(self.conv):
             return "pointwise_conv2d"
-        if has_residual:
+        if self.has_residual:
             return "conv2d_add_relu"
         return "depthwise_conv2d" if is_depthwise(self.conv) else "conv2d_relu"
+
+    def kernel(self, input: Tensor) -> str:
+        return _kernel(self.op(), input)
 
 
 class FusedAdd:
@@ -85,17 +96,31 @@ class FusedAdd:
     def __call__(self, input: Any, other: Any) -> Any:
         return add_activation(input, other, self.activation)
 
+    def op(self) -> str:
+        return "add_relu"
+
+    def kernel(self, input: Tensor) -> str:
+        return _kernel(self.op(), input)
+
 
 class FusedLRN:
-    """local_response_norm with the settings of the module"""
+    """local_response_norm, with the settings of the module or, without one, of the call"""
 
-    def __init__(self, module: nn.LocalResponseNorm) -> None:
+    def __init__(self, module: nn.LocalResponseNorm | None) -> None:
         self.module = module
         self.__name__ = "fused_lrn"
 
-    def __call__(self, input: Tensor) -> Tensor:
-        m = self.module
-        return ops.local_response_norm(input, m.size, m.alpha, m.beta, m.k)
+    def __call__(self, input: Tensor, *settings: Any, **named: Any) -> Tensor:
+        module = self.module
+        if module is not None:
+            settings = (module.size, module.alpha, module.beta, module.k)
+        return ops.local_response_norm(input, *settings, **named)
+
+    def op(self) -> str:
+        return "local_response_norm"
+
+    def kernel(self, input: Tensor) -> str:
+        return _kernel(self.op(), input)
 
 
 class Attribute:
@@ -108,6 +133,11 @@ class Attribute:
 
     def __call__(self) -> Any:
         return getattr(self.module, self.name)
+
+
+def _kernel(op: str, input: Tensor) -> str:
+    """What runs for an op, in words."""
+    return f"{op} {str(input.dtype).removeprefix('torch.')}, {backends.choose(None, input)}"
 
 
 def add_activation(input: Any, other: Any, activation: str) -> Any:
@@ -138,7 +168,7 @@ def fold(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tenso
     shift = shift * scale
     if bn.bias is not None:
         shift = shift + bn.bias.double()
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
     folded = weight.to(wide) * scale.to(wide)[:, None, None, None]
     return folded.to(weight.dtype), shift.to(weight.dtype)
 

@@ -64,6 +64,17 @@ def find(graph: fx.Graph, modules: dict[str, nn.Module], *, fold: bool) -> Findi
     return _Finder(graph, modules, fold).find()
 
 
+def is_convolution(module: nn.Module | None) -> bool:
+    """Whether the module is a convolution of any kind, supported or not."""
+    cls = type(module)
+    return isinstance(module, nn.modules.conv._ConvNd) or (
+        cls.__module__.startswith("torch.ao.") and "Conv" in cls.__name__
+    )
+
+
+_FUNCTIONAL = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d)
+
+
 class _Finder:
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], fold: bool) -> None:
         self.graph = graph
@@ -77,7 +88,9 @@ class _Finder:
         found = Findings()
         # Of two convolutions whose results are added, the later one takes the addition.
         for node in reversed(self.graph.nodes):
-            if self._module(node, nn.Conv2d, nn.ConvTranspose2d) is None:
+            if node.op == "call_function" and node.target in _FUNCTIONAL:
+                found.skipped[node] = "it is a function, not a module"
+            if not is_convolution(self._module(node)):
                 continue
             reason = self._refusal(node)
             if reason is not None:
@@ -92,13 +105,14 @@ class _Finder:
         found.groups.sort(key=lambda group: self.effects.order[group.nodes[0]])
         return found
 
-    def _module(self, node: fx.Node, *types: type[nn.Module]) -> nn.Module | None:
-        module = self.modules[node.target] if node.op == "call_module" else None
-        return module if isinstance(module, types) else None
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules[node.target] if node.op == "call_module" else None
 
     def _refusal(self, node: fx.Node) -> str | None:
         """Why this convolution cannot be called any other way; None if it can."""
         conv = self.modules[node.target]
+        if type(conv).__module__.startswith("fastconv."):
+            return "it is a fastconv layer already"
         if isinstance(conv, nn.modules.lazy.LazyModuleMixin):
             return "its parameters are lazy: run the model once, then swap it"
         if has_hooks(conv):
@@ -141,8 +155,8 @@ class _Finder:
 
     def _take_bn(self, group: Group) -> None:
         node = self._only_reader(group)
-        bn = node and self._module(node, nn.BatchNorm2d)
-        if bn is None or not runs_forward_of(bn, nn.BatchNorm2d):
+        bn = None if node is None else self._module(node)
+        if not runs_forward_of(bn, nn.BatchNorm2d):
             return
         group.reason = _unfoldable(bn, group.conv) or ("" if self.fold else "a batch norm follows")
         if has_hooks(bn):
@@ -194,10 +208,12 @@ class _Finder:
         return group if group.is_fused and len(group.nodes) > 1 else None
 
     def _lrn(self, node: fx.Node) -> bool:
-        module = self._module(node, nn.LocalResponseNorm)
-        if module is not None:
-            return type(module) is nn.LocalResponseNorm and self.effects.of[node] is Effect.NEW
-        return node.op == "call_function" and node.target is F.local_response_norm
+        if node.op == "call_function":
+            return node.target is F.local_response_norm
+        return (
+            type(self._module(node)) is nn.LocalResponseNorm
+            and self.effects.of[node] is Effect.NEW
+        )
 
     def _activation(self, node: fx.Node) -> str | None:
         """ "relu" or "relu6", if that is what the node computes of its first argument."""

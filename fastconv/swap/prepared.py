@@ -65,6 +65,10 @@ class PreparedConv(FusedConv):
     def prepare(self) -> None:
         self.ready = _prepare(self)
 
+    def kernel(self, input: Tensor) -> str:
+        ready = self.ready
+        return super().kernel(input) if ready is None else ready.kernel(input)
+
 
 class PreparedConvs:
     """All prepared convolutions of one program, kept up to date together.
@@ -164,14 +168,17 @@ class _Folded:
 
     def __init__(self, source: PreparedConv) -> None:
         conv, bn = source.conv, source.bn
-        self._call = source.call
+        self._source = source
         self._weight = conv.weight.detach()
         self._bias = None if conv.bias is None else conv.bias.detach()
         if bn is not None:
             self._weight, self._bias = fold(self._weight, self._bias, bn)
 
     def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        return self._call(input, self._weight, self._bias, residual)
+        return self._source.call(input, self._weight, self._bias, residual)
+
+    def kernel(self, input: Tensor) -> str:
+        return f"{FusedConv.kernel(self._source, input)}, batch norm folded"
 
 
 class _OneDNN:
@@ -227,6 +234,11 @@ class _OneDNN:
         if residual is not None:
             output = output + residual
         return self._activate(output)
+
+    def kernel(self, input: Tensor) -> str:
+        packed, _ = self._known.get(input.shape) or self._meet(input)
+        name = str(self._compute).removeprefix("torch.")
+        return f"aten {name}" if packed is None else f"oneDNN {name}, prepacked, channels_last"
 
     def _meet(self, input: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
         """The packed weight for inputs of this shape, None where aten is faster; and the output's shape."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch.nn.functional as F
 from torch import fx, nn
 
-from .. import ops
 from . import patterns
 from .fused import Attribute, FusedAdd, FusedConv, FusedLRN
 from .layout import restore_layouts
@@ -70,60 +68,73 @@ class Programs:
 
     def __init__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         graph = trace(root, args, kwargs)
-        self.modules = dict(root.named_modules(remove_duplicate=False))
-        self.findings = {
-            fold: patterns.find(graph, self.modules, fold=fold) for fold in (False, True)
-        }
-        self.differentiable = self._program(root, graph, fold=False)
-        self.inference = self._program(root, graph, fold=True)
+        self.differentiable = Program(root, graph, fold=False)
+        self.inference = Program(root, graph, fold=True)
         self.prepared = PreparedConvs(
-            [n.target for n in self.inference.graph.nodes if isinstance(n.target, PreparedConv)]
+            [call for call in self.inference.calls if isinstance(call, PreparedConv)]
         )
 
-    def _program(self, root: nn.Module, traced: fx.Graph, *, fold: bool) -> fx.GraphModule:
+
+class Program:
+    """A forward in which fused calls stand for groups of nodes.
+
+    Attributes:
+        forward: takes the tensors of the call, in order.
+        findings: what was found in the graph.
+        calls: the fused calls, in order, each with the group that it replaces.
+    """
+
+    def __init__(self, root: nn.Module, traced: fx.Graph, *, fold: bool) -> None:
+        modules = dict(root.named_modules(remove_duplicate=False))
+        self._fold = fold
+        self.findings = patterns.find(traced, modules, fold=fold)
+        self.calls: dict[Any, patterns.Group] = {}
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
-        result = graph.graph_copy(traced, copies)
-        graph.output(result)
-        copies[next(reversed(traced.nodes))] = next(reversed(graph.nodes))
-        for group in self.findings[fold].groups:
-            self._replace(graph, group, copies, fold)
+        graph.output(graph.graph_copy(traced, copies))
+        for group in self.findings.groups:
+            call = self._call(group, modules)
+            if call is not None:
+                self.calls[call] = group
+                _replace(graph, group, copies, call)
         if fold:
-            restore_layouts(graph, self.modules)
-        for node in list(graph.nodes):
-            if node.op == "get_attr":
-                path, _, name = node.target.rpartition(".")
-                with graph.inserting_before(node):
-                    node.replace_all_uses_with(
-                        graph.call_function(Attribute(self.modules[path], name))
-                    )
-                graph.erase_node(node)
-        return fx.GraphModule(root, graph)
+            restore_layouts(graph, modules)
+        _read_attributes_live(graph, modules)
+        self.module = fx.GraphModule(root, graph)
+        self.forward = self.module.forward
 
-    def _replace(
-        self, graph: fx.Graph, group: patterns.Group, copies: dict[fx.Node, fx.Node], fold: bool
-    ) -> None:
-        last = copies[group.nodes[-1]]
-        if last.target is F.local_response_norm:
-            last.target = ops.local_response_norm
-            return
-        call = self._call(group, fold)
-        if call is None:
-            return
-        arguments = [value for value, _ in group.reads()]
-        with graph.inserting_before(last):
-            fused = graph.call_function(call, tuple(copies[value] for value in arguments))
-        last.replace_all_uses_with(fused)
-        for node in reversed(group.nodes):
-            graph.erase_node(copies[node])
-            copies[node] = fused
-
-    def _call(self, group: patterns.Group, fold: bool) -> Any:
-        first = group.nodes[0]
+    def _call(self, group: patterns.Group, modules: dict[str, nn.Module]) -> Any:
+        node = group.nodes[0]
         if group.parts == ["lrn"]:
-            return FusedLRN(self.modules[first.target])
+            return FusedLRN(modules[node.target] if node.op == "call_module" else None)
         if group.conv is None:
             return FusedAdd(group.activation)
-        if fold:
-            return PreparedConv(group.conv, group.bn, group.activation)
-        return FusedConv(group.conv, None, group.activation) if group.is_fused else None
+        if not self._fold and not group.is_fused:
+            return None
+        cls = PreparedConv if self._fold else FusedConv
+        return cls(group.conv, group.bn, group.activation, group.residual is not None)
+
+
+def _replace(
+    graph: fx.Graph, group: patterns.Group, copies: dict[fx.Node, fx.Node], call: Any
+) -> None:
+    last = copies[group.nodes[-1]]
+    args, kwargs = tuple(copies[value] for value, _ in group.reads()), {}
+    if group.parts == ["lrn"]:
+        args, kwargs = last.args, last.kwargs
+    with graph.inserting_before(last):
+        fused = graph.call_function(call, args, kwargs)
+    last.replace_all_uses_with(fused)
+    for node in reversed(group.nodes):
+        graph.erase_node(copies[node])
+        copies[node] = fused
+
+
+def _read_attributes_live(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """A GraphModule would keep the tensors that the modules have now."""
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            path, _, name = node.target.rpartition(".")
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(graph.call_function(Attribute(modules[path], name)))
+            graph.erase_node(node)

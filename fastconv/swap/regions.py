@@ -8,7 +8,7 @@ import inspect
 import threading
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
 from .. import _library, backends
-from .programs import Programs, Watch
+from .programs import Program, Programs, Watch
 from .tracing import REGION, Untraceable, is_leaf
 
 _SIGNATURES_KEPT = 8
@@ -105,7 +105,7 @@ def _fast_class(cls: type[nn.Module]) -> type[nn.Module]:
         program, tensors = region_of(self).choose(args, kwargs)
         if program is None:
             return plain(self, *args, **kwargs)
-        return program(*tensors)
+        return program.forward(*tensors)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         # For copy and pickle: an object of the user's class, of which the reader makes a fast one.
@@ -134,28 +134,35 @@ def _new(cls: type[nn.Module]) -> nn.Module:
 
 
 def trace_ahead(module: nn.Module) -> None:
-    """Traces the usual call, all required arguments tensors, in both modes; where that fails, the parts.
+    """Traces the usual call of a model in both modes; where that fails, of its parts.
 
     A call of another kind is traced when it comes. torch.compile and torch.export use what they find.
     """
-    count = _required_arguments(module) if is_region(module) else 0
-    if count:
-        args = (torch.empty(0),) * count
-        region = region_of(module)
-        flags = [(part, part.training) for part in module.modules()]
-        traced = region.programs(count, args, {})
-        mode = not module.training
-        try:
-            for part, _ in flags:
-                part.training = mode
-            region.programs(count, args, {})
-        finally:
-            for part, training in flags:
-                part.training = training
-        if not isinstance(traced, str):
+    if is_region(module):
+        programs = programs_of(module, module.training)
+        programs_of(module, not module.training)
+        if not isinstance(programs, str):
             return
     for child in module.children():
         trace_ahead(child)
+
+
+def programs_of(module: nn.Module, mode: bool) -> Programs | str:
+    """The programs for the usual call, all required arguments tensors, in training (True) or evaluation mode."""
+    count = _required_arguments(module)
+    if not count:
+        return "its forward can be called in several ways"
+    region = region_of(module)
+    if mode == module.training:
+        return region.programs(count, (torch.empty(0),) * count, {})
+    flags = [(part, part.training) for part in module.modules()]
+    try:
+        for part, _ in flags:
+            part.training = mode
+        return region.programs(count, (torch.empty(0),) * count, {})
+    finally:
+        for part, training in flags:
+            part.training = training
 
 
 def _required_arguments(module: nn.Module) -> int:
@@ -184,7 +191,7 @@ class Region:
 
     def choose(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Callable[..., Any] | None, Sequence[Tensor]]:
+    ) -> tuple[Program | None, Sequence[Tensor]]:
         """The program for a call and its arguments; None if the plain forward is to run."""
         if torch.compiler.is_compiling():
             return self._choose_compiled(args, kwargs)
@@ -201,16 +208,16 @@ class Region:
             and backends.current() != "reference"
             and programs.prepared.refresh()
         ):
-            return programs.inference.forward, tensors
-        return programs.differentiable.forward, tensors
+            return programs.inference, tensors
+        return programs.differentiable, tensors
 
     def _choose_compiled(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Callable[..., Any] | None, Sequence[Tensor]]:
+    ) -> tuple[Program | None, Sequence[Tensor]]:
         """As `choose`, among the programs that are there."""
         for watch, programs in self._traces.get((len(args), self.module.training), ()):
             if not kwargs and not isinstance(programs, str) and watch.holds():
-                return programs.inference.forward, args
+                return programs.inference, args
         return None, ()
 
     def programs(

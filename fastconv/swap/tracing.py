@@ -61,7 +61,7 @@ def is_leaf(module: nn.Module) -> bool:
     )
 
 
-def runs_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
+def runs_forward_of(module: nn.Module | None, cls: type[nn.Module]) -> bool:
     """Whether the module computes what `cls` does: `cls` itself, or a subclass that overrides no computation."""
     return (
         isinstance(module, cls)

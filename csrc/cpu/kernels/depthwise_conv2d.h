@@ -4,16 +4,15 @@
 
 namespace fastconv {
 
-// One filter for each channel (multiplier 1). Input [batch, height, width, channels] or, for the nchw kernel,
-// [batch, channels, height, width]; both dense, and the output likewise.
+// One filter for each channel. Input [batch, height, width, channels], output [batch, P, Q, channels], both dense.
 struct DepthwiseConv2dParams {
   const void* input;
-  // In the type of computation (double for double, else float): weight [R, S, channels], for nchw [channels, R, S];
-  // bias [channels], or null.
+  // In the type of computation (double for double, else float): [R, S, channels]; [channels] or null.
   const void* weight;
   const void* bias;
   void* output;
   DType dtype;
+  int64_t batch;
   int64_t channels;
   int64_t height, width;
   int64_t filter_height, filter_width;  // R, S

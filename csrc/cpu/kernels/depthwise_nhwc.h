@@ -10,6 +10,9 @@ namespace fastconv::FASTCONV_KERNEL_NAMESPACE {
 
 // 6 pixels x 2 vectors of accumulators fit into 16 registers, beside the weights.
 
+// The input is fetched ahead if it is larger than this, and hence not in the caches.
+constexpr int64_t kPrefetchBytes = 4 << 20;
+
 // Filter rows or columns first ... last - 1 that meet the input at output position `out`
 struct Taps {
   int64_t first, last;
@@ -30,6 +33,8 @@ class DepthwiseRow {
   DepthwiseRow(const DepthwiseConv2dParams& params, int64_t image, int64_t row)
       : params_(params),
         bounds_(params.activation),
+        prefetches_(params.batch * params.height * params.width * params.channels * static_cast<int64_t>(sizeof(T)) >
+                    kPrefetchBytes),
         rows_(row, params.stride_height, params.padding_height, params.dilation_height, params.filter_height,
               params.height),
         top_(static_cast<const T*>(params.input) +
@@ -89,7 +94,7 @@ class DepthwiseRow {
                         .weight_column = channels,
                         .ahead = (rows_.last - rows_.first - 1) * params_.dilation_height * params_.width * channels -
                                  columns.first * params_.dilation_width * channels,
-                        .ahead_rows = params_.height * params_.width * channels * 4 > (4 << 20) ? params_.stride_height : 0,
+                        .ahead_rows = prefetches_ ? params_.stride_height : 0,
                         .ahead_row = params_.width * channels,
                         .ahead_columns = kPixels * params_.stride_width,
                         .ahead_column = channels};
@@ -152,6 +157,7 @@ class DepthwiseRow {
 
   const DepthwiseConv2dParams& params_;
   Bounds<A> bounds_;
+  bool prefetches_;
   Taps rows_;
   const T* top_;
 };

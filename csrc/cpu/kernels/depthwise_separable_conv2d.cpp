@@ -177,15 +177,23 @@ void pack_vector(const A* weight, int64_t channels, int64_t count, A* packed, in
 }
 
 template <class A>
-void pack(const A* weight, int64_t out_channels, int64_t channels, A* packed, int64_t begin, int64_t end) {
+void pack(const PointwisePackParams& params, int64_t begin, int64_t end) {
+  const A* weight = static_cast<const A*>(params.weight);
+  A* packed = static_cast<A*>(params.packed);
   for (int64_t i = begin; i < end; ++i) {
-    const Panel<A> panel(i, out_channels);
+    const Panel<A> panel(i, params.out_channels);
     for (int64_t v = 0; v < panel.vectors; ++v) {
       const int64_t first = panel.first + v * kLanes<A>;
-      pack_vector(weight + first * channels, channels, min(kLanes<A>, out_channels - first),
-                  packed + panel.first * channels + v * kLanes<A>, panel.vectors * kLanes<A>);
+      pack_vector(weight + first * params.channels, params.channels, min(kLanes<A>, params.out_channels - first),
+                  packed + panel.first * params.channels + v * kLanes<A>, panel.vectors * kLanes<A>);
     }
   }
+}
+
+template <class A>
+PointwisePackedSize packed_size(const PointwisePackParams& params) {
+  return {.elements = count_vectors<A>(params.out_channels) * kLanes<A> * params.channels,
+          .panels = count_panels<A>(params.out_channels)};
 }
 
 }  // namespace
@@ -194,9 +202,12 @@ void depthwise_separable_conv2d_fprop_nhwc(const DepthwiseSeparableConv2dParams&
   for_dtype(params.depthwise.dtype, [&](auto element) { fprop<decltype(element)>(params, begin, end); });
 }
 
-void pointwise_pack(bool wide, const void* weight, int64_t rows, int64_t depth, void* packed) {
-  if (wide) return pack(static_cast<const double*>(weight), rows, depth, static_cast<double*>(packed),0,count_panels<double>(rows));
-  pack(static_cast<const float*>(weight), rows, depth, static_cast<float*>(packed),0,count_panels<float>(rows));
+PointwisePackedSize pointwise_packed_size(const PointwisePackParams& params) {
+  return params.is_double ? packed_size<double>(params) : packed_size<float>(params);
+}
+
+void pointwise_pack(const PointwisePackParams& params, int64_t begin, int64_t end) {
+  params.is_double ? pack<double>(params, begin, end) : pack<float>(params, begin, end);
 }
 
 }  // namespace fastconv::FASTCONV_KERNEL_NAMESPACE

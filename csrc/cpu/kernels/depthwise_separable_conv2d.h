@@ -6,7 +6,7 @@ namespace fastconv {
 
 struct DepthwiseSeparableConv2dParams {
   DepthwiseConv2dParams depthwise;  // its output is not used
-  // In the type of computation: weight [out_channels, channels] as pointwise_pack leaves it; bias, or null.
+  // In the type of computation: what pointwise_pack made of the weight; [out_channels] or null.
   const void* weight;
   const void* bias;
   void* output;  // [batch, P, Q, out_channels]
@@ -14,11 +14,25 @@ struct DepthwiseSeparableConv2dParams {
   Activation activation;
 };
 
+// The weight of the 1x1 convolution [out_channels, channels] in the order in which the kernel reads it
+struct PointwisePackParams {
+  const void* weight;
+  void* packed;
+  bool is_double;  // else float
+  int64_t out_channels;
+  int64_t channels;
+};
+struct PointwisePackedSize {
+  int64_t elements;
+  int64_t panels;  // that can be packed independently
+};
+
+// The pixels begin ... end - 1 of batch * P * Q. Any split into ranges gives the same result, bit by bit.
 FASTCONV_DECLARE_KERNEL(void, depthwise_separable_conv2d_fprop_nhwc, const DepthwiseSeparableConv2dParams& params,
                         int64_t begin, int64_t end)
 
-// Rows begin ... end - 1 of a matrix [rows, depth] of floats (doubles if `wide`), to the order in which the kernel
-// reads it
-FASTCONV_DECLARE_KERNEL(void, pointwise_pack, bool wide, const void* weight, int64_t rows, int64_t depth, void* packed)
+FASTCONV_DECLARE_KERNEL(PointwisePackedSize, pointwise_packed_size, const PointwisePackParams& params)
+// The panels begin ... end - 1
+FASTCONV_DECLARE_KERNEL(void, pointwise_pack, const PointwisePackParams& params, int64_t begin, int64_t end)
 
 }  // namespace fastconv

@@ -1,0 +1,33 @@
+// The depthwise convolution that two operators share.
+#pragma once
+
+#include "common/checks.h"
+#include "cpu/kernels/depthwise_conv2d.h"
+
+namespace fastconv::cpu {
+
+// Whether the output of a convolution is channels_last, as torch decides it
+bool output_is_channels_last(const Tensor& input, const Tensor& weight);
+
+// The arguments of a depthwise convolution as the nhwc kernels read them, with the tensors behind the pointers
+struct NhwcDepthwise {
+  NhwcDepthwise(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                const IntList& output_size, const ConvGeometry& geometry, Activation activation);
+  // A weight or bias in the type of computation, dense
+  static Tensor in_compute_type(const Tensor& tensor);
+
+  Tensor input, weight;
+  std::optional<Tensor> bias;
+  DepthwiseConv2dParams params;
+};
+
+// Whether the nhwc kernels take these arguments
+bool nhwc_depthwise_takes(const Tensor& input, const Tensor& weight);
+
+// activation(conv2d(input, weight, groups=channels) + bias), layout as eager's. Arguments are already checked.
+Tensor depthwise_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const IntList& output_size, const ConvGeometry& geometry, Activation activation);
+
+Tensor empty_channels_last(const Tensor& like, const IntList& size);
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,116 @@
+// depthwise_conv2d on the CPU. Its backward is conv2d_backward.
+//
+// channels_last with one filter for each channel runs in cpu/kernels; the rest goes the way of every convolution.
+#include "cpu/conv2d.h"
+#include "cpu/depthwise.h"
+#include "cpu/dispatch.h"
+
+namespace fastconv::cpu {
+namespace {
+
+// c10's is_channels_last_strides_2d
+bool has_channels_last_strides(const Tensor& tensor) {
+  int64_t least = 0;
+  for (const int axis : {1, 3, 2, 0}) {
+    const int64_t size = tensor.size(axis), stride = tensor.stride(axis);
+    if (size == 0 || stride < least || (axis == 1 && stride == 0)) return false;
+    // [N, 1, H, 1] and the like: torch takes an ambiguous layout for contiguous.
+    if (axis == 0 && least == tensor.stride(1)) return false;
+    least = stride * std::max<int64_t>(size, 1);
+  }
+  return true;
+}
+
+// [channels, 1, R, S] as [R, S, channels]
+Tensor taps_first(const Tensor& weight) {
+  const Tensor from = NhwcDepthwise::in_compute_type(weight);
+  const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3);
+  Tensor to = torch::stable::new_empty(from, {weight.size(2), weight.size(3), channels});
+  const auto transpose = [&](auto element) {
+    const auto* source = from.const_data_ptr<decltype(element)>();
+    auto* target = to.mutable_data_ptr<decltype(element)>();
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t c = 0; c < channels; ++c) *target++ = source[c * taps + tap];
+    }
+  };
+  from.scalar_type() == ScalarType::Double ? transpose(double{}) : transpose(float{});
+  return to;
+}
+
+}  // namespace
+
+bool output_is_channels_last(const Tensor& input, const Tensor& weight) {
+  return has_channels_last_strides(input) || has_channels_last_strides(weight);
+}
+
+bool nhwc_depthwise_takes(const Tensor& input, const Tensor& weight) {
+  return weight.size(0) == input.size(1) && input.numel() > 0 && output_is_channels_last(input, weight);
+}
+
+Tensor NhwcDepthwise::in_compute_type(const Tensor& tensor) {
+  return torch::stable::contiguous(
+      is_low_precision(tensor.scalar_type()) ? torch::stable::to(tensor, ScalarType::Float) : tensor);
+}
+
+NhwcDepthwise::NhwcDepthwise(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const IntList& output_size, const ConvGeometry& geometry, Activation activation)
+    : input(torch::stable::contiguous(input, MemoryFormat::ChannelsLast)),
+      weight(taps_first(weight)),
+      bias(bias ? std::optional(in_compute_type(*bias)) : std::nullopt),
+      params{.input = this->input.const_data_ptr(),
+             .weight = this->weight.const_data_ptr(),
+             .bias = this->bias ? this->bias->const_data_ptr() : nullptr,
+             .output = nullptr,
+             .dtype = kernel_dtype(input),
+             .batch = input.size(0),
+             .channels = input.size(1),
+             .height = input.size(2),
+             .width = input.size(3),
+             .filter_height = weight.size(2),
+             .filter_width = weight.size(3),
+             .out_height = output_size[2],
+             .out_width = output_size[3],
+             .stride_height = geometry.stride[0],
+             .stride_width = geometry.stride[1],
+             .padding_height = geometry.padding[0],
+             .padding_width = geometry.padding[1],
+             .dilation_height = geometry.dilation[0],
+             .dilation_width = geometry.dilation[1],
+             .activation = activation} {}
+
+Tensor empty_channels_last(const Tensor& like, const IntList& size) {
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              MemoryFormat::ChannelsLast);
+}
+
+Tensor depthwise_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const IntList& output_size, const ConvGeometry& geometry, Activation activation) {
+  if (!nhwc_depthwise_takes(input, weight)) return convolution(input, weight, bias, std::nullopt, geometry, activation);
+  NhwcDepthwise arguments(input, weight, bias, output_size, geometry, activation);
+  DepthwiseConv2dParams& params = arguments.params;
+  const Tensor output = empty_channels_last(input, output_size);
+  params.output = output.mutable_data_ptr();
+  const auto kernel = FASTCONV_KERNEL(depthwise_conv2d_fprop_nhwc);
+  const int64_t bytes_per_pixel = params.channels * (params.filter_height * params.filter_width + 1) *
+                                  static_cast<int64_t>(input.element_size());
+  parallel_for(output.numel() / params.channels, bytes_per_pixel,
+               [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+  return output;
+}
+
+namespace {
+
+Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntList stride,
+                        IntList padding, IntList dilation, std::string activation) {
+  constexpr auto kOp = "fastconv::depthwise_conv2d";
+  const Activation kind = parse_activation(kOp, activation);
+  const int64_t groups = check_depthwise_weight(kOp, "weight", input, weight);
+  const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
+  const IntList output_size = check_conv2d(kOp, input, weight, bias, std::nullopt, geometry);
+  return depthwise_convolution(input, weight, bias, output_size, geometry, kind);
+}
+
+}  // namespace
+}  // namespace fastconv::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) { m.impl("depthwise_conv2d", TORCH_BOX(&fastconv::cpu::depthwise_conv2d)); }
