@@ -44,8 +44,6 @@ CPU_CAPABILITIES = {
     "avx512": [*AVX512, "-mprefer-vector-width=512"],
 }
 CUDA_ARCHS = "80+PTX 90a"
-
-
 CUDA = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
 
 CPP_JOB_BYTES = 1_000_000_000

@@ -92,7 +92,7 @@ def draw(
 
 
 def _photograph(axes: Axes, photograph: Tensor) -> None:
-    axes.imshow(photograph.permute(1, 2, 0))
+    axes.imshow(photograph.permute(1, 2, 0).numpy())
     axes.set_anchor("W")
     axes.set_axis_off()
 
@@ -108,11 +108,15 @@ def _times(axes: Axes, inferences: Sequence[Inference]) -> None:
             position = row + (offset - 1) * height
             axes.barh(position, speed, height * 0.9, color=colour)
             label = f"{1e3 * inference.seconds[key]:.0f} ms"
-            style = {"color": MUTED}
-            if key == "fastconv":
-                label, style = f"{speed:.2f}x   {label}", {"color": FASTCONV, "weight": "bold"}
+            ours = key == "fastconv"
             axes.annotate(
-                label, (speed, position), (5, 0), textcoords="offset points", va="center", **style
+                f"{speed:.2f}x   {label}" if ours else label,
+                (speed, position),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+                color=FASTCONV if ours else MUTED,
+                weight="bold" if ours else "normal",
             )
     fastest = max(i.seconds["eager"] / min(i.seconds.values()) for i in inferences)
     axes.set_xlim(0, 1.34 * max(fastest, 1.0))  # room for the labels

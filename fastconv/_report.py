@@ -83,11 +83,18 @@ class Table:
     def _show_rich(self) -> bool:
         try:
             from rich.console import Console
+            from rich.measure import Measurement
             from rich.table import Table
         except ImportError:
             return False
-        table = Table(*self.columns, title=self.title, title_justify="left")
+        console = Console()
+        table = Table(title=self.title, title_justify="left")
+        for column in self.columns:
+            table.add_column(column, no_wrap=True)
         for cells, is_loss in self.rows:
             table.add_row(*cells, style="red" if is_loss else None)
-        Console().print(table)
+        # Figures cut off at the edge of the window would be worse than lines that wrap.
+        unbounded = console.options.update(width=1000)
+        console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
+        console.print(table)
         return True

@@ -42,10 +42,9 @@ CHANNELS_LAST = "eager channels_last"
 LRN_ONLY = "only LRN swapped"
 SWAPPED = "fastconv"
 IN_INFERENCE = (CONTIGUOUS, CHANNELS_LAST, SWAPPED)
-IN_TRAINING = (CONTIGUOUS, CHANNELS_LAST, LRN_ONLY, SWAPPED)
+IN_TRAINING = (CHANNELS_LAST, CONTIGUOUS, LRN_ONLY, SWAPPED)
 
 FEWEST_RUNS, MOST_RUNS = 3, 50
-SLOWEST_RUN = 10.0  # seconds; what is known to take longer is left out
 
 # A gradient is a sum over ReLUs and max pools, some of which rounding makes choose otherwise.
 GRADIENT_FLOOR = 1e-3
@@ -147,9 +146,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="for training, in fp32; default: alexnet2012",
     )
-    parser.add_argument("--train-batch", type=int, default=64, help="default: 64")
+    parser.add_argument("--train-batch", type=int, default=128, help="default: 128")
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--minutes", type=float, default=6.0, help="to aim at; default: 6")
+    parser.add_argument(
+        "--longest",
+        type=float,
+        default=3.0,
+        metavar="SECONDS",
+        help="leaves out 16-bit runs that must take longer: without such instructions, eager may "
+        "take minutes; default: 3",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="for all that was measured")
     parser.add_argument("--markdown", action="store_true", help="tables for a README")
 
@@ -179,9 +186,9 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace) -> Iterator[Row]:
     tasks = len(args.networks) * len(args.dtypes) * len(args.batches) + len(args.train)
     budget = Budget(args.minutes * 60, tasks)
-    pace: dict[tuple[str, str], float] = {}
+    pace = Pace()
     for name in args.networks:
-        yield from infer(name, args.dtypes, sorted(args.batches), budget, pace)
+        yield from infer(name, args.dtypes, sorted(args.batches), budget, pace, args.longest)
     for name in args.train:
         yield train(name, args.train_batch, budget)
 
@@ -235,18 +242,38 @@ def _laid_out(who: str, images: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- inference
 
 
+class Pace:
+    """How fast a contender was seen to be in a dtype, to tell what it cannot do in time."""
+
+    def __init__(self) -> None:
+        self._seconds_per_flop: dict[tuple[str, str], float] = {}
+
+    def saw(self, who: str, dtype: str, flop: int, seconds: float) -> None:
+        pace = seconds / flop
+        self._seconds_per_flop[who, dtype] = min(pace, self._least(who, dtype, default=pace))
+
+    def seconds(self, who: str, dtype: str, flop: int) -> float:
+        """At the best pace seen; 0 if none was."""
+        return flop * self._least(who, dtype, default=0.0)
+
+    def _least(self, who: str, dtype: str, default: float) -> float:
+        return self._seconds_per_flop.get((who, dtype), default)
+
+
 @torch.no_grad()
 def infer(
     network: str,
     dtypes: Sequence[str],
     batches: Sequence[int],
     budget: Budget,
-    pace: dict[tuple[str, str], float],
+    pace: Pace,
+    longest: float,
 ) -> Iterator[Row]:
     """A row for each dtype and batch.
 
     Args:
-        pace: the fewest seconds per FLOP that a contender was seen to take in a dtype; updated.
+        batches: in ascending order.
+        longest: seconds; 16-bit runs that take longer are left out as soon as that is known.
     """
     try:
         model, shape = build(network)
@@ -255,17 +282,17 @@ def infer(
             budget.next_row()
             yield Row(network, "inference", dtype, batch, note=f"skipped: {problem}")
         return
-    images = torch.randn(batches[-1], *shape)
     update_bn([torch.randn(4, *shape)], model)  # as training does; unnormalised values would grow
     model.eval()
     with FlopCounterMode(display=False) as counter:
-        copy.deepcopy(model).to("meta")(images[:1].to("meta"))
-    flop = counter.get_total_flops()
+        copy.deepcopy(model).to("meta")(torch.empty(1, *shape, device="meta"))
+    image_flop = counter.get_total_flops()
+    all_images = torch.randn(batches[-1], *shape)
 
     for dtype in dtypes:
         typed = copy.deepcopy(model).to(DTYPES[dtype])
-        input = images.to(DTYPES[dtype])
-        ends = input[:: max(1, len(input) - 1)]  # the first and the last image
+        images = all_images.to(DTYPES[dtype])
+        ends = images[:: max(1, len(images) - 1)]  # the first and the last
         oracle = copy.deepcopy(typed).double()(ends.double())
         contenders = {who: prepare(who, copy.deepcopy(typed)) for who in IN_INFERENCE}
         baseline = contenders[CHANNELS_LAST](_laid_out(CHANNELS_LAST, ends))
@@ -274,25 +301,29 @@ def infer(
             row = Row(network, "inference", dtype, batch, allowed_error=allowed)
             calls = {}
             for who, contender in contenders.items():
-                expected = pace.get((who, dtype), 0.0) * flop * batch
-                if expected > SLOWEST_RUN:
-                    row.results[who] = Result(note=f"left out: at least {expected:.0f} s a run")
+                at_least = pace.seconds(who, dtype, image_flop * batch)
+                if dtype != "fp32" and at_least > longest:
+                    row.results[who] = Result(note=f"left out: at least {at_least:.0f} s")
                     continue
-                call = functools.partial(contender, _laid_out(who, input[:batch]))
+                call = functools.partial(contender, _laid_out(who, images[:batch]))
+                if who == SWAPPED:
+                    call()  # packs the weights
                 start = time.perf_counter()
                 output = call()
                 seconds = time.perf_counter() - start
-                pace[who, dtype] = min(seconds / (flop * batch), pace.get((who, dtype), torch.inf))
-                found = output[[0, -1]] if 1 < batch == len(input) else output[:1]
-                error = _error(found, oracle[: len(found)])
+                pace.saw(who, dtype, image_flop * batch, seconds)
+                scores = output[[0, -1]] if 1 < batch == len(images) else output[:1]
+                error = _error(scores, oracle[: len(scores)])
                 row.results[who] = Result(error=error)
                 if who == SWAPPED and not error <= allowed:
                     row.results[who].note = f"WRONG: error {error:.1e}, allowed {allowed:.1e}"
-                elif seconds > SLOWEST_RUN:
-                    row.results[who].seconds = [seconds]
+                elif dtype != "fp32" and seconds > longest:
+                    row.results[who].seconds.append(seconds)
                 else:
                     calls[who] = call
             take_turns(calls, row.results, budget.next_row())
+            for who in calls:
+                pace.saw(who, dtype, image_flop * batch, min(row.results[who].seconds))
             yield row
 
 
@@ -331,7 +362,7 @@ def train(network: str, batch: int, budget: Budget) -> Row:
     except (ImportError, ValueError) as problem:
         row.note = f"skipped: {problem}"
         return row
-    images, labels = torch.randn(batch, *shape), torch.randint(1000, (batch,))
+    images, labels = torch.randn(batch, *shape), torch.randint(10, (batch,))
 
     few = (images[:4], labels[:4])
     still = copy.deepcopy(model)
@@ -339,7 +370,8 @@ def train(network: str, batch: int, budget: Budget) -> Row:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     oracle = _gradients(CONTIGUOUS, copy.deepcopy(still).double(), few[0].double(), few[1])
-    for who in (CHANNELS_LAST, CONTIGUOUS, LRN_ONLY, SWAPPED):
+    has_lrn = any(isinstance(module, nn.LocalResponseNorm) for module in model.modules())
+    for who in IN_TRAINING if has_lrn else (CHANNELS_LAST, CONTIGUOUS, SWAPPED):
         found = _gradients(who, prepare(who, copy.deepcopy(still)), *few)
         error = max(
             float((found[name].double() - exact).norm() / exact.norm())
@@ -352,13 +384,14 @@ def train(network: str, batch: int, budget: Budget) -> Row:
             row.results[who].note = f"WRONG: error {error:.1e}, allowed {row.allowed_error:.1e}"
     del oracle, still
 
-    right = [who for who in IN_TRAINING if not row.results[who].note]
+    right = [who for who, result in row.results.items() if not result.note]
     steps = {}
     for who in right:
-        steps[who] = Step(prepare(who, copy.deepcopy(model)), _laid_out(who, images), labels)
+        step = Step(prepare(who, copy.deepcopy(model)))
+        steps[who] = functools.partial(step, _laid_out(who, images), labels)
         steps[who]()
     take_turns(steps, row.results, budget.next_row())
-    del steps
+    del steps, step
     for who in right:
         row.results[who].peak_bytes = _peak_bytes_of_a_process(network, who, batch)
     return row
@@ -377,16 +410,16 @@ def _gradients(who: str, model: nn.Module, images: Tensor, labels: Tensor) -> di
 
 
 class Step:
-    """One training step, on the same images every time."""
+    """Steps of training a model."""
 
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
-        self._arguments = (model, images, labels)
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         # The rate is too small for anything to grow in as many steps as there may be.
         self._optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
 
-    def __call__(self) -> None:
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
         self._optimizer.zero_grad()
-        _loss(*self._arguments).backward()
+        _loss(self._model, images, labels).backward()
         self._optimizer.step()
 
 
@@ -415,10 +448,11 @@ def print_peak_bytes(network: str, who: str, batch: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     before = _kib(status, "VmRSS")
     model, shape = build(network)
-    images, labels = torch.randn(int(batch), *shape), torch.randint(1000, (int(batch),))
-    step = Step(prepare(who, model), _laid_out(who, images), labels)
-    for _ in range(2):  # momentum comes with the first, beside gradients only in the second
-        step()
+    images, labels = torch.randn(int(batch), *shape), torch.randint(10, (int(batch),))
+    images = _laid_out(who, images)
+    step = Step(prepare(who, model))
+    step(images[:2], labels[:2])  # momentum comes with the first step
+    step(images, labels)
     print(1024 * (_kib(status, "VmHWM") - before))
 
 
@@ -434,69 +468,68 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     inference = Table(
         "Inference: median ms (20th to 80th percentile), and how many times as fast fastconv is",
         [
-            *("network", "dtype", "batch", *IN_INFERENCE, "over contiguous", "over channels_last"),
-            *("error", "eager's error"),
+            *("network", "dtype", "batch", *IN_INFERENCE),
+            *("over contiguous", "over channels_last", "error", "eager's error"),
         ],
     )
     training = Table(
-        f"Training, one step: median ms (20th to 80th percentile), peak memory, both to "
+        f"Training, one step: median ms (20th to 80th percentile) and peak memory, beside those of "
         f"{CHANNELS_LAST}",
-        ["network", "batch", "", "ms", "speed", "peak MB", "memory", "error"],
+        ["network", "batch", "", "ms", "times as fast", "peak MB", "memory", "error"],
     )
     for row in rows:
         table = inference if row.mode == "inference" else training
-        for cells, is_loss in _inference_cells(row) if table is inference else _training_cells(row):
-            table.add(cells, is_loss)
+        if row.note:
+            cells = [row.network, str(row.batch), row.note]
+            table.add(cells + [""] * (len(table.columns) - len(cells)), is_loss=False)
+        elif table is inference:
+            speedups = [row.speedup(CONTIGUOUS), row.speedup(CHANNELS_LAST)]
+            table.add(
+                [
+                    *(row.network, row.dtype, str(row.batch)),
+                    *(_milliseconds(row.results[who]) for who in IN_INFERENCE),
+                    *map(_times, speedups),
+                    *(_error_of(row.results[who]) for who in (SWAPPED, CHANNELS_LAST)),
+                ],
+                is_loss=row.is_wrong or any(map(_is_less, speedups)),
+            )
+        else:
+            _add_training(table, row)
     return [table for table in (inference, training) if table.rows]
 
 
-def _inference_cells(row: Row) -> Iterator[tuple[list[str], bool]]:
-    speedups = [row.speedup(CONTIGUOUS), row.speedup(CHANNELS_LAST)]
-    cells = [row.network, row.dtype, str(row.batch)]
-    cells += [_time(row.results.get(who), row.note) for who in IN_INFERENCE]
-    cells += [_times(speedup) for speedup in speedups]
-    cells += [_scientific(row.results.get(who)) for who in (SWAPPED, CHANNELS_LAST)]
-    yield cells, row.is_wrong or _is_less(*speedups)
-
-
-def _training_cells(row: Row) -> Iterator[tuple[list[str], bool]]:
-    if not row.results:
-        yield [row.network, str(row.batch), row.note, *[""] * 5], False
-    base = row.results.get(CHANNELS_LAST)
+def _add_training(table: Table, row: Row) -> None:
+    base = row.results[CHANNELS_LAST].peak_bytes
     for who, result in row.results.items():
-        speedup = row.speedup(CHANNELS_LAST, who)
-        memory = None
-        if base and base.peak_bytes and result.peak_bytes:
-            memory = result.peak_bytes / base.peak_bytes
-        yield (
+        speedup, peak = row.speedup(CHANNELS_LAST, who), result.peak_bytes
+        table.add(
             [
-                *(row.network, str(row.batch), who, _time(result), _times(speedup)),
-                f"{result.peak_bytes / 1e6:.0f}" if result.peak_bytes else "",
-                f"{memory:.2f}x" if memory else "",
-                _scientific(result),
+                *(row.network, str(row.batch), who, _milliseconds(result), _times(speedup)),
+                f"{peak / 1e6:.0f}" if peak else "?",
+                f"{peak / base:.2f}x" if peak and base else "?",
+                _error_of(result),
             ],
-            who in (LRN_ONLY, SWAPPED) and (bool(result.note) or _is_less(speedup)),
+            is_loss=who in (LRN_ONLY, SWAPPED) and (bool(result.note) or _is_less(speedup)),
         )
 
 
-def _is_less(*speedups: float | None) -> bool:
-    return any(speedup is not None and speedup < 1 for speedup in speedups)
+def _is_less(speedup: float | None) -> bool:
+    return speedup is not None and round(speedup, 2) < 1
 
 
 def _times(speedup: float | None) -> str:
     if speedup is None:
-        return ""
-    return f"{speedup:.2f}x" + (" SLOWER" if _is_less(speedup) else "")
+        return "?"
+    return f"{speedup:.2f}x SLOWER" if _is_less(speedup) else f"{speedup:.2f}x"
 
 
-def _time(result: Result | None, note: str = "") -> str:
-    if result is None or not result.seconds:
-        return result.note if result else note
-    if len(result.seconds) < FEWEST_RUNS:
-        return f"{1e3 * result.median:.1f} ({len(result.seconds)} run)"
+def _milliseconds(result: Result) -> str:
+    if not result.seconds:
+        return result.note
     low, high = result.spread
-    return f"{1e3 * result.median:.1f} ({1e3 * low:.1f}-{1e3 * high:.1f})"
+    spread = f"{1e3 * low:.1f}-{1e3 * high:.1f}" if len(result.seconds) > 1 else "1 run"
+    return f"{1e3 * result.median:.1f} ({spread})"
 
 
-def _scientific(result: Result | None) -> str:
-    return "" if result is None or result.error is None else f"{result.error:.0e}"
+def _error_of(result: Result) -> str:
+    return "?" if result.error is None else f"{result.error:.0e}"

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,15 +21,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import fastconv
-from fastconv import info, models
+from fastconv import models
 from fastconv._numerics import Verdict, compare
+from fastconv._report import environment
+from fastconv.bench import Result, take_turns
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 NETWORKS = ("alexnet2012", "vgg16", "googlenet", "resnet50", "xception")
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
-TIMED_ROUNDS = 9
+TIMING_SECONDS = 12.0  # per network
 EPOCHS = 12
 BATCH = 32
 REQUIRED_ACCURACY = 0.97
@@ -89,21 +90,21 @@ def run(args: argparse.Namespace) -> int:
         import PIL  # noqa: F401
         import sklearn  # noqa: F401
         from rich.console import Console
-    except ImportError as problem:
-        print(f'The demo needs {problem.name}: pip install "fastconv[demo]"')
+    except ImportError as missing:
+        print(f'The demo needs {missing.name}: pip install "fastconv[demo]"')
         return 2
     from fastconv import _demo_picture
 
     console = Console()
     console.print(
         "[bold]fastconv demo[/bold]: the same weights with torch.nn and swapped, on real input\n"
-        "The weights are random (seeded), not trained: what counts is that both versions agree.\n"
+        "The weights are random (seeded), not trained: what counts is that both agree.\n"
     )
     photographs = load_photographs()
     inferences = []
     with _progress(console) as task:
         for name in args.networks:
-            with task(models.title(name), 5 + TIMED_ROUNDS) as advance:
+            with task(models.title(name), 6) as advance:
                 inferences.append(compare_network(name, photographs, args.seed, advance))
         trainings = {}
         for label, prepare in (("torch.nn", None), ("fastconv", fastconv.swap)):
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
             f"LeNet-5 on handwritten digits, {label:<9} last loss {training.losses[-1]:.4f}, "
             f"test accuracy {training.accuracy:.1%}"
         )
-    console.print(f"\n{machine()}\npicture: {args.output}")
+    console.print(f"\n{machine()}\npicture: {args.output}", soft_wrap=True)
     found = problems(inferences, trainings)
     for problem in found:
         console.print(f"[bold red]FAILED[/bold red] {problem}")
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def problems(inferences: Sequence[Inference], trainings: dict[str, Training]) -> list[str]:
-    """What must not happen: errors beyond the policy, other classes, a network that learns nothing."""
+    """What must not happen: errors beyond the policy, other classes, nothing learnt."""
     found = []
     for inference in inferences:
         if not inference.verdict.ok:
@@ -143,8 +144,8 @@ def problems(inferences: Sequence[Inference], trainings: dict[str, Training]) ->
 
 def machine() -> str:
     """What the times depend on."""
-    facts = info.facts()
-    return f"torch {facts['torch']}, CPU: {facts['CPU']}, batch of {len(PHOTOGRAPHS)}, float32"
+    facts = environment()
+    return f"torch {torch.__version__}, {facts['CPU']}, {facts['instructions']}"
 
 
 # ------------------------------------------------------------------------------------- networks
@@ -181,19 +182,20 @@ def compare_network(
         fast = fastconv.swap(model)
         advance("compare")
         expected, found = model(x), fast(x)
-        seconds = _interleaved_medians(
-            {
-                "eager": lambda: model(x),
-                "channels_last": lambda: channels_last(x_channels_last),
-                "fastconv": lambda: fast(x),
-            },
-            advance,
-        )
+        channels_last(x_channels_last)  # warm, as the others are by now
+        advance("time")
+        calls = {
+            "eager": lambda: model(x),
+            "channels_last": lambda: channels_last(x_channels_last),
+            "fastconv": lambda: fast(x),
+        }
+        results = {name: Result() for name in calls}
+        take_turns(calls, results, TIMING_SECONDS)
     return Inference(
         title=models.title(name),
         verdict=compare(found, oracle, expected),
         top5_equal=torch.equal(expected.topk(5).indices, found.topk(5).indices),
-        seconds=seconds,
+        seconds={name: result.median for name, result in results.items()},
     )
 
 
@@ -227,20 +229,6 @@ def _calibrate(model: nn.Module, photographs: Sequence[Tensor], size: int) -> No
     update_bn([torch.stack(crops)], model)
 
 
-def _interleaved_medians(calls: dict[str, Callable[[], Any]], advance: Advance) -> dict[str, float]:
-    """Median seconds per call; taking turns, so that a busy moment hits all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for index in range(TIMED_ROUNDS):
-        advance(f"time, round {index + 1}")
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 # ------------------------------------------------------------------------------------- training
 
 
@@ -253,27 +241,33 @@ def train_lenet(
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    pixels = torch.from_numpy(digits.images).float()[:, None] / 16
-    images = F.interpolate(pixels, (32, 32), mode="bilinear", align_corners=False)
+    pixels = torch.from_numpy(digits.images).float()[:, None]
+    # A margin of four pixels, as LeNet-5's own digits have.
+    images = F.pad(F.interpolate(pixels, (24, 24), mode="bilinear"), (4, 4, 4, 4))
+    images = (images - images.mean()) / images.std()
     labels = torch.from_numpy(digits.target)
     train, test = map(
         torch.from_numpy,
-        train_test_split(np.arange(len(labels)), test_size=0.25, random_state=0, stratify=labels),
+        train_test_split(np.arange(len(labels)), random_state=0, stratify=digits.target),
     )
 
     torch.manual_seed(seed)
     model: nn.Module = models.lenet5().train()
     if prepare is not None:
         model = prepare(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    steps = EPOCHS * math.ceil(len(train) / BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
     losses = []
     for epoch in range(EPOCHS):
         advance(f"epoch {epoch + 1}")
         for batch in train[torch.randperm(len(train))].split(BATCH):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
+            shift = torch.randint(-2, 3, (2,)).tolist()
+            loss = F.cross_entropy(model(images[batch].roll(shift, (2, 3))), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
             losses.append(loss.item())
     model.eval()
     with torch.no_grad():
@@ -287,9 +281,10 @@ def train_lenet(
 @contextmanager
 def _progress(console: Any) -> Iterator[Callable[..., Any]]:
     """Progress bars: each ``with task(title, steps) as advance`` is one line."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (
+        SpinnerColumn(finished_text=" "),
         TextColumn("{task.description:<18}"),
         BarColumn(),
         TimeElapsedColumn(),
@@ -307,33 +302,35 @@ def _progress(console: Any) -> Iterator[Callable[..., Any]]:
 
 
 def _network_table(inferences: Sequence[Inference]) -> Table:
+    from rich import box
     from rich.table import Table
 
     table = Table(
-        title="\nTwo photographs through five networks" if len(inferences) == 5 else None,
-        caption="errors: largest against float64, in units of the largest score; "
-        "times: medians of interleaved runs",
+        title=f"\n{len(PHOTOGRAPHS)} photographs, float32, medians of runs that take turns",
+        caption="errors: the largest against float64, relative to the largest class score",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
     )
-    table.add_column("network")
+    table.add_column("", no_wrap=True)
     for heading in (
         "error\ntorch",
-        "error\nfastconv",
-        "top 5\nequal",
-        "eager\nms",
-        "channels_last\nms",
-        "fastconv\nms",
-        "speedup over\neager",
-        "speedup over\nchannels_last",
+        "\nfastconv",
+        "same\ntop 5",
+        "ms\ntorch",
+        "channels\nlast",
+        "\nfastconv",
+        "faster than\nboth by",
     ):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for inference in inferences:
+        speedups = (inference.speedup("eager"), inference.speedup("channels_last"))
         table.add_row(
             inference.title,
             f"{inference.torch_error:.1e}",
             f"{inference.error:.1e}",
-            "yes" if inference.top5_equal else "[red]no",
+            "yes" if inference.top5_equal else "[bold red]no",
             *(f"{1e3 * seconds:.0f}" for seconds in inference.seconds.values()),
-            f"[bold]{inference.speedup('eager'):.2f}x",
-            f"[bold]{inference.speedup('channels_last'):.2f}x",
+            "[bold]{:.2f}x {:.2f}x".format(*speedups),
         )
     return table

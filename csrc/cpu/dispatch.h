@@ -20,11 +20,12 @@ inline DType kernel_dtype(const Tensor& tensor) {
   }
 }
 
-// f(begin, end) over all `items` on torch's threads, each of which moves at least 128 KiB: less would not pay for
-// waking another one.
+// f(begin, end) over all `items` on torch's threads, each of which moves at least 128 KiB: less
+// would not pay for waking another one.
 template <class F>
 void parallel_for(int64_t items, int64_t bytes_per_item, F&& f) {
-  const int64_t grain = std::max<int64_t>(1, (int64_t{128} << 10) / std::max<int64_t>(1, bytes_per_item));
+  const int64_t grain =
+      std::max<int64_t>(1, (int64_t{128} << 10) / std::max<int64_t>(1, bytes_per_item));
   torch::stable::parallel_for(0, items, grain, f);
 }
 
@@ -43,7 +44,8 @@ inline bool is_dense(const Tensor& tensor) {
   return true;
 }
 
-// `tensor` itself where its elements lie in memory as those of the dense `like`, else a copy that does
+// `tensor` itself where its elements lie in memory as those of the dense `like`, else a copy that
+// does
 inline Tensor with_layout_of(const Tensor& like, const Tensor& tensor) {
   if (tensor.strides().equals(like.strides())) return tensor;
   Tensor copy = torch::stable::empty_like(like);

@@ -1,5 +1,5 @@
-// local_response_norm and its backward on the CPU. The kernels take any dense tensor as it lies in memory: dimension
-// 1 splits it into what lies outside and inside of a channel's stride.
+// local_response_norm and its backward on the CPU. The kernels take any dense tensor as it lies in
+// memory: dimension 1 splits it into what lies outside and inside of a channel's stride.
 #include "cpu/kernels/local_response_norm.h"
 
 #include "common/checks.h"
@@ -8,8 +8,9 @@
 namespace fastconv::cpu {
 namespace {
 
-LocalResponseNormParams make_params(const Tensor& input, const Tensor* grad_output, const Tensor& output, int64_t size,
-                                    double alpha, double beta, double k) {
+LocalResponseNormParams make_params(const Tensor& input, const Tensor* grad_output,
+                                    const Tensor& output, int64_t size, double alpha, double beta,
+                                    double k) {
   LocalResponseNormParams params{};
   params.input = input.const_data_ptr();
   params.grad_output = grad_output ? grad_output->const_data_ptr() : nullptr;
@@ -38,8 +39,8 @@ Tensor local_response_norm(const Tensor& input, int64_t size, double alpha, doub
   return output;
 }
 
-Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha,
-                                    double beta, double k) {
+Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& input, int64_t size,
+                                    double alpha, double beta, double k) {
   constexpr auto kOp = "fastconv::local_response_norm_backward";
   check_local_response_norm(kOp, input, size);
   check_like_input(kOp, input, "grad_output", grad_output);

@@ -67,13 +67,14 @@ class RestoreLayout:
         self.__name__ = "restore_layout"
 
     def __call__(self, value: Any, *layouts: str | None) -> Any:
-        if torch.compiler.is_compiling() or layout_of(value) != "channels_last":
+        if torch.compiler.is_compiling() or not isinstance(value, Tensor) or value.dim() != 4:
             return value
         if "contiguous" not in layouts and "channels_last" in layouts:
             return value
         if any(layout_of(conv.weight) == "channels_last" for conv in self._convs):
             return value
-        return value.contiguous()
+        # The views bring the strides of dimensions of size 1 into line, too: later ops take the layout from them.
+        return value.contiguous().view(-1).view(value.shape)
 
 
 def layout_of(value: Any) -> str | None:

@@ -7,6 +7,7 @@ import functools
 import inspect
 import threading
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from .. import _library, backends
 from .programs import Program, Programs, Watch
@@ -58,6 +61,9 @@ def clone(model: nn.Module) -> nn.Module:
                 vars(duplicate)[name] = value
             elif name != REGION:
                 vars(duplicate)[name] = _with_copies(value, copies)
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            # The handle removes the hook that sets the parameters up, once that has run.
+            duplicate._initialize_hook.hooks_dict_ref = weakref.ref(duplicate._forward_pre_hooks)
     return copies[id(model)]
 
 
@@ -67,6 +73,8 @@ def _with_copies(value: Any, copies: dict[int, nn.Module]) -> Any:
         return copies.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in copies:
         return types.MethodType(value.__func__, copies[id(value.__self__)])
+    if isinstance(value, RemovableHandle):
+        return copy.copy(value)
     if type(value) in (list, tuple, set):
         return type(value)(_with_copies(item, copies) for item in value)
     if type(value) in (dict, OrderedDict):

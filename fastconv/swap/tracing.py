@@ -8,6 +8,7 @@ The tracer here refuses all of that, so that a graph means what the forward mean
 from __future__ import annotations
 
 import functools
+import operator
 import random
 import sys
 import threading
@@ -100,6 +101,18 @@ class _Proxy(fx.Proxy):
         if self.node.op in ("placeholder", "get_attr"):
             return Tensor
         raise Untraceable("its forward tests the type of a value")
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], fx.Proxy]:
+    def record(self: _Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+# Without these, Python takes `x += y` for `x = x + y`, and so does torch.fx.
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
+    setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
 class _Tracer(fx.Tracer):

@@ -4,10 +4,12 @@
 
 namespace fastconv {
 
-// One filter for each channel. Input [batch, height, width, channels], output [batch, P, Q, channels], both dense.
+// One filter for each channel. Input [batch, height, width, channels], output [batch, P, Q,
+// channels], both dense.
 struct DepthwiseConv2dParams {
   const void* input;
-  // In the type of computation (double for double, else float): [R, S, channels]; [channels] or null.
+  // In the type of computation (double for double, else float): [R, S, channels]; [channels] or
+  // null.
   const void* weight;
   const void* bias;
   void* output;
@@ -23,8 +25,9 @@ struct DepthwiseConv2dParams {
   Activation activation;
 };
 
-// The pixels begin ... end - 1 of batch * P * Q. Any split into ranges gives the same result, bit by bit.
-FASTCONV_DECLARE_KERNEL(void, depthwise_conv2d_fprop_nhwc, const DepthwiseConv2dParams& params, int64_t begin,
-                        int64_t end)
+// The pixels begin ... end - 1 of batch * P * Q. Any split into ranges gives the same result, bit
+// by bit.
+FASTCONV_DECLARE_KERNEL(void, depthwise_conv2d_fprop_nhwc, const DepthwiseConv2dParams& params,
+                        int64_t begin, int64_t end)
 
 }  // namespace fastconv

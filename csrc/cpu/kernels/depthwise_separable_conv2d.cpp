@@ -1,9 +1,11 @@
-// A depthwise convolution and the 1x1 convolution behind it, channels-last, in one pass over memory: a tile of pixels
-// of the depthwise result goes to a buffer in the L2 cache, is multiplied with the 1x1 weights there, and is
-// forgotten. In 16-bit types the buffer is fp32, so that the intermediate result is not rounded.
+// A depthwise convolution and the 1x1 convolution behind it, channels-last, in one pass over
+// memory: a tile of pixels of the depthwise result goes to a buffer in the L2 cache, is multiplied
+// with the 1x1 weights there, and is forgotten. In 16-bit types the buffer is fp32, so that the
+// intermediate result is not rounded.
 //
-// The product runs over panels of output channels. Of a panel, kAccumulators vectors (rows x vectors) are summed up in
-// registers over the channels, one broadcast and a few weights at a time; bound by FMA.
+// The product runs over panels of output channels. Of a panel, kAccumulators vectors (rows x
+// vectors) are summed up in registers over the channels, one broadcast and a few weights at a time;
+// bound by FMA.
 #include "cpu/kernels/depthwise_separable_conv2d.h"
 
 #include <utility>
@@ -20,8 +22,8 @@ constexpr int kAccumulators = 12;  // of 16 registers
 #endif
 constexpr int64_t kTileBytes = 160 * 1024;  // of a common L2 cache of 512 KiB
 
-// The output channels in vectors, and those in panels of 2 vectors. An odd one goes to the last panel, which is then 3
-// wide, as a panel of 1 waits for its loads.
+// The output channels in vectors, and those in panels of 2 vectors. An odd one goes to the last
+// panel, which is then 3 wide, as a panel of 1 waits for its loads.
 template <class A>
 FASTCONV_INLINE int64_t count_vectors(int64_t out_channels) {
   return (out_channels + kLanes<A> - 1) / kLanes<A>;
@@ -34,7 +36,9 @@ template <class A>
 struct Panel {
   Panel(int64_t panel, int64_t out_channels)
       : first(2 * kLanes<A> * panel),
-        vectors(panel + 1 < count_panels<A>(out_channels) ? 2 : count_vectors<A>(out_channels) - 2 * panel),
+        vectors(panel + 1 < count_panels<A>(out_channels)
+                    ? 2
+                    : count_vectors<A>(out_channels) - 2 * panel),
         width(min(vectors * kLanes<A>, out_channels - first)) {}
   int64_t first;  // output channel
   int64_t vectors;
@@ -153,12 +157,14 @@ FASTCONV_INLINE void transpose(Vec<A>* rows) {
   constexpr int kCount = kLanes<A>;
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
-    if (!(i & kStep)) exchange<A, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kCount>{});
+    if (!(i & kStep))
+      exchange<A, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kCount>{});
   }
   if constexpr (2 * kStep < kCount) transpose<A, 2 * kStep>(rows);
 }
 
-// `count` rows of `weight` (as many as a vector has lanes, or what is left of them) to the columns of `packed`
+// `count` rows of `weight` (as many as a vector has lanes, or what is left of them) to the columns
+// of `packed`
 template <class A>
 void pack_vector(const A* weight, int64_t channels, int64_t count, A* packed, int64_t width) {
   constexpr int kCount = kLanes<A>;
@@ -172,7 +178,8 @@ void pack_vector(const A* weight, int64_t channels, int64_t count, A* packed, in
     for (int i = 0; i < kCount; ++i) store(packed + (c + i) * width, rows[i]);
   }
   for (; c < channels; ++c) {
-    for (int i = 0; i < kCount; ++i) packed[c * width + i] = i < count ? weight[i * channels + c] : 0;
+    for (int i = 0; i < kCount; ++i)
+      packed[c * width + i] = i < count ? weight[i * channels + c] : 0;
   }
 }
 
@@ -184,8 +191,10 @@ void pack(const PointwisePackParams& params, int64_t begin, int64_t end) {
     const Panel<A> panel(i, params.out_channels);
     for (int64_t v = 0; v < panel.vectors; ++v) {
       const int64_t first = panel.first + v * kLanes<A>;
-      pack_vector(weight + first * params.channels, params.channels, min(kLanes<A>, params.out_channels - first),
-                  packed + panel.first * params.channels + v * kLanes<A>, panel.vectors * kLanes<A>);
+      pack_vector(weight + first * params.channels, params.channels,
+                  min(kLanes<A>, params.out_channels - first),
+                  packed + panel.first * params.channels + v * kLanes<A>,
+                  panel.vectors * kLanes<A>);
     }
   }
 }
@@ -198,8 +207,10 @@ PointwisePackedSize packed_size(const PointwisePackParams& params) {
 
 }  // namespace
 
-void depthwise_separable_conv2d_fprop_nhwc(const DepthwiseSeparableConv2dParams& params, int64_t begin, int64_t end) {
-  for_dtype(params.depthwise.dtype, [&](auto element) { fprop<decltype(element)>(params, begin, end); });
+void depthwise_separable_conv2d_fprop_nhwc(const DepthwiseSeparableConv2dParams& params,
+                                           int64_t begin, int64_t end) {
+  for_dtype(params.depthwise.dtype,
+            [&](auto element) { fprop<decltype(element)>(params, begin, end); });
 }
 
 PointwisePackedSize pointwise_packed_size(const PointwisePackParams& params) {

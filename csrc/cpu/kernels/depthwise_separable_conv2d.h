@@ -14,7 +14,8 @@ struct DepthwiseSeparableConv2dParams {
   Activation activation;
 };
 
-// The weight of the 1x1 convolution [out_channels, channels] in the order in which the kernel reads it
+// The weight of the 1x1 convolution [out_channels, channels] in the order in which the kernel reads
+// it
 struct PointwisePackParams {
   const void* weight;
   void* packed;
@@ -27,12 +28,15 @@ struct PointwisePackedSize {
   int64_t panels;  // that can be packed independently
 };
 
-// The pixels begin ... end - 1 of batch * P * Q. Any split into ranges gives the same result, bit by bit.
-FASTCONV_DECLARE_KERNEL(void, depthwise_separable_conv2d_fprop_nhwc, const DepthwiseSeparableConv2dParams& params,
-                        int64_t begin, int64_t end)
+// The pixels begin ... end - 1 of batch * P * Q. Any split into ranges gives the same result, bit
+// by bit.
+FASTCONV_DECLARE_KERNEL(void, depthwise_separable_conv2d_fprop_nhwc,
+                        const DepthwiseSeparableConv2dParams& params, int64_t begin, int64_t end)
 
-FASTCONV_DECLARE_KERNEL(PointwisePackedSize, pointwise_packed_size, const PointwisePackParams& params)
+FASTCONV_DECLARE_KERNEL(PointwisePackedSize, pointwise_packed_size,
+                        const PointwisePackParams& params)
 // The panels begin ... end - 1
-FASTCONV_DECLARE_KERNEL(void, pointwise_pack, const PointwisePackParams& params, int64_t begin, int64_t end)
+FASTCONV_DECLARE_KERNEL(void, pointwise_pack, const PointwisePackParams& params, int64_t begin,
+                        int64_t end)
 
 }  // namespace fastconv

@@ -1,6 +1,7 @@
-// SIMD vectors of the capability that this file is compiled for: Vec<float> or Vec<double>, with +, -, *, /,
-// comparisons and `mask ? a : b` from the compiler's vector extension, and loads and stores that convert from and to
-// the four element types. Arithmetic is fp32 (fp64 for double), whatever the element type.
+// SIMD vectors of the capability that this file is compiled for: Vec<float> or Vec<double>, with +,
+// -, *, /, comparisons and `mask ? a : b` from the compiler's vector extension, and loads and
+// stores that convert from and to the four element types. Arithmetic is fp32 (fp64 for double),
+// whatever the element type.
 //
 // The compiler contracts a * b + c into one FMA where the capability has it.
 #pragma once
@@ -14,7 +15,8 @@
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 warns about its own AVX-512 intrinsics: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
+// GCC 12 warns about its own AVX-512 intrinsics:
+// https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
@@ -75,8 +77,8 @@ using Vec = typename VecTraits<A>::Type;
 template <class A>
 constexpr int kLanes = kVectorBytes / sizeof(A);
 
-// A vector's worth of elements, or the `count` (fewer) that are left at the end of a row. The lanes beyond `count`
-// load as 0 and are not stored.
+// A vector's worth of elements, or the `count` (fewer) that are left at the end of a row. The lanes
+// beyond `count` load as 0 and are not stored.
 struct Whole {};
 struct Tail {
   int count;
@@ -116,7 +118,8 @@ FASTCONV_INLINE VecU16 narrow(VecU32 v) {
   return reinterpret_cast<VecU16>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(v)));
 #elif defined(__AVX2__)
   const __m256i wide = reinterpret_cast<__m256i>(v);
-  return reinterpret_cast<VecU16>(_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+  return reinterpret_cast<VecU16>(
+      _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
 #else
   return __builtin_convertvector(v, VecU16);
 #endif
@@ -124,7 +127,8 @@ FASTCONV_INLINE VecU16 narrow(VecU32 v) {
 
 FASTCONV_INLINE VecF32 from_bfloat16(VecU16 h) { return from_bits(widen(h) << 16); }
 
-// To nearest, ties to even. A NaN stays one: it is made quiet instead of rounded, which might carry it into Inf.
+// To nearest, ties to even. A NaN stays one: it is made quiet instead of rounded, which might carry
+// it into Inf.
 FASTCONV_INLINE VecU16 to_bfloat16(VecF32 v) {
   const VecU32 u = bits(v);
   const VecU32 rounded = u + 0x7fff + ((u >> 16) & 1);
@@ -139,7 +143,8 @@ FASTCONV_INLINE VecF32 from_float16(VecU16 h) {
 #else
   const VecU32 u = widen(h);
   const VecU32 magnitude = (u & 0x7fff) << 13;
-  // 2^112 is the distance of the two exponent biases; as a product it also normalises subnormal numbers.
+  // 2^112 is the distance of the two exponent biases; as a product it also normalises subnormal
+  // numbers.
   const VecF32 finite = from_bits(magnitude) * 0x1p112f;
   const VecU32 infinite_or_nan = magnitude | 0x7f800000;
   return from_bits((magnitude >= 0x0f800000 ? infinite_or_nan : bits(finite)) | (u & 0x8000) << 16);
@@ -159,8 +164,9 @@ FASTCONV_INLINE VecU16 to_float16(VecF32 v) {
   // A sum with 0.5 rounds at 2^-24, the spacing of subnormal numbers.
   const VecU32 subnormal = bits(from_bits(magnitude) + 0.5f) - 0x3f000000;
   VecU32 h = magnitude < 0x38800000 ? subnormal : normal;  // 2^-14
-  h = magnitude >= 0x477ff000 ? 0x7c00 + VecU32{} : h;     // 65520, halfway from the largest number to the next
-  h = magnitude > 0x7f800000 ? 0x7e00 + VecU32{} : h;      // NaN
+  h = magnitude >= 0x477ff000 ? 0x7c00 + VecU32{}
+                              : h;  // 65520, halfway from the largest number to the next
+  h = magnitude > 0x7f800000 ? 0x7e00 + VecU32{} : h;  // NaN
   return narrow(h | (u & 0x80000000) >> 16);
 #endif
 }
@@ -261,8 +267,8 @@ class Scratch {
   A* data_;
 };
 
-// The bounds of an activation. A bound that it does not have is NaN, as every comparison with that is false. So NaN
-// and -0.0 pass through, as they do in torch.
+// The bounds of an activation. A bound that it does not have is NaN, as every comparison with that
+// is false. So NaN and -0.0 pass through, as they do in torch.
 template <class A>
 struct Bounds {
   explicit Bounds(Activation activation)
