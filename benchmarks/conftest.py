@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,13 @@ def pytest_configure(config: pytest.Config) -> None:
         # The bounds of fastconv/_numerics.py are those of true float32.
         torch.backends.cudnn.allow_tf32 = False
     if option.save_results:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        versions = f"fastconv-{fastconv.__version__}_torch-{torch.__version__}"
-        RESULTS.mkdir(exist_ok=True)
-        option.benchmark_json = str(
-            RESULTS
-            / f"{name}_{option.dtype}_batch-{option.batch}_{versions}.json".replace(" ", "-")
+        hardware = environment()["GPU" if device.type == "cuda" else "CPU"].split(", ")[0]
+        name = (
+            f"{re.sub(r'[^A-Za-z0-9]+', '-', hardware).strip('-')}_{option.dtype}"
+            f"_batch-{option.batch}_fastconv-{fastconv.__version__}_torch-{torch.__version__}"
         )
+        RESULTS.mkdir(exist_ok=True)
+        option.benchmark_json = str(RESULTS / f"{name}.json")
 
 
 @pytest.fixture
@@ -95,54 +96,52 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """What the tables above say about fastconv, a line for each layer and direction."""
     measured = [benchmark for benchmark in config._benchmarksession.benchmarks if benchmark]
-    groups = [list(cases) for _, cases in groupby(measured, key=lambda case: case.group)]
-    if not groups:
+    rows = [_row(list(cases)) for _, cases in groupby(measured, key=lambda case: case.group)]
+    if not rows:
         return
     terminalreporter.section("fastconv; in the columns eager and compile: their median / its own")
-    terminalreporter.write_line(_line("", "channels_last", *[""] * 5, "contiguous", ""))
-    terminalreporter.write_line(
-        _line("", "µs", "of copy", "host µs", "eager", "compile", "", "µs", "eager")
-    )
-    losses = 0
-    for cases in groups:
-        found = {(c.extra_info["contender"], c.extra_info["layout"]): c for c in cases}
-        ratios = [
-            _ratio(found, who, layout)
-            for who, layout in (
-                ("eager", "channels_last"),
-                ("compile", "channels_last"),
-                ("eager", "contiguous"),
-            )
-        ]
-        lost = min(ratios[0], ratios[2]) < 1
-        losses += lost
-        info = cases[0].extra_info
-        ours = found.get(("fastconv", "channels_last"))
-        contiguous = found.get(("fastconv", "contiguous"))
-        terminalreporter.write_line(
-            _line(
-                f"{info['op']} {info['direction']} {info['layer']}",
-                _microseconds(ours),
-                f"{ours.extra_info['of_copy_bandwidth']:.0%}" if ours else "",
-                f"{ours.extra_info['host_us']:.0f}" if ours else "",
-                *(f"{ratio:.2f}x" for ratio in ratios[:2]),
-                "",
-                _microseconds(contiguous),
-                f"{ratios[2]:.2f}x",
-            ),
-            red=lost,
-        )
-    terminalreporter.write_line(f"{losses} of {len(groups)} (red) are slower than eager")
+    for head in (
+        ("", "channels_last", "", "", "", "", "", "contiguous", ""),
+        ("", "µs", "of copy", "host µs", "eager", "compile", "", "µs", "eager"),
+    ):
+        terminalreporter.write_line(_line(*head))
+    for cells, is_loss in rows:
+        terminalreporter.write_line(_line(*cells), red=is_loss)
+    losses = sum(is_loss for _, is_loss in rows)
+    terminalreporter.write_line(f"{losses} of {len(rows)} (red) are slower than eager")
 
 
-def _ratio(found: dict[tuple[str, str], Any], who: str, layout: str) -> float:
-    """Their median by fastconv's in the same layout; nan where one was not measured."""
-    theirs, ours = found.get((who, layout)), found.get(("fastconv", layout))
-    return theirs.stats.median / ours.stats.median if theirs and ours else math.nan
+def _row(cases: list[Any]) -> tuple[list[str], bool]:
+    """The cells, and whether fastconv is slower than eager in the same layout."""
+    found = {(case.extra_info["contender"], case.extra_info["layout"]): case for case in cases}
 
+    def microseconds(layout: str) -> str:
+        case = found.get(("fastconv", layout))
+        return f"{case.stats.median * 1e6:.0f}" if case else ""
 
-def _microseconds(case: Any) -> str:
-    return f"{case.stats.median * 1e6:.0f}" if case else ""
+    def ratio(who: str, layout: str) -> float:
+        theirs, ours = found.get((who, layout)), found.get(("fastconv", layout))
+        return theirs.stats.median / ours.stats.median if theirs and ours else math.nan
+
+    info = cases[0].extra_info
+    ours = found.get(("fastconv", "channels_last"))
+    ratios = [
+        ratio("eager", "channels_last"),
+        ratio("compile", "channels_last"),
+        ratio("eager", "contiguous"),
+    ]
+    times = ["" if math.isnan(value) else f"{value:.2f}x" for value in ratios]
+    cells = [
+        f"{info['op']} {info['direction']} {info['layer']}",
+        microseconds("channels_last"),
+        f"{ours.extra_info['of_copy_bandwidth']:.0%}" if ours else "",
+        f"{ours.extra_info['host_us']:.0f}" if ours else "",
+        *times[:2],
+        "",
+        microseconds("contiguous"),
+        times[2],
+    ]
+    return cells, ratios[0] < 1 or ratios[2] < 1
 
 
 def _line(name: str, *cells: str) -> str:

@@ -43,7 +43,7 @@ def _cpu_name() -> str:
     facts = dict(re.findall(r"^(.*?)\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE))
     name = facts.get("model name", platform.machine())
     if "cpu family" in facts:  # a virtual machine may tell no more than "AMD EPYC"
-        name += f" (family {facts['cpu family']}, model {facts['model']})"
+        name += f" (family {facts['cpu family']} model {facts['model']})"
     return name
 
 

@@ -144,8 +144,8 @@ def problems(inferences: Sequence[Inference], trainings: dict[str, Training]) ->
 
 def machine() -> str:
     """What the times depend on."""
-    facts = environment()
-    return f"torch {torch.__version__}, {facts['CPU']}, {facts['instructions']}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__}, float32, {environment()['CPU']}, {capability}"
 
 
 # ------------------------------------------------------------------------------------- networks

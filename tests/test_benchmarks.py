@@ -30,6 +30,7 @@ LAYERS = load_shapes().LAYERS
 
 def run_benchmarks(*arguments, plugin_folder=None):
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
+    environ["OMP_NUM_THREADS"] = "1"  # not to wait for cores that are busy with something else
     if plugin_folder:
         environ["PYTHONPATH"] = str(plugin_folder)
     command = [sys.executable, "-m", "pytest", "benchmarks", "--tiny", "--benchmark-max-time=0.001"]

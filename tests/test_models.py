@@ -5,6 +5,9 @@ import torch
 from torch import nn
 
 from fastconv import models
+from fastconv.models.googlenet import Inception
+from fastconv.models.resnet import BasicBlock, Bottleneck
+from fastconv.models.xception import DownBlock, MiddleBlock
 
 # LeNet-5 by hand: 6*(25+1) + 16*(6*25+1) + 120*(400+1) + 84*(120+1) + 10*(84+1).
 # AlexNet: 34,944 + 307,456 + 885,120 + 663,936 + 442,624 in the convolutions (half as many inputs
@@ -102,6 +105,26 @@ def test_lenet_takes_mnist_and_colour():
     assert models.lenet5(num_classes=7, in_channels=3)(torch.randn(2, 3, 32, 32)).shape == (2, 7)
     with pytest.raises(ValueError, match="image_size is 64, it must be 28 or 32"):
         models.lenet5(image_size=64)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        BasicBlock(4, 4, stride=1),
+        Bottleneck(16, 4, stride=1),
+        DownBlock(4, 6, 8),
+        MiddleBlock(4),
+        Inception(4, 1, 2, 3, 4, 5, 6),
+    ],
+    ids=lambda block: type(block).__name__,
+)
+def test_blocks_leave_their_input_alone(block):
+    """An in-place ReLU too many would change what the shortcut reads."""
+    channels = next(m for m in block.modules() if isinstance(m, nn.Conv2d)).in_channels
+    x = torch.randn(2, channels, 7, 7)
+    before = x.clone()
+    block(x)
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])

@@ -16,64 +16,73 @@ from fastconv.swap import swap
 
 CHANNELS = 4
 
-# Each takes the network, the values so far, which all have one shape, and three numbers to choose by.
+# Each takes the layers of its own, and two of the values so far, which all have one shape.
 OPERATIONS = {
-    "conv": lambda net, v, i, j, k: net.convs[k % len(net.convs)](v[i]),
-    "bn": lambda net, v, i, j, k: net.norms[k % len(net.norms)](v[i]),
-    "relu": lambda net, v, i, j, k: F.relu(v[i]),
-    "relu_": lambda net, v, i, j, k: F.relu_(v[i]),
-    "ReLU": lambda net, v, i, j, k: net.relus[k % len(net.relus)](v[i]),
-    "add": lambda net, v, i, j, k: v[i] + v[j],
-    "iadd": lambda net, v, i, j, k: operator.iadd(v[i], v[j]),
-    "add_": lambda net, v, i, j, k: v[i].add_(v[j]),
-    "add pixel": lambda net, v, i, j, k: v[i] + v[j][:, :, :1, :1],
-    "mul": lambda net, v, i, j, k: v[i] * 0.5,
-    "pool": lambda net, v, i, j, k: F.max_pool2d(v[i], 3, 1, 1),
-    "cat": lambda net, v, i, j, k: net.joins[k % len(net.joins)](torch.cat([v[i], v[j]], 1)),
-    "view": lambda net, v, i, j, k: v[i].view(v[i].shape[0], -1).view(v[j].shape),
-    "flatten": lambda net, v, i, j, k: torch.flatten(v[i], 1).view(v[j].shape),
-    "half": lambda net, v, i, j, k: torch.cat([v[i][:, : CHANNELS // 2], v[j][:, CHANNELS // 2 :]], 1),
-    "lrn": lambda net, v, i, j, k: F.local_response_norm(v[i], 3, 0.1),
-    "detach": lambda net, v, i, j, k: v[i].detach(),
-    "identity": lambda net, v, i, j, k: net.identity(v[i]),
+    "conv": lambda own, a, b: own.conv(a),
+    "conv, bn, relu": lambda own, a, b: own.relu(own.bn(own.conv(a))),
+    "conv, add, relu": lambda own, a, b: own.relu(own.conv(a) + b),
+    "conv, bn, iadd, relu": lambda own, a, b: own.relu(operator.iadd(own.bn(own.conv(a)), b)),
+    "conv, iadd into b, relu": lambda own, a, b: own.relu(operator.iadd(b, own.conv(a))),
+    "bn": lambda own, a, b: own.bn(a),
+    "relu": lambda own, a, b: own.relu(a),
+    "relu_": lambda own, a, b: F.relu_(a),
+    "add": lambda own, a, b: a + b,
+    "iadd": lambda own, a, b: operator.iadd(a, b),
+    "add_": lambda own, a, b: a.add_(b),
+    "add pixel": lambda own, a, b: a + b[:, :, :1, :1],
+    "mul": lambda own, a, b: a * 0.5,
+    "mul_": lambda own, a, b: a.mul_(0.5),
+    "pool": lambda own, a, b: F.max_pool2d(a, 3, 1, 1),
+    "cat": lambda own, a, b: own.join(torch.cat([a, b], 1)),
+    "view": lambda own, a, b: a.view(a.shape[0], -1).view(b.shape),
+    "flatten": lambda own, a, b: torch.flatten(a, 1).view(b.shape),
+    "half": lambda own, a, b: torch.cat([a[:, : CHANNELS // 2], b[:, CHANNELS // 2 :]], 1),
+    "lrn": lambda own, a, b: F.local_response_norm(a, 3, 0.1),
+    "detach": lambda own, a, b: a.detach(),
+    "identity": lambda own, a, b: own.identity(a),
 }
+CONVS = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 1, "bias": False},
+    {"kernel_size": 3, "padding": 1, "groups": CHANNELS},
+    {"kernel_size": 3, "padding": "same", "dilation": 2, "groups": 2},
+]
+
+
+class Layers(nn.Module):
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(CHANNELS, CHANNELS, **CONVS[k % 4])
+        self.bn = nn.BatchNorm2d(CHANNELS)
+        self.bn.running_mean.normal_()
+        self.bn.running_var.uniform_(0.5, 2)
+        self.relu = [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.ReLU6(inplace=True)][k // 4]
+        self.join = nn.Conv2d(2 * CHANNELS, CHANNELS, 1)
+        self.identity = nn.Identity()
 
 
 class RandomNet(nn.Module):
     def __init__(self, program: list[tuple[str, int, int, int]], results: list[int]) -> None:
         super().__init__()
         self.program, self.results = program, results
-        self.convs = nn.ModuleList(
-            [
-                nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1),
-                nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False),
-                nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS),
-                nn.Conv2d(CHANNELS, CHANNELS, 3, padding="same", dilation=2, groups=2),
-            ]
-        )
-        self.joins = nn.ModuleList(nn.Conv2d(2 * CHANNELS, CHANNELS, 1) for _ in range(2))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(CHANNELS) for _ in range(3))
-        self.relus = nn.ModuleList([nn.ReLU(inplace=True), nn.ReLU(), nn.ReLU6()])
-        self.identity = nn.Identity()
-        for norm in self.norms:
-            norm.running_mean.normal_()
-            norm.running_var.uniform_(0.5, 2)
+        self.layers = nn.ModuleList(Layers(k % 16) for *_, k in program)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         values = [x]
-        for name, i, j, k in self.program:
+        for step, (name, i, j, k) in enumerate(self.program):
             # Later values more often: chains are what there is to fuse.
-            i, j = len(values) - 1 - i % len(values), len(values) - 1 - j % len(values)
-            values.append(OPERATIONS[name](self, values, i, j, k))
+            a, b = (values[len(values) - 1 - n % len(values)] for n in (i, j))
+            own = self.layers[0 if k == 0 else step]  # sometimes shared
+            values.append(OPERATIONS[name](own, a, b))
         return tuple(values[r % len(values)] for r in self.results)
 
 
 numbers = st.sampled_from([0, 0, 0, 0, 1, 1, 2, 3, 5])
-instructions = st.tuples(
-    st.sampled_from([*OPERATIONS, *["conv", "bn", "ReLU", "iadd", "add"] * 3]), numbers, numbers, st.integers(0, 3)
-)
+instructions = st.tuples(st.sampled_from(list(OPERATIONS)), numbers, numbers, st.integers(0, 31))
 networks = st.builds(
-    RandomNet, st.lists(instructions, min_size=1, max_size=14), st.lists(st.integers(-1, 12), min_size=1, max_size=2)
+    RandomNet,
+    st.lists(instructions, min_size=1, max_size=14),
+    st.lists(st.integers(-1, 12), min_size=1, max_size=2),
 )
 
 

@@ -20,9 +20,12 @@ Tensor of_size(const Tensor& like, const IntList& size) {
                       false);
 }
 
-Tensor pack(const Tensor& pointwise_weight) {
+Tensor pack(const Tensor& pointwise_weight, const std::optional<Tensor>& pointwise_bias) {
   const Tensor weight = NhwcDepthwise::in_compute_type(pointwise_weight);
+  std::optional<Tensor> bias;
+  if (pointwise_bias) bias = NhwcDepthwise::in_compute_type(*pointwise_bias);
   PointwisePackParams params{.weight = weight.const_data_ptr(),
+                             .bias = bias ? bias->const_data_ptr() : nullptr,
                              .packed = nullptr,
                              .is_double = weight.scalar_type() == ScalarType::Double,
                              .out_channels = weight.size(0),
@@ -43,15 +46,12 @@ Tensor fused(const Tensor& input, const Tensor& depthwise_weight, const Tensor& 
              Activation pointwise_activation) {
   const NhwcDepthwise depthwise(input, depthwise_weight, depthwise_bias, hidden_size, geometry,
                                 depthwise_activation);
-  const Tensor weight = pack(pointwise_weight);
-  std::optional<Tensor> bias;
-  if (pointwise_bias) bias = NhwcDepthwise::in_compute_type(*pointwise_bias);
+  const Tensor weight = pack(pointwise_weight, pointwise_bias);
   const int64_t out_channels = pointwise_weight.size(0);
   const Tensor output =
       empty_channels_last(input, {hidden_size[0], out_channels, hidden_size[2], hidden_size[3]});
   const DepthwiseSeparableConv2dParams params{.depthwise = depthwise.params,
                                               .weight = weight.const_data_ptr(),
-                                              .bias = bias ? bias->const_data_ptr() : nullptr,
                                               .output = output.mutable_data_ptr(),
                                               .out_channels = out_channels,
                                               .activation = pointwise_activation};

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import ops
-from .fused import FusedAdd, FusedConv, FusedLRN
+from .fused import FusedAdd, FusedConv, FusedLRN, FusedSeparable
 from .tracing import has_hooks, runs_forward_of
 
 
@@ -99,6 +99,15 @@ class Effects:
             for target in self._writes(between)
         )
 
+    def is_ever_written(self, node: fx.Node) -> bool:
+        """Whether anything after the node, the caller included, may overwrite its value."""
+        storage = self.storage(node)
+        return any(
+            self.storage(target) is storage
+            for later in self._nodes[self.order[node] + 1 :]
+            for target in (later.all_input_nodes if later.op == "output" else self._writes(later))
+        )
+
     def is_private(self, node: fx.Node) -> bool:
         """Whether the value is new memory that only one node reads: overwriting it or not makes no difference."""
         return self.of[node] is Effect.NEW and len(node.users) == 1
@@ -154,7 +163,7 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def _classify_function(node: fx.Node) -> Effect:
-    if isinstance(node.target, FusedConv | FusedAdd | FusedLRN):
+    if isinstance(node.target, FusedConv | FusedSeparable | FusedAdd | FusedLRN):
         return Effect.NEW
     if node.target is getattr:
         return _classify_name(node.args[1])

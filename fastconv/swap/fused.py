@@ -37,10 +37,12 @@ class FusedConv:
         self.__name__ = "fused_conv"  # as generated code calls it
 
     def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.call(input, *self.weights(), residual)
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias, with the batch norm folded in."""
         weight, bias = self.conv.weight, self.conv.bias
-        if self.bn is not None:
-            weight, bias = fold(weight, bias, self.bn)
-        return self.call(input, weight, bias, residual)
+        return (weight, bias) if self.bn is None else fold(weight, bias, self.bn)
 
     def call(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
@@ -81,6 +83,45 @@ class FusedConv:
         if self.has_residual:
             return "conv2d_add_relu"
         return "depthwise_conv2d" if is_depthwise(self.conv) else "conv2d_relu"
+
+    def kernel(self, input: Tensor) -> str:
+        return _kernel(self.op(), input)
+
+
+class FusedSeparable:
+    """A depthwise convolution and the 1x1 convolution after it as one op."""
+
+    def __init__(self, depthwise: FusedConv, pointwise: FusedConv) -> None:
+        self.depthwise = depthwise
+        self.pointwise = pointwise
+        self.__name__ = "fused_separable"
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return self.call(input, self.depthwise.weights(), self.pointwise.weights())
+
+    def call(
+        self,
+        input: Tensor,
+        depthwise: tuple[Tensor, Tensor | None],
+        pointwise: tuple[Tensor, Tensor | None],
+    ) -> Tensor:
+        """The op with these weights and biases in place of the modules' own."""
+        conv = self.depthwise.conv
+        return ops.depthwise_separable_conv2d(
+            input,
+            depthwise[0],
+            pointwise[0],
+            depthwise[1],
+            pointwise[1],
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            depthwise_activation=self.depthwise.activation,
+            pointwise_activation=self.pointwise.activation,
+        )
+
+    def op(self) -> str:
+        return "depthwise_separable_conv2d"
 
     def kernel(self, input: Tensor) -> str:
         return _kernel(self.op(), input)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .effects import Effect, Effects
-from .prepared import PreparedConv
+from .prepared import PreparedConv, prepared_convs
 
 
 def restore_layouts(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
@@ -46,8 +46,7 @@ def restore_layouts(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         for value in node.all_input_nodes:
             anchors[node] |= anchors[value]
             convs[node] |= convs[value]
-        if isinstance(node.target, PreparedConv):
-            convs[node].add(node.target)
+        convs[node].update(prepared_convs(node.target))
         if effects.of[node] is Effect.NEW and effects.storage(node) in exposed and convs[node]:
             readers = list(node.users)
             votes = [layout(anchor) for anchor in sorted(anchors[node], key=effects.order.get)]

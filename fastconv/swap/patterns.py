@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .effects import Effect, Effects, argument
+from .fused import is_depthwise, is_pointwise
 from .tracing import has_hooks, runs_forward_of
 
 
@@ -30,6 +31,7 @@ class Group:
     bn: nn.BatchNorm2d | None = None
     residual: fx.Node | None = None
     activation: str = "none"
+    pointwise: Group | None = None  # the 1x1 convolution that follows a depthwise one
     reason: str = ""  # why it is not larger
 
     @property
@@ -102,6 +104,7 @@ class _Finder:
             if group is not None:
                 self.taken.update(group.nodes)
                 found.groups.append(group)
+        found.groups = self._separable(found.groups)
         found.groups.sort(key=lambda group: self.effects.order[group.nodes[0]])
         return found
 
@@ -188,12 +191,46 @@ class _Finder:
     def _take_activation(self, group: Group) -> None:
         node = None if group.reason else self._only_reader(group)
         activation = None if node is None else self._activation(node)
-        if activation is not None:
+        if activation == "relu6" and not self.fold and self._keeps_input(node):
+            group.reason = "its ReLU6 may be overwritten, and the fused one needs it for the gradient"
+        elif activation is not None:
             group.activation = activation
             group.nodes.append(node)
             group.parts.append(activation)
         elif node is not None:
             group.reason = f"{self._describe(node)} follows"
+
+    def _separable(self, groups: list[Group]) -> list[Group]:
+        """Joins depthwise convolutions and the 1x1 convolutions that alone read them."""
+        first = {group.nodes[0]: group for group in groups if group.conv is not None}
+        joined: list[Group] = []
+        for group in list(first.values()):
+            readers = list(group.nodes[-1].users)
+            after = first.get(readers[0]) if len(readers) == 1 else None
+            if after is None or not self._are_separable(group, after):
+                continue
+            group.pointwise = after
+            group.nodes, group.parts = group.nodes + after.nodes, group.parts + after.parts
+            group.reason = after.reason
+            joined.append(after)
+        return [group for group in groups if not any(group is after for after in joined)]
+
+    def _are_separable(self, group: Group, after: Group) -> bool:
+        return (
+            is_depthwise(group.conv)
+            and is_pointwise(after.conv)
+            and tuple(after.conv.stride) == (1, 1)
+            and group.residual is None
+            and after.residual is None
+            and not any(
+                self.effects.is_written(value, node, after.nodes[-1])
+                for value, node in group.reads()
+            )
+        )
+
+    def _keeps_input(self, node: fx.Node) -> bool:
+        """Whether eager's gradient survives that the result is overwritten: it comes from the input."""
+        return self.effects.of[node] is Effect.NEW and self.effects.is_ever_written(node)
 
     def _without_conv(self, node: fx.Node) -> Group | None:
         if self._lrn(node):

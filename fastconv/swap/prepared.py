@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _library
-from .fused import FusedConv, fold, output_shape
+from .fused import FusedConv, FusedSeparable, fold, output_shape
 
 if _library.LOADED:
     from .. import _C
 
 _PACKS_KEPT = 4  # for this many sizes of the input; a pack is as large as the weight
 _SHAPES_KEPT = 32
+_CACHED_WEIGHTS = 2**16  # float32: 256 KiB, half of a usual second-level cache
 # Below this many products aten's own choice of a kernel is followed: oneDNN's calls cost more than its kernels save.
 _FEW_PRODUCTS = 500_000
 
@@ -68,6 +69,48 @@ class PreparedConv(FusedConv):
     def kernel(self, input: Tensor) -> str:
         ready = self.ready
         return super().kernel(input) if ready is None else ready.kernel(input)
+
+
+class PreparedSeparable(FusedSeparable):
+    """A `FusedSeparable` for inference: one kernel where that is faster than two prepared ones."""
+
+    depthwise: PreparedConv
+    pointwise: PreparedConv
+
+    def __call__(self, input: Tensor) -> Tensor:
+        depthwise, pointwise = self.depthwise.ready, self.pointwise.ready
+        if depthwise is None or pointwise is None or torch.compiler.is_compiling():
+            return super().__call__(input)
+        if self._pays(input):
+            return self.call(input, depthwise.weights, pointwise.weights)
+        return pointwise(depthwise(input, None), None)
+
+    def _pays(self, input: Tensor) -> bool:
+        """The kernel is for channels_last, packs the 1x1 weight on every call, and wants to keep it in the cache.
+
+        Measured on Zen 3 with two threads, MobileNet-v2's and Xception's layers: 1.2 to 1.4 times as fast as
+        oneDNN's two convolutions and the activation between them while it fits, 0.9 times when it does not.
+        """
+        return (
+            input.dtype is torch.float32
+            and self.pointwise.conv.weight.dtype is torch.float32
+            and self.pointwise.conv.weight.numel() <= _CACHED_WEIGHTS
+            and input.dim() == 4
+            and input.is_contiguous(memory_format=torch.channels_last)
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def kernel(self, input: Tensor) -> str:
+        if self._pays(input):
+            return super().kernel(input)
+        return f"{self.depthwise.kernel(input)}; then 1x1 likewise"
+
+
+def prepared_convs(call: Any) -> list[PreparedConv]:
+    """The convolutions that a fused call of an inference program prepares."""
+    if isinstance(call, PreparedSeparable):
+        return [call.depthwise, call.pointwise]
+    return [call] if isinstance(call, PreparedConv) else []
 
 
 class PreparedConvs:
@@ -173,6 +216,7 @@ class _Folded:
         self._bias = None if conv.bias is None else conv.bias.detach()
         if bn is not None:
             self._weight, self._bias = fold(self._weight, self._bias, bn)
+        self.weights = self._weight, self._bias
 
     def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor:
         return self._source.call(input, self._weight, self._bias, residual)
@@ -199,7 +243,7 @@ class _OneDNN:
         bias = None if conv.bias is None else conv.bias.detach().to(compute)
         if bn is not None:
             weight, bias = fold(weight, bias, bn)
-        self._weight, self._bias = weight, bias
+        self._weight, self._bias = self.weights = weight, bias
         self._geometry = (padding, list(conv.stride), list(conv.dilation), conv.groups)
         self._activate = _ACTIVATIONS[source.activation]
         self._known: dict[torch.Size, tuple[Tensor | None, tuple[int, ...]]] = {}

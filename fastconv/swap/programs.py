@@ -8,9 +8,9 @@ from typing import Any
 from torch import fx, nn
 
 from . import patterns
-from .fused import Attribute, FusedAdd, FusedConv, FusedLRN
+from .fused import Attribute, FusedAdd, FusedConv, FusedLRN, FusedSeparable
 from .layout import restore_layouts
-from .prepared import PreparedConv, PreparedConvs
+from .prepared import PreparedConv, PreparedConvs, PreparedSeparable, prepared_convs
 from .tracing import REGION, has_hooks, hooks_of, is_leaf, trace
 
 
@@ -68,10 +68,11 @@ class Programs:
 
     def __init__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         graph = trace(root, args, kwargs)
+        _drop_identities(graph, root)
         self.differentiable = Program(root, graph, fold=False)
         self.inference = Program(root, graph, fold=True)
         self.prepared = PreparedConvs(
-            [call for call in self.inference.calls if isinstance(call, PreparedConv)]
+            [conv for call in self.inference.calls for conv in prepared_convs(call)]
         )
 
 
@@ -111,8 +112,20 @@ class Program:
             return FusedAdd(group.activation)
         if not self._fold and not group.is_fused:
             return None
-        cls = PreparedConv if self._fold else FusedConv
-        return cls(group.conv, group.bn, group.activation, group.residual is not None)
+        one, two = (PreparedConv, PreparedSeparable) if self._fold else (FusedConv, FusedSeparable)
+        call = one(group.conv, group.bn, group.activation, group.residual is not None)
+        after = group.pointwise
+        return call if after is None else two(call, one(after.conv, after.bn, after.activation))
+
+
+def _drop_identities(graph: fx.Graph, root: nn.Module) -> None:
+    """nn.Identity stands between the layers of many models, where a batch norm was left out."""
+    for node in list(graph.nodes):
+        if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+            module = root.get_submodule(node.target)
+            if type(module) is nn.Identity and not has_hooks(module):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
 
 
 def _replace(

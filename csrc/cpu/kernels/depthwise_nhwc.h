@@ -39,7 +39,6 @@ class DepthwiseRow {
  public:
   DepthwiseRow(const DepthwiseConv2dParams& params, int64_t image, int64_t row)
       : params_(params),
-        bounds_(params.activation),
         prefetches_(params.batch * params.height * params.width * params.channels *
                         static_cast<int64_t>(sizeof(T)) >
                     kPrefetchBytes),
@@ -51,6 +50,7 @@ class DepthwiseRow {
 
   // Columns begin ... end - 1; `output` belongs to column `begin`.
   void operator()(int64_t begin, int64_t end, O* output) const {
+    const int64_t channels = params_.channels;
     const int64_t reach = (params_.filter_width - 1) * params_.dilation_width;
     while (begin < end) {
       // Columns from here on whose filter lies inside of the row
@@ -58,93 +58,104 @@ class DepthwiseRow {
       const int64_t room = params_.width - 1 - reach - start;
       const int64_t inside =
           start < 0 || room < 0 ? 0 : min(room / params_.stride_width + 1, end - begin);
-      const int64_t pixels = inside >= 6 ? 6 : inside >= 4 ? 4 : inside >= 2 ? 2 : 1;
+      const int64_t widest = channels < 2 * kLanes<A> ? 1 : inside;
+      const int64_t pixels = widest >= 6 ? 6 : widest >= 4 ? 4 : widest >= 2 ? 2 : 1;
+      const Tile tile = make_tile(begin, pixels, output);
       if (pixels == 6) {
-        params_.filter_width == 3 ? tile<6, 3>(begin, output) : tile<6>(begin, output);
+        params_.filter_width == 3 ? all_channels<6, 2, 3>(tile, channels)
+                                  : all_channels<6, 2>(tile, channels);
       } else if (pixels == 4) {
-        tile<4>(begin, output);
+        all_channels<4, 2>(tile, channels);
       } else if (pixels == 2) {
-        tile<2>(begin, output);
+        all_channels<2, 2>(tile, channels);
+      } else if (channels >= 4 * kLanes<A>) {
+        all_channels<1, 4>(tile, channels);
       } else {
-        tile<1>(begin, output);
+        for_each_vector<A>(channels, [&](int64_t c, auto part) { block<1, 1, 0>(tile, c, part); });
       }
       begin += pixels;
-      output += pixels * params_.channels;
+      output += pixels * channels;
     }
   }
 
  private:
-  // Where the operands of a tile lie, in elements, for one vector of channels
-  struct Window {
+  // Where the operands of a tile lie, in elements
+  struct Tile {
+    const T* input;
+    const A* weight;
+    const A* bias;  // or null
+    O* output;
+    Bounds<A> bounds;
     int64_t rows, columns;  // of the filter
     int64_t input_row, input_column, input_pixel;
     int64_t weight_row, weight_column;
     int64_t output_pixel;
     // The input's part under the tile that the next output row will be the first to read
-    int64_t ahead, ahead_rows, ahead_row, ahead_columns, ahead_column;
+    const T* ahead;
+    int64_t ahead_rows, ahead_row, ahead_columns, ahead_column;
   };
 
-  // kColumns: the columns of the filter if they are known to be that many and all inside, else 0
-  template <int kPixels, int kColumns = 0>
-  void tile(int64_t column, O* output) const {
-    // 12 accumulators of 16 registers; a single pixel has 4, and lets the CPU overlap the blocks.
-    constexpr int kVectors = kPixels == 1 ? 4 : 2;
-    constexpr int kStep = kVectors * kLanes<A>;
+  Tile make_tile(int64_t column, int64_t pixels, O* output) const {
     const int64_t channels = params_.channels;
     const Taps columns(column, params_.stride_width, params_.padding_width, params_.dilation_width,
                        params_.filter_width, params_.width);
     const int64_t row_pitch = params_.width * channels;
-    const Window window{
-        .rows = rows_.last - rows_.first,
-        .columns = columns.last - columns.first,
-        .input_row = params_.dilation_height * row_pitch,
-        .input_column = params_.dilation_width * channels,
-        .input_pixel = params_.stride_width * channels,
-        .weight_row = params_.filter_width * channels,
-        .weight_column = channels,
-        .output_pixel = channels,
-        .ahead = (rows_.last - rows_.first - 1) * params_.dilation_height * row_pitch + row_pitch,
-        .ahead_rows = prefetches_ ? params_.stride_height : 0,
-        .ahead_row = row_pitch,
-        .ahead_columns = kPixels * params_.stride_width,
-        .ahead_column = channels};
-    const T* x = top_ + rows_.first * window.input_row + columns.first * window.input_column +
-                 (column * params_.stride_width - params_.padding_width) * channels;
-    const A* w = static_cast<const A*>(params_.weight) + rows_.first * window.weight_row +
-                 columns.first * window.weight_column;
-    const A* bias = static_cast<const A*>(params_.bias);
-    int64_t c = 0;
-    for (; c + kStep <= channels; c += kStep) {
-      block<kPixels, kVectors, kColumns>(window, x + c, w + c, bias ? bias + c : nullptr,
-                                         output + c, Whole{});
+    const T* input = top_ + (column * params_.stride_width - params_.padding_width +
+                             columns.first * params_.dilation_width) *
+                                channels;
+    return {.input = input + rows_.first * params_.dilation_height * row_pitch,
+            .weight = static_cast<const A*>(params_.weight) +
+                      (rows_.first * params_.filter_width + columns.first) * channels,
+            .bias = static_cast<const A*>(params_.bias),
+            .output = output,
+            .bounds = Bounds<A>(params_.activation),
+            .rows = rows_.last - rows_.first,
+            .columns = columns.last - columns.first,
+            .input_row = params_.dilation_height * row_pitch,
+            .input_column = params_.dilation_width * channels,
+            .input_pixel = params_.stride_width * channels,
+            .weight_row = params_.filter_width * channels,
+            .weight_column = channels,
+            .output_pixel = channels,
+            .ahead = input + ((rows_.last - 1) * params_.dilation_height + 1) * row_pitch,
+            .ahead_rows = prefetches_ ? params_.stride_height : 0,
+            .ahead_row = row_pitch,
+            .ahead_columns = pixels * params_.stride_width,
+            .ahead_column = channels};
+  }
+
+  // All channels, of which there are at least kVectors vectors. The last block overlaps the one
+  // before it rather than being ragged.
+  // kColumns: the columns of the filter if they are known to be that many, all inside, else 0
+  template <int kPixels, int kVectors, int kColumns = 0>
+  static void all_channels(const Tile tile, int64_t channels) {
+    constexpr int64_t kStep = kVectors * kLanes<A>;
+    for (int64_t c = 0; c < channels; c += kStep) {
+      block<kPixels, kVectors, kColumns>(tile, min(c, channels - kStep), Whole{});
     }
-    for_each_vector<A>(channels - c, [&](int64_t rest, auto part) {
-      const int64_t i = c + rest;
-      block<kPixels, 1, kColumns>(window, x + i, w + i, bias ? bias + i : nullptr, output + i,
-                                  part);
-    });
   }
 
   template <int kPixels, int kVectors, int kColumns, class Part>
-  FASTCONV_INLINE void block(const Window& window, const T* x, const A* w, const A* bias, O* output,
-                             Part part) const {
+  static FASTCONV_INLINE void block(const Tile& tile, int64_t c, Part part) {
     V sums[kPixels][kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const V start = bias ? load(bias + v * kLanes<A>, part) : V{};
+      const V start = tile.bias ? load(tile.bias + c + v * kLanes<A>, part) : V{};
 #pragma GCC unroll 8
       for (int pixel = 0; pixel < kPixels; ++pixel) sums[pixel][v] = start;
     }
-    for (int64_t row = 0; row < window.ahead_rows; ++row) {
-      const T* ahead = x + window.ahead + row * window.ahead_row;
-      for (int64_t column = 0; column < window.ahead_columns; ++column) {
-        __builtin_prefetch(ahead + column * window.ahead_column, 0, 2);
+    for (int64_t row = 0; row < tile.ahead_rows; ++row) {
+      const T* ahead = tile.ahead + row * tile.ahead_row + c;
+      for (int64_t column = 0; column < tile.ahead_columns; ++column) {
+        __builtin_prefetch(ahead + column * tile.ahead_column, 0, 2);
       }
     }
-    for (int64_t r = 0; r < window.rows; ++r, x += window.input_row, w += window.weight_row) {
+    const T* x = tile.input + c;
+    const A* w = tile.weight + c;
+    for (int64_t r = 0; r < tile.rows; ++r, x += tile.input_row, w += tile.weight_row) {
       const T* tap = x;
       const A* weight = w;
-      const int64_t columns = kColumns ? kColumns : window.columns;
+      const int64_t columns = kColumns ? kColumns : tile.columns;
       for (int64_t s = 0; s < columns; ++s) {
         V weights[kVectors];
 #pragma GCC unroll 8
@@ -154,25 +165,25 @@ class DepthwiseRow {
 #pragma GCC unroll 8
           for (int v = 0; v < kVectors; ++v) {
             sums[pixel][v] +=
-                load(tap + pixel * window.input_pixel + v * kLanes<A>, part) * weights[v];
+                load(tap + pixel * tile.input_pixel + v * kLanes<A>, part) * weights[v];
           }
         }
-        tap += window.input_column;
-        weight += window.weight_column;
+        tap += tile.input_column;
+        weight += tile.weight_column;
       }
     }
+    O* output = tile.output + c;
 #pragma GCC unroll 8
     for (int pixel = 0; pixel < kPixels; ++pixel) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        store(output + pixel * window.output_pixel + v * kLanes<A>, bounds_.clamp(sums[pixel][v]),
+        store(output + pixel * tile.output_pixel + v * kLanes<A>, tile.bounds.clamp(sums[pixel][v]),
               part);
       }
     }
   }
 
   const DepthwiseConv2dParams& params_;
-  Bounds<A> bounds_;
   bool prefetches_;
   Taps rows_;
   const T* top_;  // the input row under the first row of the filter, which may lie outside

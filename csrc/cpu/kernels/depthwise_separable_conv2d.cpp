@@ -45,73 +45,61 @@ struct Panel {
   int64_t width;  // in output channels
 };
 
-// What the product of a tile with one panel needs
-template <class A, class T>
+// A tile of the depthwise result times one panel of the weight
+template <class A>
 struct Product {
-  const A* input;  // [rows, channels]
+  const A* input;   // [rows, channels]
+  const A* weight;  // [1 + channels, kVectors vectors]; the first row is the bias
   int64_t channels;
-  const A* weight;  // [channels, kVectors vectors]
-  const A* bias;
-  T* output;  // [rows, out_channels], from the panel's first channel on
-  int64_t out_channels;
   Bounds<A> bounds;
 
-  // The last vector of the panel is whole or not.
-  template <int kRows, int kVectors, class Part>
-  FASTCONV_INLINE void rows(int64_t row, Part part) const {
+  // As many rows as fit into the registers. The pitches count elements.
+  template <int kVectors, class T>
+  FASTCONV_INLINE void some_rows(const A* input, T* output, int64_t output_pitch) const {
+    constexpr int kRows = kAccumulators / kVectors;
     constexpr int kStep = kLanes<A>;
     Vec<A> sums[kRows][kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      Vec<A> start{};
-      if (bias) start = v + 1 < kVectors ? load(bias + v * kStep) : load(bias + v * kStep, part);
 #pragma GCC unroll 24
-      for (int i = 0; i < kRows; ++i) sums[i][v] = start;
+      for (int i = 0; i < kRows; ++i) sums[i][v] = load(weight + v * kStep);
     }
-    const A* x = input + row * channels;
-    const A* w = weight;
+    const A* w = weight + kVectors * kStep;
     for (int64_t c = 0; c < channels; ++c, w += kVectors * kStep) {
       Vec<A> weights[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) weights[v] = load(w + v * kStep);
 #pragma GCC unroll 24
       for (int i = 0; i < kRows; ++i) {
-        const Vec<A> value = broadcast(x[i * channels + c]);
+        const Vec<A> value = broadcast(input[i * channels + c]);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sums[i][v] += value * weights[v];
       }
     }
-    T* y = output + row * out_channels;
 #pragma GCC unroll 24
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const Vec<A> sum = bounds.clamp(sums[i][v]);
-        if (v + 1 < kVectors) {
-          store(y + i * out_channels + v * kStep, sum);
-        } else {
-          store(y + i * out_channels + v * kStep, sum, part);
-        }
+        store(output + i * output_pitch + v * kStep, bounds.clamp(sums[i][v]));
       }
     }
   }
 
-  template <int kVectors, class Part>
-  void all_rows(int64_t count, Part part) const {
-    constexpr int kRows = kAccumulators / kVectors;
-    int64_t row = 0;
-    for (; row + kRows <= count; row += kRows) rows<kRows, kVectors>(row, part);
-    if (row + kRows / 2 <= count) {
-      rows<kRows / 2, kVectors>(row, part);
-      row += kRows / 2;
+  // `count` rows, at least as many as some_rows() takes: the last ones overlap those before.
+  template <int kVectors, class T>
+  void rows(int64_t count, T* output, int64_t output_pitch) const {
+    constexpr int64_t kRows = kAccumulators / kVectors;
+    for (int64_t i = 0; i < count; i += kRows) {
+      const int64_t row = min(i, count - kRows);
+      some_rows<kVectors>(input + row * channels, output + row * output_pitch, output_pitch);
     }
-    for (; row < count; ++row) rows<1, kVectors>(row, part);
   }
 
-  template <int kVectors>
-  void panel(int64_t count, int64_t width) const {
-    const int last = static_cast<int>(width - (kVectors - 1) * kLanes<A>);
-    last < kLanes<A> ? all_rows<kVectors>(count, Tail{last}) : all_rows<kVectors>(count, Whole{});
+  template <class T>
+  void rows(int64_t vectors, int64_t count, T* output, int64_t output_pitch) const {
+    if (vectors == 1) return rows<1>(count, output, output_pitch);
+    if (vectors == 2) return rows<2>(count, output, output_pitch);
+    return rows<3>(count, output, output_pitch);
   }
 };
 
@@ -122,23 +110,31 @@ void fprop(const DepthwiseSeparableConv2dParams& params, int64_t begin, int64_t 
   const int64_t out_channels = params.out_channels;
   const int64_t fitting = kTileBytes / (channels * static_cast<int64_t>(sizeof(A)));
   const int64_t tile = max(2, min(8, fitting / kAccumulators)) * kAccumulators;
-  Scratch<A> buffer(tile * channels);
+  const Scratch<A> buffer(tile * channels);
+  const Scratch<T> ragged(tile * 3 * kLanes<A>);
+  __builtin_memset(buffer.data(), 0, kAccumulators * channels * sizeof(A));
   for (int64_t pixel = begin; pixel < end; pixel += tile) {
     const int64_t count = min(tile, end - pixel);
     depthwise_pixels<T>(params.depthwise, pixel, pixel + count, buffer.data());
     for (int64_t i = 0; i < count_panels<A>(out_channels); ++i) {
       const Panel<A> panel(i, out_channels);
-      const Product<A, T> product{
+      const Product<A> product{
           .input = buffer.data(),
+          .weight = static_cast<const A*>(params.weight) + panel.first * (1 + channels),
           .channels = channels,
-          .weight = static_cast<const A*>(params.weight) + panel.first * channels,
-          .bias = params.bias ? static_cast<const A*>(params.bias) + panel.first : nullptr,
-          .output = static_cast<T*>(params.output) + pixel * out_channels + panel.first,
-          .out_channels = out_channels,
           .bounds = Bounds<A>(params.activation)};
-      if (panel.vectors == 1) product.template panel<1>(count, panel.width);
-      if (panel.vectors == 2) product.template panel<2>(count, panel.width);
-      if (panel.vectors == 3) product.template panel<3>(count, panel.width);
+      const int64_t width = panel.vectors * kLanes<A>;
+      T* output = static_cast<T*>(params.output) + pixel * out_channels + panel.first;
+      if (count >= kAccumulators && panel.width == width) {
+        product.rows(panel.vectors, count, output, out_channels);
+        continue;
+      }
+      // Too few pixels or channels for whole registers
+      product.rows(panel.vectors, max(count, kAccumulators), ragged.data(), width);
+      for (int64_t row = 0; row < count; ++row) {
+        __builtin_memcpy(output + row * out_channels, ragged.data() + row * width,
+                         panel.width * sizeof(T));
+      }
     }
   }
 }
@@ -186,22 +182,24 @@ void pack_vector(const A* weight, int64_t channels, int64_t count, A* packed, in
 template <class A>
 void pack(const PointwisePackParams& params, int64_t begin, int64_t end) {
   const A* weight = static_cast<const A*>(params.weight);
-  A* packed = static_cast<A*>(params.packed);
+  const A* bias = static_cast<const A*>(params.bias);
   for (int64_t i = begin; i < end; ++i) {
     const Panel<A> panel(i, params.out_channels);
-    for (int64_t v = 0; v < panel.vectors; ++v) {
-      const int64_t first = panel.first + v * kLanes<A>;
-      pack_vector(weight + first * params.channels, params.channels,
-                  min(kLanes<A>, params.out_channels - first),
-                  packed + panel.first * params.channels + v * kLanes<A>,
-                  panel.vectors * kLanes<A>);
+    const int64_t width = panel.vectors * kLanes<A>;
+    A* packed = static_cast<A*>(params.packed) + panel.first * (1 + params.channels);
+    for (int64_t k = 0; k < width; ++k) {
+      packed[k] = bias && k < panel.width ? bias[panel.first + k] : 0;
+    }
+    for (int64_t k = 0; k < width; k += kLanes<A>) {
+      pack_vector(weight + (panel.first + k) * params.channels, params.channels,
+                  min(kLanes<A>, panel.width - k), packed + width + k, width);
     }
   }
 }
 
 template <class A>
 PointwisePackedSize packed_size(const PointwisePackParams& params) {
-  return {.elements = count_vectors<A>(params.out_channels) * kLanes<A> * params.channels,
+  return {.elements = count_vectors<A>(params.out_channels) * kLanes<A> * (1 + params.channels),
           .panels = count_panels<A>(params.out_channels)};
 }
 

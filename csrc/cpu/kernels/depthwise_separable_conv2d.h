@@ -6,18 +6,16 @@ namespace fastconv {
 
 struct DepthwiseSeparableConv2dParams {
   DepthwiseConv2dParams depthwise;  // its output is not used
-  // In the type of computation: what pointwise_pack made of the weight; [out_channels] or null.
-  const void* weight;
-  const void* bias;
-  void* output;  // [batch, P, Q, out_channels]
+  const void* weight;               // what pointwise_pack made of weight and bias
+  void* output;                     // [batch, P, Q, out_channels]
   int64_t out_channels;
   Activation activation;
 };
 
-// The weight of the 1x1 convolution [out_channels, channels] in the order in which the kernel reads
-// it
+// Weight and bias of the 1x1 convolution in the order in which the kernel reads them
 struct PointwisePackParams {
-  const void* weight;
+  const void* weight;  // [out_channels, channels], in the type of computation
+  const void* bias;    // [out_channels] or null, likewise
   void* packed;
   bool is_double;  // else float
   int64_t out_channels;
