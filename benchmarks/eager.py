@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def conv2d_relu(
-    input: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "relu", **geometry: Any
-) -> Tensor:
+def conv2d_relu(input: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "relu", **geometry: Any) -> Tensor:
     return _activate_(F.conv2d(input, weight, bias, **geometry), activation)
 
 
@@ -49,10 +47,7 @@ def pointwise_conv2d(
 def pointwise_conv2d_group(
     input: Tensor, weights: list[Tensor], biases: list[Tensor], *, activation: str
 ) -> list[Tensor]:
-    return [
-        _activate_(F.conv2d(input, weight, bias), activation)
-        for weight, bias in zip(weights, biases, strict=True)
-    ]
+    return [_activate_(F.conv2d(input, weight, bias), activation) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def depthwise_conv2d(
@@ -76,9 +71,7 @@ def depthwise_separable_conv2d(
     depthwise_activation: str = "none",
     **geometry: Any,
 ) -> Tensor:
-    hidden = depthwise_conv2d(
-        input, depthwise_weight, depthwise_bias, activation=depthwise_activation, **geometry
-    )
+    hidden = depthwise_conv2d(input, depthwise_weight, depthwise_bias, activation=depthwise_activation, **geometry)
     return F.conv2d(hidden, pointwise_weight, pointwise_bias)
 
 

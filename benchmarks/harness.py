@@ -82,9 +82,7 @@ def suite(op: str) -> list[Callable[..., None]]:
     def tests(direction: str) -> Callable[..., None]:
         @pytest.mark.parametrize("contender", CONTENDERS, ids=str)
         @pytest.mark.parametrize("layer", layers_of(op), ids=str)
-        def test(
-            benchmark: BenchmarkFixture, settings: Settings, layer: Layer, contender: Contender
-        ) -> None:
+        def test(benchmark: BenchmarkFixture, settings: Settings, layer: Layer, contender: Contender) -> None:
             benchmark.group = f"{op} {direction}: {layer}, {settings}"
             with torch.set_grad_enabled(direction == "backward"):
                 measure(benchmark, _problem(layer, direction, settings), contender)
@@ -145,12 +143,9 @@ class Problem:
         self._arguments = self.layer.arguments(dtype, torch.contiguous_format, settings.device)
         exact = mapped(self._arguments, lambda tensor: tensor.cpu().double())
         self._grads = [
-            (gate * torch.randn(gate.shape)).to(settings.device, dtype)
-            for gate in gates(self.layer, exact, dtype)
+            (gate * torch.randn(gate.shape)).to(settings.device, dtype) for gate in gates(self.layer, exact, dtype)
         ]
-        self._reference = functools.partial(
-            getattr(ops, layer.op), **layer.options, backend="reference"
-        )
+        self._reference = functools.partial(getattr(ops, layer.op), **layer.options, backend="reference")
         self._oracle = self._results(
             self._reference, self._recording(exact), [grad.cpu().double() for grad in self._grads]
         )
@@ -183,9 +178,7 @@ class Problem:
             )
         return seconds
 
-    def timed(
-        self, call: Call, layout: str, *, flush: Call, images: slice = ALL
-    ) -> tuple[Call, Call]:
+    def timed(self, call: Call, layout: str, *, flush: Call, images: slice = ALL) -> tuple[Call, Call]:
         """(target, setup): what to time; and what runs, untimed, before each round."""
         arguments, grads = self._tensors(layout, images)
         if self.direction == "forward":
@@ -243,18 +236,13 @@ class Problem:
         def laid_out(tensor: Tensor) -> Tensor:
             return tensor.contiguous(memory_format=LAYOUTS[layout]) if tensor.dim() == 4 else tensor
 
-        arguments = {
-            name: value[images] if name in BATCHED else value
-            for name, value in self._arguments.items()
-        }
+        arguments = {name: value[images] if name in BATCHED else value for name, value in self._arguments.items()}
         return (
             self._recording(mapped(arguments, laid_out)),
             [laid_out(grad[images]) for grad in self._grads],
         )
 
-    def _results(
-        self, call: Call, arguments: dict[str, Any], grads: list[Tensor]
-    ) -> dict[str, Tensor]:
+    def _results(self, call: Call, arguments: dict[str, Any], grads: list[Tensor]) -> dict[str, Tensor]:
         """Outputs, or gradients, by name."""
         outputs = call(**arguments)
         if self.direction == "forward":
@@ -346,7 +334,5 @@ def host_microseconds(problem: Problem, contender: Contender, call: Call) -> flo
     if on_cpu and contender.who == "compile":
         return None
     images = NONE if on_cpu else ALL
-    target, setup = problem.timed(
-        call, contender.layout, flush=lambda: synchronize(device), images=images
-    )
+    target, setup = problem.timed(call, contender.layout, flush=lambda: synchronize(device), images=images)
     return 1e6 * statistics.median(durations(target, setup, time.perf_counter, 50))

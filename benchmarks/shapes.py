@@ -41,10 +41,7 @@ class Layer(verify.Layer):
 
         return replace(
             self,
-            shapes={
-                name: resized(shape) if name in BATCHED else shape
-                for name, shape in self.shapes.items()
-            },
+            shapes={name: resized(shape) if name in BATCHED else shape for name, shape in self.shapes.items()},
         )
 
 
@@ -108,9 +105,7 @@ def _add(name: str, channels: int, side: int, why: str) -> Layer:
 
 def _lrn(name: str, channels: int, side: int, k: float, why: str) -> Layer:
     options = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": k}
-    return Layer(
-        "local_response_norm", name, {"input": (1, channels, side, side)}, options, why=why
-    )
+    return Layer("local_response_norm", name, {"input": (1, channels, side, side)}, options, why=why)
 
 
 # Batch norms are folded: their convolutions have a bias here.

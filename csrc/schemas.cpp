@@ -67,8 +67,7 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
   m.def("add_relu_backward(Tensor grad_output, Tensor output, str activation) -> Tensor");
 
   // input / (k + alpha / size * sum of squares over `size` neighbouring channels) ^ beta
-  m.def(
-      "local_response_norm(Tensor input, SymInt size, float alpha, float beta, float k) -> Tensor");
+  m.def("local_response_norm(Tensor input, SymInt size, float alpha, float beta, float k) -> Tensor");
   m.def(
       "local_response_norm_backward(Tensor grad_output, Tensor input, SymInt size, float alpha, "
       "float beta, "

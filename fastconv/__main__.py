@@ -21,20 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastconv",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(
-            ["commands:", *(f"  {name:<9} {text}" for name, text in COMMANDS.items())]
-        ),
+        epilog="\n".join(["commands:", *(f"  {name:<9} {text}" for name, text in COMMANDS.items())]),
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
-    parser.add_argument(
-        "arguments", nargs=argparse.REMAINDER, metavar="...", help="see COMMAND --help"
-    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="see COMMAND --help")
     selected = parser.parse_args(argv)
 
     command = import_module(f"fastconv.{selected.command}")
-    parser = argparse.ArgumentParser(
-        prog=f"{parser.prog} {selected.command}", description=COMMANDS[selected.command]
-    )
+    parser = argparse.ArgumentParser(prog=f"{parser.prog} {selected.command}", description=COMMANDS[selected.command])
     command.add_arguments(parser)
     return command.run(parser.parse_args(selected.arguments))
 

@@ -68,9 +68,7 @@ def draw(
             handlelength=1.2,
             columnspacing=1.4,
         )
-        above = figure.add_gridspec(
-            2, 2, left=_LEFT, right=_RIGHT, top=0.83, bottom=0.48, width_ratios=(1, 2.1)
-        )
+        above = figure.add_gridspec(2, 2, left=_LEFT, right=_RIGHT, top=0.83, bottom=0.48, width_ratios=(1, 2.1))
         above.update(wspace=0.4, hspace=0.08)
         for row, photograph in enumerate(photographs):
             _photograph(figure.add_subplot(above[row, 0]), photograph)

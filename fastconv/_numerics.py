@@ -98,9 +98,7 @@ class Verdict:
         return "; ".join(str(region) for region in self.regions)
 
 
-def compare(
-    out: Tensor, oracle64: Tensor, baseline: Tensor, *, border: int | None = None
-) -> Verdict:
+def compare(out: Tensor, oracle64: Tensor, baseline: Tensor, *, border: int | None = None) -> Verdict:
     """Judge ``out`` by the policy of this module.
 
     Args:
@@ -117,8 +115,7 @@ def compare(
         raise ValueError(f"compare: the oracle is {oracle64.dtype}, it must be float64")
     if out.dtype != baseline.dtype or out.dtype not in _POLICY:
         raise ValueError(
-            f"compare: the output is {out.dtype} and torch's is {baseline.dtype}; they must be the "
-            f"same floating dtype"
+            f"compare: the output is {out.dtype} and torch's is {baseline.dtype}; they must be the same floating dtype"
         )
     if not out.shape == oracle64.shape == baseline.shape:
         raise ValueError(
@@ -171,9 +168,7 @@ def assert_close_to_oracle(
     return verdict
 
 
-def away_from_kinks(
-    preactivation64: Tensor, activation: str, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def away_from_kinks(preactivation64: Tensor, activation: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """True where rounding in ``dtype`` cannot flip ReLU's (ReLU6's) mask.
 
     A gradient there is well conditioned. Near a kink both answers are right, and they differ by the

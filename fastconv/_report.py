@@ -28,8 +28,7 @@ def environment() -> dict[str, str]:
         "versions": f"fastconv {fastconv.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         "commit": _commit(),
-        "sources": f"library {_library.build_info().get('source_hash', 'none')}, "
-        f"Python {digest.hexdigest()[:12]}",
+        "sources": f"library {_library.build_info().get('source_hash', 'none')}, Python {digest.hexdigest()[:12]}",
     }
     if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         facts["instructions"] += ", no bf16 convolutions"

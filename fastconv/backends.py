@@ -72,12 +72,10 @@ def choose(backend: str | None, input: torch.Tensor) -> str:
 def _require(name: str) -> None:
     if name not in NAMES:
         raise ValueError(
-            f"fastconv: got backend {name!r}, needed one of {', '.join(NAMES)}; "
-            f"see `python -m fastconv info`"
+            f"fastconv: got backend {name!r}, needed one of {', '.join(NAMES)}; see `python -m fastconv info`"
         )
     reason = available().get(name)
     if reason is not None:
         raise RuntimeError(
-            f"fastconv: got backend '{name}', which cannot run here: {reason}; "
-            f"leave the backend to 'auto'"
+            f"fastconv: got backend '{name}', which cannot run here: {reason}; leave the backend to 'auto'"
         )

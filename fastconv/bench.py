@@ -132,12 +132,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=NETWORKS,
         metavar="NAME",
-        help=f"for inference: {', '.join(models.names())} or torchvision:NAME; "
-        f"default: {' '.join(NETWORKS)}",
+        help=f"for inference: {', '.join(models.names())} or torchvision:NAME; default: {' '.join(NETWORKS)}",
     )
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="default: fp32 bf16"
-    )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="default: fp32 bf16")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], help="default: 1 16")
     parser.add_argument(
         "--train",
@@ -154,8 +151,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=3.0,
         metavar="SECONDS",
-        help="leaves out 16-bit runs that must take longer: without such instructions, eager may "
-        "take minutes; default: 3",
+        help="leaves out 16-bit runs of eager that must take longer: where the processor has no "
+        "such instructions they can take minutes; default: 3",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="for all that was measured")
     parser.add_argument("--markdown", action="store_true", help="tables for a README")
@@ -273,7 +270,7 @@ def infer(
 
     Args:
         batches: in ascending order.
-        longest: seconds; 16-bit runs that take longer are left out as soon as that is known.
+        longest: seconds; 16-bit runs of eager that must take longer are left out.
     """
     try:
         model, shape = build(network)
@@ -301,8 +298,9 @@ def infer(
             row = Row(network, "inference", dtype, batch, allowed_error=allowed)
             calls = {}
             for who, contender in contenders.items():
+                may_be_slow = dtype != "fp32" and who != SWAPPED
                 at_least = pace.seconds(who, dtype, image_flop * batch)
-                if dtype != "fp32" and at_least > longest:
+                if may_be_slow and at_least > longest:
                     row.results[who] = Result(note=f"left out: at least {at_least:.0f} s")
                     continue
                 call = functools.partial(contender, _laid_out(who, images[:batch]))
@@ -317,7 +315,7 @@ def infer(
                 row.results[who] = Result(error=error)
                 if who == SWAPPED and not error <= allowed:
                     row.results[who].note = f"WRONG: error {error:.1e}, allowed {allowed:.1e}"
-                elif dtype != "fp32" and seconds > longest:
+                elif may_be_slow and seconds > longest:
                     row.results[who].seconds.append(seconds)
                 else:
                     calls[who] = call
@@ -331,9 +329,7 @@ def _error(output: Tensor, oracle: Tensor) -> float:
     return float((output.double() - oracle).abs().max() / oracle.abs().max())
 
 
-def take_turns(
-    calls: Mapping[str, Callable[[], Any]], results: dict[str, Result], allowance: float
-) -> None:
+def take_turns(calls: Mapping[str, Callable[[], Any]], results: dict[str, Result], allowance: float) -> None:
     """Times the calls one after the other, again and again.
 
     Each runs at least FEWEST_RUNS times, then until it had its share of the allowance (seconds).
@@ -373,10 +369,7 @@ def train(network: str, batch: int, budget: Budget) -> Row:
     has_lrn = any(isinstance(module, nn.LocalResponseNorm) for module in model.modules())
     for who in IN_TRAINING if has_lrn else (CHANNELS_LAST, CONTIGUOUS, SWAPPED):
         found = _gradients(who, prepare(who, copy.deepcopy(still)), *few)
-        error = max(
-            float((found[name].double() - exact).norm() / exact.norm())
-            for name, exact in oracle.items()
-        )
+        error = max(float((found[name].double() - exact).norm() / exact.norm()) for name, exact in oracle.items())
         row.results[who] = Result(error=error)
         if who == CHANNELS_LAST:
             row.allowed_error = BASELINE_FACTOR * error + GRADIENT_FLOOR
@@ -428,9 +421,7 @@ def _peak_bytes_of_a_process(network: str, who: str, batch: int) -> int | None:
     arguments = [network, who, str(batch), str(torch.get_num_threads())]
     # With a fixed threshold, glibc gives every larger block pages of its own, and gives them back.
     environ = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    process = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environ, capture_output=True, text=True
-    )
+    process = subprocess.run([sys.executable, "-c", code, *arguments], env=environ, capture_output=True, text=True)
     if process.returncode != 0:
         print(f"no peak memory of {network}, {who}: {process.stderr[-500:]}", file=sys.stderr)
     return int(process.stdout) if process.stdout.strip().isdigit() else None
@@ -473,8 +464,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         ],
     )
     training = Table(
-        f"Training, one step: median ms (20th to 80th percentile) and peak memory, beside those of "
-        f"{CHANNELS_LAST}",
+        f"Training, one step: median ms (20th to 80th percentile) and peak memory, beside those of {CHANNELS_LAST}",
         ["network", "batch", "", "ms", "times as fast", "peak MB", "memory", "error"],
     )
     for row in rows:

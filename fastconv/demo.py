@@ -77,9 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("fastconv-demo.png"),
         help="where the picture goes; default: %(default)s",
     )
-    parser.add_argument(
-        "--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="default: all"
-    )
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="default: all")
     parser.add_argument("--seed", type=int, default=0, help="of all weights; default: 0")
 
 
@@ -111,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             with task(f"LeNet-5, {label}", EPOCHS) as advance:
                 trainings[label] = train_lenet(prepare, args.seed, advance)
 
-    _demo_picture.draw(photographs, inferences, trainings, machine(), args.output)
+    _demo_picture.draw(photographs, inferences, trainings, f"{machine()}, random weights", args.output)
     console.print(_network_table(inferences))
     for label, training in trainings.items():
         console.print(
@@ -155,15 +153,10 @@ def load_photographs() -> list[Tensor]:
     """scikit-learn's photographs as [3, H, W] in 0..1."""
     from sklearn.datasets import load_sample_image
 
-    return [
-        torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1) / 255
-        for name in PHOTOGRAPHS
-    ]
+    return [torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1) / 255 for name in PHOTOGRAPHS]
 
 
-def compare_network(
-    name: str, photographs: Sequence[Tensor], seed: int, advance: Advance
-) -> Inference:
+def compare_network(name: str, photographs: Sequence[Tensor], seed: int, advance: Advance) -> Inference:
     """Build a network, swap it, compare both with float64 and time them in turns."""
     torch.manual_seed(seed)
     size = models.input_shape(name)[-1]
@@ -232,9 +225,7 @@ def _calibrate(model: nn.Module, photographs: Sequence[Tensor], size: int) -> No
 # ------------------------------------------------------------------------------------- training
 
 
-def train_lenet(
-    prepare: Callable[[nn.Module], nn.Module] | None, seed: int, advance: Advance
-) -> Training:
+def train_lenet(prepare: Callable[[nn.Module], nn.Module] | None, seed: int, advance: Advance) -> Training:
     """Train LeNet-5 on scikit-learn's digits; the same weights and batches for the same seed."""
     import numpy as np
     from sklearn.datasets import load_digits

@@ -16,6 +16,7 @@ from .swap import patterns, swap
 from .swap.programs import Program
 from .swap.regions import is_region, plain_class, programs_of, region_of
 
+
 @dataclass(frozen=True)
 class Choice:
     """What becomes of a layer in one mode."""
@@ -78,15 +79,12 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.swapped)} of {len(self.rows)} layers swapped"]
-        lines += [
-            f"{path or 'the model'} is not traced as a whole: {reason}"
-            for path, reason in self.untraced.items()
-        ]
+        lines += [f"{path or 'the model'} is not traced as a whole: {reason}" for path, reason in self.untraced.items()]
         cells = [(row.module, row.layer, str(row.inference), str(row.training)) for row in self.rows]
         lines += ["", *_table(("module", "layer", "inference", "training"), cells)]
         if self.kernels:
-            cells = [(kernel.module, kernel.shapes, kernel.kernel) for kernel in self.kernels]
-            lines += ["", *_table(("module", "input -> output", "kernel"), cells)]
+            ran = [(kernel.module, kernel.shapes, kernel.kernel) for kernel in self.kernels]
+            lines += ["", *_table(("module", "input -> output", "kernel"), ran)]
         return "\n".join(lines)
 
 
@@ -134,9 +132,7 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
     )
 
 
-def _traced_parts(
-    module: nn.Module, untraced: dict[str, str], path: str = ""
-) -> Iterator[tuple[str, nn.Module]]:
+def _traced_parts(module: nn.Module, untraced: dict[str, str], path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The largest parts of the model that are traced, by path; the reasons of the others go into `untraced`."""
     if is_region(module):
         programs = programs_of(module, module.training)
@@ -176,7 +172,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _layer(module: nn.Module) -> str:
-    if not patterns.is_convolution(module):
+    if not isinstance(module, nn.modules.conv._ConvNd):
         return type(module).__name__
     size = "x".join(str(k) for k in module.kernel_size)
     groups = f", groups {module.groups}" if module.groups > 1 else ""

@@ -45,9 +45,7 @@ def facts() -> dict[str, str]:
             "CPU kernels": built["cpu"],
             "CUDA kernels": built["cuda"],
         }
-    report["backends"] = "\n".join(
-        f"{name}: {reason or 'available'}" for name, reason in backends.available().items()
-    )
+    report["backends"] = "\n".join(f"{name}: {reason or 'available'}" for name, reason in backends.available().items())
     return report
 
 

@@ -32,9 +32,7 @@ class Layer:
     shapes: dict[str, Shape | list[Shape]]
     options: dict[str, Any] = field(default_factory=dict)
 
-    def arguments(
-        self, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device
-    ) -> dict[str, Any]:
+    def arguments(self, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device) -> dict[str, Any]:
         """Random tensors; weights are scaled so that activations keep their size."""
 
         def tensor(name: str, shape: Shape) -> Tensor:
@@ -45,9 +43,7 @@ class Layer:
             return value.contiguous(memory_format=memory_format) if len(shape) == 4 else value
 
         return {
-            name: [tensor(name, s) for s in shape]
-            if isinstance(shape, list)
-            else tensor(name, shape)
+            name: [tensor(name, s) for s in shape] if isinstance(shape, list) else tensor(name, shape)
             for name, shape in self.shapes.items()
         }
 
@@ -232,9 +228,7 @@ def comparisons(
     """The layer's outputs and its gradients, each against float64 on the CPU."""
     arguments = layer.arguments(dtype, LAYOUTS[layout], device)
     exact = mapped(arguments, lambda tensor: tensor.cpu().double())
-    grads = [
-        (gate * torch.randn(gate.shape)).to(device, dtype) for gate in gates(layer, exact, dtype)
-    ]
+    grads = [(gate * torch.randn(gate.shape)).to(device, dtype) for gate in gates(layer, exact, dtype)]
 
     with poisoned_outputs():
         outputs, gradients = _forward_backward(layer, arguments, grads, backend)
@@ -296,9 +290,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{layer.op}: {layer.name}")
         for name in args.dtype or DTYPES:
             torch.manual_seed(args.seed)
-            both = [
-                comparisons(layer, DTYPES[name], layout, args.device, backend) for layout in LAYOUTS
-            ]
+            both = [comparisons(layer, DTYPES[name], layout, args.device, backend) for layout in LAYOUTS]
             for found in zip(*both, strict=True):  # the outputs, then the gradients
                 flat = [comparison for part in found for comparison in part]
                 print(_row(name, max(flat, key=lambda c: c.verdict.used)), flush=True)
@@ -347,9 +339,7 @@ def _forward_backward(
 
 def gates(layer: Layer, exact: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
     """Per output, 1 where its gradient does not hang on how a ReLU's input was rounded."""
-    gates = [
-        away_from_kinks(value, layer.activation, dtype) for value in layer.preactivations(exact)
-    ]
+    gates = [away_from_kinks(value, layer.activation, dtype) for value in layer.preactivations(exact)]
     if "depthwise_activation" in layer.options:
         hidden = ops.depthwise_conv2d(
             exact["input"],

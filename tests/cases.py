@@ -81,9 +81,7 @@ class Case:
 
         return {
             **{
-                name: [tensor(name, s) for s in shape]
-                if isinstance(shape, list)
-                else tensor(name, shape)
+                name: [tensor(name, s) for s in shape] if isinstance(shape, list) else tensor(name, shape)
                 for name, shape in self.shapes.items()
             },
             **self.options,
@@ -144,9 +142,7 @@ _STRIDED = _conv(
     dilation=(1, 2),
     groups=2,
 )
-_RELU6 = _conv(
-    "small_relu6", (2, 2, 4, 4), (3, 2, 3, 3), "the mask has two ends", activation="relu6"
-)
+_RELU6 = _conv("small_relu6", (2, 2, 4, 4), (3, 2, 3, 3), "the mask has two ends", activation="relu6")
 
 CASES: list[Case] = [
     # ------------------------------------------------------------------------------- conv2d_relu

@@ -52,9 +52,7 @@ def test_each_gradient_alone(case: Case) -> None:
     """A frozen argument gets no gradient, and the others get the same one as with all of them."""
     arguments = case.arguments(requires_grad=True)
     inputs = tensors(arguments)
-    everything = torch.autograd.grad(
-        sum(output.square().sum() for output in run(case.op, arguments)), inputs
-    )
+    everything = torch.autograd.grad(sum(output.square().sum() for output in run(case.op, arguments)), inputs)
     for chosen, expected in zip(inputs, everything, strict=True):
         for tensor in inputs:
             tensor.requires_grad_(tensor is chosen)

@@ -34,9 +34,7 @@ def run_benchmarks(*arguments, plugin_folder=None):
     if plugin_folder:
         environ["PYTHONPATH"] = str(plugin_folder)
     command = [sys.executable, "-m", "pytest", "benchmarks", "--tiny", "--benchmark-max-time=0.001"]
-    return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environ, capture_output=True, text=True
-    )
+    return subprocess.run([*command, *arguments], cwd=ROOT, env=environ, capture_output=True, text=True)
 
 
 def test_every_op_has_a_suite():
@@ -85,9 +83,7 @@ def check(layer, calls):
     """That these modules, the named one and those within, do what the layer says."""
     input = layer.shapes["input"]
     if layer.op == "add_relu":
-        ((_, _, output),) = (
-            call for path, call in calls.items() if path == layer.name.split("/")[1]
-        )
+        ((_, _, output),) = (call for path, call in calls.items() if path == layer.name.split("/")[1])
         assert output.shape == input
         return
     if layer.op == "local_response_norm":

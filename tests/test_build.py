@@ -102,14 +102,10 @@ def test_no_compiler(monkeypatch, tmp_path):
 
 def test_compiler_too_old(monkeypatch, tmp_path):
     old = tmp_path / "old-g++"
-    old.write_text(
-        "#!/bin/sh\n[ $1 = --version ] && echo old-g++ 4.8 && exit\necho no c++20 >&2; exit 1"
-    )
+    old.write_text("#!/bin/sh\n[ $1 = --version ] && echo old-g++ 4.8 && exit\necho no c++20 >&2; exit 1")
     old.chmod(0o755)
     monkeypatch.setenv("CXX", str(old))
-    with pytest.raises(
-        SystemExit, match=r"old-g\+\+ 4\.8.*does not compile C\+\+20(.|\n)*no c\+\+20"
-    ):
+    with pytest.raises(SystemExit, match=r"old-g\+\+ 4\.8.*does not compile C\+\+20(.|\n)*no c\+\+20"):
         toolchain.find_compiler()
 
 
@@ -143,9 +139,7 @@ def test_available_memory():
 # ---- what it tells ninja
 
 
-@pytest.mark.parametrize(
-    ("wish", "archs"), [("80+PTX 90a", ["80+PTX", "90a"]), ("75, 100f", ["75", "100f"])]
-)
+@pytest.mark.parametrize(("wish", "archs"), [("80+PTX 90a", ["80+PTX", "90a"]), ("75, 100f", ["75", "100f"])])
 def test_cuda_archs(monkeypatch, wish, archs):
     monkeypatch.setenv("FASTCONV_CUDA_ARCHS", wish)
     assert ninjafile.cuda_archs() == archs
@@ -259,9 +253,7 @@ print(json.dumps([fastconv.__file__, _library.LOADED, torch.__file__, torch.__ve
 def test_isolated_install(source, python, tmp_path):
     output = run(python, "-m", "pip", "install", "-v", source, cwd=tmp_path)
     assert "No module named" not in output
-    assert re.findall("^Successfully installed (.*)", output, re.MULTILINE) == [
-        f"fastconv-{fastconv.__version__}"
-    ]
+    assert re.findall("^Successfully installed (.*)", output, re.MULTILINE) == [f"fastconv-{fastconv.__version__}"]
     version = re.escape(torch.__version__)
     assert re.search(rf"fastconv \S+ was built in \d+ s\n.*headers of torch {version}\)", output)
     assert re.search(r"  CPU +\S.* for default", output)

@@ -28,13 +28,15 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # One less and one more than 1, 2 and 4 vectors of SSE, AVX2 and AVX-512, in fp32 and fp64
 RAGGED = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 33, 63, 65)
 
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-layouts = pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def random(*shape: int, dtype: torch.dtype, layout: str = "contiguous", seed: int = 0) -> Tensor:
     value = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return value.contiguous(memory_format=getattr(torch, layout)) if len(shape) == 4 else value
+    return value.contiguous(memory_format=LAYOUTS[layout]) if len(shape) == 4 else value
 
 
 def surrounded_by_nan(tensor: Tensor) -> Tensor:
@@ -48,9 +50,7 @@ def check(op: Callable[..., Tensor], tensors: list[Tensor | None], **options: An
     """The op on tensors that lie between NaNs, against float64."""
     with poisoned_outputs():
         out = op(*(t if t is None else surrounded_by_nan(t) for t in tensors), **options)
-    oracle = op(
-        *(t if t is None else t.double() for t in tensors), backend="reference", **options
-    )
+    oracle = op(*(t if t is None else t.double() for t in tensors), backend="reference", **options)
     baseline = op(*tensors, backend="reference", **options)
     border = 1 if out.dim() == 4 else None
     assert_close_to_oracle(out, oracle, baseline, what=op.__name__, border=border)
@@ -101,7 +101,7 @@ def test_separable_of_any_channels(out_channels: int, dtype: torch.dtype) -> Non
     check(ops.depthwise_separable_conv2d, tensors, padding=1, depthwise_activation="relu")
 
 
-@pytest.mark.parametrize("filter", (1, 2, 3, 5))
+@pytest.mark.parametrize("filter", [1, 2, 3, 5])
 def test_depthwise_rows_of_any_width(filter: int) -> None:
     """Rows are cut into tiles of 6, 4, 2 and 1 pixels, and into borders."""
     weight = random(20, 1, 3, filter, dtype=torch.float32, seed=1)
@@ -134,8 +134,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return bool(((a.view(integer) == b.view(integer)) | (a.isnan() & b.isnan())).all())
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("activation", ("none", "relu", "relu6"))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
 def test_every_16_bit_number(dtype: torch.dtype, activation: str) -> None:
     """Conversion and rounding are written here for CPUs without an instruction for them."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
@@ -149,7 +149,7 @@ SPECIAL = (0.0, -0.0, 1e-45, -1e-45, 6.0, 6.5, -6.0, float("inf"), float("-inf")
 
 
 @dtypes
-@pytest.mark.parametrize("activation", ("relu", "relu6"))
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
 def test_activations_of_special_values(dtype: torch.dtype, activation: str) -> None:
     input = torch.tensor(SPECIAL * 4, dtype=dtype)
     zero = torch.full_like(input, -0.0)
@@ -171,18 +171,15 @@ def test_activations_of_special_values(dtype: torch.dtype, activation: str) -> N
 
 
 @layouts
-@pytest.mark.parametrize("value", (float("nan"), float("inf"), 1e18))
-@pytest.mark.parametrize("size", (4, 5))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e18])
+@pytest.mark.parametrize("size", [4, 5])
 def test_an_odd_value_stays_in_its_windows(value: float, size: int, layout: str) -> None:
     input = random(2, 37, 3, 5, dtype=torch.float32, layout=layout).requires_grad_()
     odd = input.detach().clone()
     odd[1, 20, 1, 2] = value
     odd.requires_grad_()
     outputs = [ops.local_response_norm(x, size, alpha=0.5) for x in (input, odd)]
-    gradients = [
-        torch.autograd.grad(y, x, torch.ones_like(y))[0]
-        for y, x in zip(outputs, (input, odd), strict=True)
-    ]
+    gradients = [torch.autograd.grad(y, x, torch.ones_like(y))[0] for y, x in zip(outputs, (input, odd), strict=True)]
     touched = torch.zeros_like(input, dtype=torch.bool)
     reached = touched.clone()
     # channel c sums over c - size // 2 ... c + (size - 1) // 2; a gradient over what c is in, too
@@ -194,15 +191,15 @@ def test_an_odd_value_stays_in_its_windows(value: float, size: int, layout: str)
 
 
 @layouts
-@pytest.mark.parametrize("beta", (0.5, 0.75, 1.0, 0.3, 2.0))
-@pytest.mark.parametrize("scale", (1e-20, 1.0, 1e15, 1e18))
+@pytest.mark.parametrize("beta", [0.5, 0.75, 1.0, 0.3, 2.0])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15, 1e18])
 def test_local_response_norm_of_any_magnitude(beta: float, scale: float, layout: str) -> None:
     """d^beta must not overflow on the way where it does not in the end."""
     input = random(2, 9, 4, 5, dtype=torch.float32, layout=layout) * scale
     check(ops.local_response_norm, [input], size=3, alpha=1e-4, beta=beta, k=1.0)
 
 
-@pytest.mark.parametrize("beta", (0.5, 0.75, 0.3))
+@pytest.mark.parametrize("beta", [0.5, 0.75, 0.3])
 def test_local_response_norm_of_a_negative_base(beta: float) -> None:
     input = random(1, 5, 3, 3, dtype=torch.float32)
     for k in (-1.0, -100.0):
@@ -227,13 +224,9 @@ def calls(dtype: torch.dtype, layout: str) -> dict[str, Callable[[], Tensor]]:
         "add_relu": lambda: kernels.add_relu(x, g, "relu6"),
         "add_relu_backward": lambda: kernels.add_relu_backward(g, x, "relu6"),
         "local_response_norm": lambda: kernels.local_response_norm(x, *window),
-        "local_response_norm_backward": lambda: kernels.local_response_norm_backward(
-            g, x, *window
-        ),
+        "local_response_norm_backward": lambda: kernels.local_response_norm_backward(g, x, *window),
         "depthwise_conv2d": lambda: ops.depthwise_conv2d(x, depthwise, padding=1),
-        "depthwise_separable_conv2d": lambda: ops.depthwise_separable_conv2d(
-            x, depthwise, pointwise, padding=1
-        ),
+        "depthwise_separable_conv2d": lambda: ops.depthwise_separable_conv2d(x, depthwise, pointwise, padding=1),
     }
 
 
@@ -255,29 +248,33 @@ def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, layout: str) -
 # ------------------------------------------------------------------------------- instruction sets
 
 
-def environment(capability: str) -> dict[str, str]:
-    return {**os.environ, "FASTCONV_CPU_CAPABILITY": capability}
+CAPABILITIES = ("default", "avx2", "avx512")
+LESSER = CAPABILITIES[: CAPABILITIES.index(_C.cpu_capability())]
 
-
-BUILT = _C.build_info()["cpu_capabilities"]
-LESSER = BUILT[: BUILT.index(_C.cpu_capability())]
-
-
-@pytest.mark.parametrize("capability", (*BUILT, "no such thing"))
-def test_the_environment_lowers_the_capability(capability: str) -> None:
-    code = "from fastconv import _C; print(_C.cpu_capability())"
-    run = [sys.executable, "-c", code]
-    found = subprocess.run(
-        run, env=environment(capability), capture_output=True, text=True, check=True
-    ).stdout.strip()
-    assert found == (capability if capability in LESSER else _C.cpu_capability())
-
-
-@pytest.mark.skipif(
-    "FASTCONV_CPU_CAPABILITY" in os.environ, reason="this is a run for one of the capabilities"
+unless_chosen = pytest.mark.skipif(
+    "FASTCONV_CPU_CAPABILITY" in os.environ, reason="the environment has chosen the kernels"
 )
+
+
+def run_with(capability: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "FASTCONV_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+
+
+@unless_chosen
+@pytest.mark.parametrize("capability", [*CAPABILITIES, "no such thing"])
+def test_the_environment_lowers_the_capability(capability: str) -> None:
+    run = run_with(capability, "-c", "from fastconv import _C; print(_C.cpu_capability())")
+    expected = capability if capability in LESSER else _C.cpu_capability()
+    assert run.stdout.strip() == expected, run.stderr
+
+
+@unless_chosen
 @pytest.mark.parametrize("capability", LESSER)
 def test_this_file_with_a_lesser_capability(capability: str) -> None:
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(run, env=environment(capability), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+    run = run_with(capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__)
+    assert run.returncode == 0, run.stdout[-4000:]

@@ -24,9 +24,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "fastconv":
             self.calls.append((function, args))
         return function(*args, **(kwargs or {}))
@@ -134,9 +132,7 @@ def test_export_is_one_node(case: Case) -> None:
 @pytest.mark.parametrize("cast_to", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", FIRST, ids=str)
-def test_autocast_dtypes_are_eagers(
-    case: Case, dtype: torch.dtype, cast_to: torch.dtype, backend: str
-) -> None:
+def test_autocast_dtypes_are_eagers(case: Case, dtype: torch.dtype, cast_to: torch.dtype, backend: str) -> None:
     arguments = case.arguments(dtype, requires_grad=True)
     with torch.autocast("cpu", dtype=cast_to):
         outputs = run(case.op, arguments, backend=backend)
@@ -220,12 +216,7 @@ def test_vmap(case: Case, which: str) -> None:
 
     names = [name for name in case.shapes if is_mapped(name)]
     values = {name: stacked(name) for name in names}
-    dims = (
-        {
-            name: torch.utils._pytree.tree_map(lambda v: None if v is None else 1, values[name])
-            for name in names
-        },
-    )
+    dims = ({name: torch.utils._pytree.tree_map(lambda v: None if v is None else 1, values[name]) for name in names},)
     found = torch.vmap(lambda given: run(case.op, {**fixed, **given}), in_dims=dims)(values)
     for index, sample in enumerate(samples):
         given = {name: sample[name] for name in names}
@@ -268,10 +259,6 @@ def test_use_backend_is_undone_after_an_error() -> None:
 def test_meta_tensors() -> None:
     for case in FIRST:
         arguments = case.arguments()
-        found = run(
-            case.op, torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arguments)
-        )
+        found = run(case.op, torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arguments))
         expected = run(case.op, arguments)
-        assert [(o.shape, o.stride(), o.dtype) for o in found] == [
-            (o.shape, o.stride(), o.dtype) for o in expected
-        ]
+        assert [(o.shape, o.stride(), o.dtype) for o in found] == [(o.shape, o.stride(), o.dtype) for o in expected]

@@ -58,8 +58,7 @@ TABLE = [
     Bad(
         "conv2d_relu",
         {"groups": 3},
-        "got 4 output channels in weight of shape [4, 3, 3, 3], needed a multiple of groups 3; "
-        "change weight or groups",
+        "got 4 output channels in weight of shape [4, 3, 3, 3], needed a multiple of groups 3; change weight or groups",
     ),
     Bad(
         "conv2d_relu",
@@ -75,14 +74,12 @@ TABLE = [
     Bad(
         "conv2d_relu",
         {"input": t(2, 3, 5, 4, dtype=torch.int32)},
-        "got input of dtype int32, needed float32, float64, bfloat16 or float16; "
-        "convert it with input.float()",
+        "got input of dtype int32, needed float32, float64, bfloat16 or float16; convert it with input.float()",
     ),
     Bad(
         "conv2d_relu",
         {"input": t(2, 3, 5, 4, dtype=torch.complex64)},
-        "got input of dtype complex64, needed float32, float64, bfloat16 or float16; "
-        "convert it with input.float()",
+        "got input of dtype complex64, needed float32, float64, bfloat16 or float16; convert it with input.float()",
     ),
     Bad(
         "conv2d_relu",
@@ -141,14 +138,12 @@ TABLE = [
     Bad(
         "conv2d_relu",
         {"weight": t(4, 3, 0, 3)},
-        "got weight of shape [4, 3, 0, 3], needed at least one filter element; "
-        "pass a non-empty weight",
+        "got weight of shape [4, 3, 0, 3], needed at least one filter element; pass a non-empty weight",
     ),
     Bad(
         "conv2d_relu",
         {"activation": "gelu"},
-        "got activation 'gelu', needed 'none', 'relu' or 'relu6'; "
-        "apply other activations after the op",
+        "got activation 'gelu', needed 'none', 'relu' or 'relu6'; apply other activations after the op",
     ),
     Bad(
         "conv2d_add_relu",
@@ -159,8 +154,7 @@ TABLE = [
     Bad(
         "conv2d_add_relu",
         {"residual": t(4, 1, 1)},
-        "got residual of shape [4, 1, 1], needed [2, 4, 5, 4], the shape of the convolution's "
-        "output; expand it first",
+        "got residual of shape [4, 1, 1], needed [2, 4, 5, 4], the shape of the convolution's output; expand it first",
     ),
     Bad(
         "conv2d_add_relu",
@@ -186,20 +180,17 @@ TABLE = [
     Bad(
         "pointwise_conv2d_group",
         {"weights": []},
-        "got 0 weights and 2 biases, needed at least one weight and as many biases; "
-        "use None for no bias",
+        "got 0 weights and 2 biases, needed at least one weight and as many biases; use None for no bias",
     ),
     Bad(
         "pointwise_conv2d_group",
         {"biases": [t(2)]},
-        "got 2 weights and 1 biases, needed at least one weight and as many biases; "
-        "use None for no bias",
+        "got 2 weights and 1 biases, needed at least one weight and as many biases; use None for no bias",
     ),
     Bad(
         "pointwise_conv2d_group",
         {"weights": [t(2, 3, 1, 1), t(4, 3, 1, 3)]},
-        "got weights[1] of shape [4, 3, 1, 3], needed [K, C, 1, 1]; "
-        "use conv2d_relu for larger filters",
+        "got weights[1] of shape [4, 3, 1, 3], needed [K, C, 1, 1]; use conv2d_relu for larger filters",
     ),
     Bad(
         "depthwise_conv2d",
@@ -228,14 +219,12 @@ TABLE = [
     Bad(
         "depthwise_separable_conv2d",
         {"depthwise_activation": "swish"},
-        "got activation 'swish', needed 'none', 'relu' or 'relu6'; "
-        "apply other activations after the op",
+        "got activation 'swish', needed 'none', 'relu' or 'relu6'; apply other activations after the op",
     ),
     Bad(
         "add_relu",
         {"input": t(3, 5).long(), "other": t(3, 5).long()},
-        "got input of dtype int64, needed float32, float64, bfloat16 or float16; "
-        "convert it with input.float()",
+        "got input of dtype int64, needed float32, float64, bfloat16 or float16; convert it with input.float()",
     ),
     Bad(
         "local_response_norm",
@@ -250,8 +239,7 @@ TABLE = [
     Bad(
         "local_response_norm",
         {"input": t(2, 6, 3, dtype=torch.uint8)},
-        "got input of dtype uint8, needed float32, float64, bfloat16 or float16; "
-        "convert it with input.float()",
+        "got input of dtype uint8, needed float32, float64, bfloat16 or float16; convert it with input.float()",
     ),
 ]
 
@@ -284,28 +272,20 @@ def test_two_devices(op: str) -> None:
 
 def test_padding_by_name() -> None:
     x, w = t(1, 2, 5, 5), t(3, 2, 3, 3)
-    with pytest.raises(
-        RuntimeError, match="got padding 'full', needed integers, 'same' or 'valid'"
-    ):
+    with pytest.raises(RuntimeError, match="got padding 'full', needed integers, 'same' or 'valid'"):
         ops.conv2d_relu(x, w, padding="full")
-    with pytest.raises(
-        RuntimeError, match=r"got padding 'same' with stride \[2, 2\], needed stride 1"
-    ):
+    with pytest.raises(RuntimeError, match=r"got padding 'same' with stride \[2, 2\], needed stride 1"):
         ops.conv2d_relu(x, w, stride=2, padding="same")
 
 
 def test_shapes_that_do_not_broadcast() -> None:
-    with pytest.raises(
-        RuntimeError, match=r"got other of shape \[2, 4\] beside input of shape \[2, 3\]"
-    ):
+    with pytest.raises(RuntimeError, match=r"got other of shape \[2, 4\] beside input of shape \[2, 3\]"):
         ops.add_relu(t(2, 3), t(2, 4))
 
 
 def test_same_shape_of_the_operator() -> None:
     """Callers of torch.ops get no broadcasting, and no reading out of bounds."""
-    with pytest.raises(
-        RuntimeError, match=r"got other of shape \[3\] beside input of shape \[2, 3\]"
-    ):
+    with pytest.raises(RuntimeError, match=r"got other of shape \[3\] beside input of shape \[2, 3\]"):
         torch.ops.fastconv.add_relu(t(2, 3), t(3), "relu")
 
 

@@ -100,9 +100,7 @@ def test_add() -> None:
     residual = torch.randn(2, 4, 9, 8)
     torch.testing.assert_close(module(X, residual), F.relu(plain(X) + residual))
     pointwise = nn.PointwiseConv2d(6, 4)
-    torch.testing.assert_close(
-        pointwise(X, residual), F.conv2d(X, pointwise.weight, pointwise.bias) + residual
-    )
+    torch.testing.assert_close(pointwise(X, residual), F.conv2d(X, pointwise.weight, pointwise.bias) + residual)
     torch.testing.assert_close(nn.AddReLU("relu6")(X, X), F.relu6(X + X))
 
 
@@ -152,17 +150,13 @@ def test_representations_name_the_activation() -> None:
 
 def test_modules_compile_without_breaks() -> None:
     torch._dynamo.reset()
-    model = torch.nn.Sequential(
-        nn.Conv2dReLU(6, 8, 3), nn.LocalResponseNorm(3), nn.DepthwiseConv2d(8, 8, 3)
-    )
+    model = torch.nn.Sequential(nn.Conv2dReLU(6, 8, 3), nn.LocalResponseNorm(3), nn.DepthwiseConv2d(8, 8, 3))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(X), model(X))
 
 
 def test_gradients_flow_through_a_stack() -> None:
-    model = torch.nn.Sequential(
-        nn.Conv2dReLU(6, 8, 3), nn.LocalResponseNorm(3), nn.DepthwiseSeparableConv2d(8, 4, 3)
-    )
+    model = torch.nn.Sequential(nn.Conv2dReLU(6, 8, 3), nn.LocalResponseNorm(3), nn.DepthwiseSeparableConv2d(8, 4, 3))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     losses: list[Tensor] = []
     for _ in range(4):

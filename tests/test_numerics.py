@@ -43,9 +43,7 @@ def test_one_wrong_pixel_is_found_and_named(dtype):
     border, interior = _numerics.compare(out, oracle, baseline, border=1).regions
     assert (border.ok, border.failures, border.index) == (False, 1, (0, 3, 0, 4))
     assert interior.ok
-    with pytest.raises(
-        AssertionError, match=r"poked conv .*torch seed 0\): border: .* 1 of 256 .*\(0, 3, 0, 4\)"
-    ):
+    with pytest.raises(AssertionError, match=r"poked conv .*torch seed 0\): border: .* 1 of 256 .*\(0, 3, 0, 4\)"):
         _numerics.assert_close_to_oracle(out, oracle, baseline, what="poked conv", border=1)
 
 

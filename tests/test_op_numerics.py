@@ -28,9 +28,7 @@ def test_forward(case: Case, dtype: torch.dtype, layout: str) -> None:
     oracles = run(case.op, mapped(arguments, Tensor.double), backend="reference")
     baselines = run(case.op, arguments, backend="reference")
     for output, oracle, baseline in zip(outputs, oracles, baselines, strict=True):
-        assert_close_to_oracle(
-            output, oracle, baseline, what=str(case), border=border(case, output)
-        )
+        assert_close_to_oracle(output, oracle, baseline, what=str(case), border=border(case, output))
         assert layout_of(output) == layout_of(baseline)
 
 
@@ -66,16 +64,12 @@ def arguments_off_the_kinks(case: Case, dtype: torch.dtype, layout: str) -> dict
     for seed in range(200):
         arguments = case.arguments(dtype, layout, seed=seed, requires_grad=True)
         with torch.no_grad():
-            if all(
-                bool(away_from_kinks(v, a, dtype).all()) for v, a in preactivations(case, arguments)
-            ):
+            if all(bool(away_from_kinks(v, a, dtype).all()) for v, a in preactivations(case, arguments)):
                 return arguments
     raise AssertionError(f"{case}: every seed has a value on a kink; make the case smaller")
 
 
-def gradients(
-    case: Case, arguments: dict[str, Any], grads: list[Tensor], **more: Any
-) -> list[Tensor]:
+def gradients(case: Case, arguments: dict[str, Any], grads: list[Tensor], **more: Any) -> list[Tensor]:
     return list(torch.autograd.grad(run(case.op, arguments, **more), tensors(arguments), grads))
 
 
@@ -85,9 +79,7 @@ def check_gradients(case: Case, arguments: dict[str, Any], grads: list[Tensor]) 
     exact = mapped(arguments, lambda t: t.detach().double().requires_grad_())
     oracles = gradients(case, exact, [g.double() for g in grads], backend="reference")
     baselines = gradients(case, arguments, grads, backend="reference")
-    for argument, gradient, oracle, baseline in zip(
-        tensors(arguments), found, oracles, baselines, strict=True
-    ):
+    for argument, gradient, oracle, baseline in zip(tensors(arguments), found, oracles, baselines, strict=True):
         assert gradient.shape == argument.shape
         assert gradient.dtype == argument.dtype
         what = f"{case}, gradient of the argument of shape {tuple(argument.shape)}"
@@ -180,9 +172,7 @@ def test_special_values_through_activations(dtype: torch.dtype, activation: str)
             gradient = gradient.where(~output.isnan(), 0)
         return output, gradient
 
-    for found, expected in zip(
-        forward_and_backward(None), forward_and_backward("reference"), strict=True
-    ):
+    for found, expected in zip(forward_and_backward(None), forward_and_backward("reference"), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(found.signbit() & ~found.isnan(), expected.signbit() & ~expected.isnan())
 
@@ -194,9 +184,7 @@ def test_special_values_through_convolutions(op: str, dtype: torch.dtype, value:
     case = next(c for c in named(op) if len(c.shapes["input"]) == 4)
     arguments = case.arguments(dtype)
     arguments["input"][0, 0, 1, 1] = value
-    for output, expected in zip(
-        run(op, arguments), run(op, arguments, backend="reference"), strict=True
-    ):
+    for output, expected in zip(run(op, arguments), run(op, arguments, backend="reference"), strict=True):
         assert torch.equal(output.isnan(), expected.isnan())
         assert torch.equal(output.isinf(), expected.isinf())
 

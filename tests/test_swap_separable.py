@@ -60,9 +60,7 @@ X = torch.randn(2, 3, 15, 14, generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize("channels", [(24, 40), (256, 300)], ids=["cached", "large"])
 @pytest.mark.parametrize("between", [nn.ReLU6(), nn.ReLU(inplace=True), nn.Identity()], ids=str)
 @pytest.mark.parametrize("bn", [False, True], ids=["plain", "bn"])
-def test_inference(
-    bn: bool, between: nn.Module, channels: tuple[int, int], layout: torch.memory_format
-) -> None:
+def test_inference(bn: bool, between: nn.Module, channels: tuple[int, int], layout: torch.memory_format) -> None:
     """With weights that stay in the cache, and with larger ones, which run as two convolutions."""
     model = model_of(bn, between, *channels).eval()
     fast = fastconv.swap(model)
@@ -106,9 +104,7 @@ def test_another_reader_keeps_them_apart() -> None:
         torch.testing.assert_close(fast(X), model(X))
 
 
-@pytest.mark.parametrize(
-    "change", ["depthwise.weight", "pointwise.weight", "bn1.running_var", "bn2.bias"]
-)
+@pytest.mark.parametrize("change", ["depthwise.weight", "pointwise.weight", "bn1.running_var", "bn2.bias"])
 def test_new_weights_are_seen(change: str) -> None:
     model = model_of(True, nn.ReLU()).eval()
     fast = fastconv.swap(model)

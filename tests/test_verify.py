@@ -15,10 +15,7 @@ def test_every_op_is_verified():
 
 @pytest.mark.parametrize(
     "dtype",
-    [
-        pytest.param(dtype, marks=pytest.mark.slow if dtype != "fp32" else ())
-        for dtype in verify.DTYPES
-    ],
+    [pytest.param(dtype, marks=pytest.mark.slow if dtype != "fp32" else ()) for dtype in verify.DTYPES],
 )
 @pytest.mark.parametrize("op", ops.__all__)
 def test_passes(op, dtype, capsys):

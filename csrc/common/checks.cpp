@@ -57,13 +57,13 @@ std::string device(const Tensor& tensor) {
 void check_pair(const char* op, const char* name, const IntList& values, int64_t least) {
   STD_TORCH_CHECK(values.size() == 2, op, ": got ", name, " ", list(values),
                   ", needed two integers (height, width); pass an int or a pair");
-  STD_TORCH_CHECK(values[0] >= least && values[1] >= least, op, ": got ", name, " ", list(values),
-                  ", needed at least ", least, " in both directions; pass a larger ", name);
+  STD_TORCH_CHECK(values[0] >= least && values[1] >= least, op, ": got ", name, " ", list(values), ", needed at least ",
+                  least, " in both directions; pass a larger ", name);
 }
 
 void check_4d(const char* op, const char* name, const Tensor& tensor, const char* axes) {
-  STD_TORCH_CHECK(tensor.dim() == 4, op, ": got ", name, " of shape ", shape(tensor),
-                  ", needed 4 dimensions ", axes, "; reshape it");
+  STD_TORCH_CHECK(tensor.dim() == 4, op, ": got ", name, " of shape ", shape(tensor), ", needed 4 dimensions ", axes,
+                  "; reshape it");
 }
 
 }  // namespace
@@ -78,31 +78,26 @@ Activation parse_activation(const char* op, const std::string& name) {
 
 void check_floating(const char* op, const Tensor& input) {
   const ScalarType dtype = input.scalar_type();
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::Double || is_low_precision(dtype), op,
-      ": got input of dtype ", dtype_name(dtype),
-      ", needed float32, float64, bfloat16 or float16; convert it with input.float()");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || is_low_precision(dtype), op,
+                  ": got input of dtype ", dtype_name(dtype),
+                  ", needed float32, float64, bfloat16 or float16; convert it with input.float()");
 }
 
 void check_like_input(const char* op, const Tensor& input, const char* name, const Tensor& other) {
-  STD_TORCH_CHECK(other.device() == input.device(), op, ": got ", name, " on ", device(other),
-                  " beside input on ", device(input), ", needed one device; move it with ", name,
-                  ".to(input.device)");
+  STD_TORCH_CHECK(other.device() == input.device(), op, ": got ", name, " on ", device(other), " beside input on ",
+                  device(input), ", needed one device; move it with ", name, ".to(input.device)");
   STD_TORCH_CHECK(other.scalar_type() == input.scalar_type(), op, ": got ", name, " of dtype ",
-                  dtype_name(other.scalar_type()), " beside input of dtype ",
-                  dtype_name(input.scalar_type()), ", needed one dtype; convert it with ", name,
-                  ".to(input.dtype)");
+                  dtype_name(other.scalar_type()), " beside input of dtype ", dtype_name(input.scalar_type()),
+                  ", needed one dtype; convert it with ", name, ".to(input.dtype)");
 }
 
 void check_same_shape(const char* op, const Tensor& input, const char* name, const Tensor& other) {
-  STD_TORCH_CHECK(other.sizes().equals(input.sizes()), op, ": got ", name, " of shape ",
-                  shape(other), " beside input of shape ", shape(input),
-                  ", needed one shape; expand it first");
+  STD_TORCH_CHECK(other.sizes().equals(input.sizes()), op, ": got ", name, " of shape ", shape(other),
+                  " beside input of shape ", shape(input), ", needed one shape; expand it first");
 }
 
-IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight,
-                     const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                     const ConvGeometry& geometry, const char* residual_name) {
+IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& residual, const ConvGeometry& geometry, const char* residual_name) {
   check_4d(op, "input", input, "(N, C, H, W)");
   check_4d(op, "weight", weight, "(K, C / groups, R, S)");
   check_floating(op, input);
@@ -114,56 +109,47 @@ IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight,
   STD_TORCH_CHECK(groups >= 1, op, ": got groups ", groups,
                   ", needed at least 1; pass groups=1 for a dense convolution");
   const int64_t out_channels = weight.size(0);
-  STD_TORCH_CHECK(
-      out_channels >= 1 && weight.size(1) >= 1 && weight.size(2) >= 1 && weight.size(3) >= 1, op,
-      ": got weight of shape ", shape(weight),
-      ", needed at least one filter element; pass a non-empty weight");
-  STD_TORCH_CHECK(out_channels % groups == 0, op, ": got ", out_channels,
-                  " output channels in weight of shape ", shape(weight),
-                  ", needed a multiple of groups ", groups, "; change weight or groups");
-  STD_TORCH_CHECK(input.size(1) == weight.size(1) * groups, op, ": got ", input.size(1),
-                  " channels in input of shape ", shape(input), ", needed ",
-                  weight.size(1) * groups, " (weight.shape[1] ", weight.size(1), " x groups ",
-                  groups, "); change input, weight or groups");
+  STD_TORCH_CHECK(out_channels >= 1 && weight.size(1) >= 1 && weight.size(2) >= 1 && weight.size(3) >= 1, op,
+                  ": got weight of shape ", shape(weight),
+                  ", needed at least one filter element; pass a non-empty weight");
+  STD_TORCH_CHECK(out_channels % groups == 0, op, ": got ", out_channels, " output channels in weight of shape ",
+                  shape(weight), ", needed a multiple of groups ", groups, "; change weight or groups");
+  STD_TORCH_CHECK(input.size(1) == weight.size(1) * groups, op, ": got ", input.size(1), " channels in input of shape ",
+                  shape(input), ", needed ", weight.size(1) * groups, " (weight.shape[1] ", weight.size(1),
+                  " x groups ", groups, "); change input, weight or groups");
   IntList output_size{input.size(0), out_channels, 0, 0};
   for (int axis = 0; axis < 2; ++axis) {
     const int64_t padded = input.size(2 + axis) + 2 * geometry.padding[axis];
     const int64_t extent = geometry.dilation[axis] * (weight.size(2 + axis) - 1) + 1;
-    STD_TORCH_CHECK(extent <= padded, op, ": got a filter that spans ", extent,
-                    " pixels over a padded ", axis ? "width" : "height", " of ", padded,
+    STD_TORCH_CHECK(extent <= padded, op, ": got a filter that spans ", extent, " pixels over a padded ",
+                    axis ? "width" : "height", " of ", padded,
                     ", needed at most that; add padding or shrink the filter");
     output_size[2 + axis] = (padded - extent) / geometry.stride[axis] + 1;
   }
   if (bias) {
     check_like_input(op, input, "bias", *bias);
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_channels, op, ": got bias of shape ",
-                    shape(*bias), ", needed [", out_channels,
-                    "], one value for each output channel; reshape it");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_channels, op, ": got bias of shape ", shape(*bias),
+                    ", needed [", out_channels, "], one value for each output channel; reshape it");
   }
   if (residual) {
     check_like_input(op, input, residual_name, *residual);
-    STD_TORCH_CHECK(residual->sizes().equals(output_size), op, ": got ", residual_name,
-                    " of shape ", shape(*residual), ", needed ", list(output_size),
-                    ", the shape of the convolution's output; expand it first");
+    STD_TORCH_CHECK(residual->sizes().equals(output_size), op, ": got ", residual_name, " of shape ", shape(*residual),
+                    ", needed ", list(output_size), ", the shape of the convolution's output; expand it first");
   }
   return output_size;
 }
 
 void check_pointwise_weight(const char* op, const char* name, const Tensor& weight) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1, op, ": got ",
-                  name, " of shape ", shape(weight),
-                  ", needed [K, C, 1, 1]; use conv2d_relu for larger filters");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1, op, ": got ", name, " of shape ",
+                  shape(weight), ", needed [K, C, 1, 1]; use conv2d_relu for larger filters");
 }
 
-int64_t check_depthwise_weight(const char* op, const char* name, const Tensor& input,
-                               const Tensor& weight) {
+int64_t check_depthwise_weight(const char* op, const char* name, const Tensor& input, const Tensor& weight) {
   check_4d(op, "input", input, "(N, C, H, W)");
   const int64_t channels = input.size(1);
-  STD_TORCH_CHECK(
-      weight.dim() == 4 && weight.size(1) == 1 && channels > 0 && weight.size(0) % channels == 0,
-      op, ": got ", name, " of shape ", shape(weight), ", needed [", channels,
-      " * multiplier, 1, R, S] for input of shape ", shape(input),
-      "; use conv2d_relu for other groups");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 1 && channels > 0 && weight.size(0) % channels == 0, op,
+                  ": got ", name, " of shape ", shape(weight), ", needed [", channels,
+                  " * multiplier, 1, R, S] for input of shape ", shape(input), "; use conv2d_relu for other groups");
   return channels;
 }
 
@@ -171,13 +157,12 @@ void check_local_response_norm(const char* op, const Tensor& input, int64_t size
   STD_TORCH_CHECK(input.dim() >= 3, op, ": got input of shape ", shape(input),
                   ", needed at least 3 dimensions (N, C, ...); reshape it");
   check_floating(op, input);
-  STD_TORCH_CHECK(size >= 1, op, ": got size ", size,
-                  ", needed at least 1; pass the number of channels to sum over");
+  STD_TORCH_CHECK(size >= 1, op, ": got size ", size, ", needed at least 1; pass the number of channels to sum over");
 }
 
 void check_output_mask(const char* op, const std::vector<bool>& output_mask, size_t entries) {
-  STD_TORCH_CHECK(output_mask.size() == entries, op, ": got output_mask of ", output_mask.size(),
-                  " entries, needed ", entries, "; pass one for each differentiable input");
+  STD_TORCH_CHECK(output_mask.size() == entries, op, ": got output_mask of ", output_mask.size(), " entries, needed ",
+                  entries, "; pass one for each differentiable input");
 }
 
 }  // namespace fastconv

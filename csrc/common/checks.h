@@ -25,14 +25,13 @@ void check_same_shape(const char* op, const Tensor& input, const char* name, con
 
 // Everything about a 2-d convolution's arguments, as torch.nn.functional.conv2d wants them. Returns
 // its output size, which is that of the residual (in a backward: of grad_output), too.
-IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight,
-                     const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                     const ConvGeometry& geometry, const char* residual_name = "residual");
+IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& residual, const ConvGeometry& geometry,
+                     const char* residual_name = "residual");
 void check_pointwise_weight(const char* op, const char* name, const Tensor& weight);
 // Weight [C * multiplier, 1, R, S]: one filter set for each of the input's channels. Returns C, the
 // groups.
-int64_t check_depthwise_weight(const char* op, const char* name, const Tensor& input,
-                               const Tensor& weight);
+int64_t check_depthwise_weight(const char* op, const char* name, const Tensor& input, const Tensor& weight);
 void check_local_response_norm(const char* op, const Tensor& input, int64_t size);
 void check_output_mask(const char* op, const std::vector<bool>& output_mask, size_t entries);
 

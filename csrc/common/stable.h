@@ -27,9 +27,7 @@ namespace detail {
 template <class Result>
 struct Unpack {
   static constexpr size_t kCount = 1;
-  static Result from(const StableIValue* stack) {
-    return torch::stable::detail::to<Result>(stack[0]);
-  }
+  static Result from(const StableIValue* stack) { return torch::stable::detail::to<Result>(stack[0]); }
 };
 
 template <class... Results>
@@ -53,8 +51,8 @@ Result call(const char* op, const char* overload, const Args&... args) {
   // Arguments go in and results come out in the same place.
   constexpr size_t kSlots = std::max(sizeof...(Args), detail::Unpack<Result>::kCount);
   std::array<StableIValue, kSlots> stack{torch::stable::detail::from(args)...};
-  STD_TORCH_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION) == 0,
-                  "fastconv: the call of ", op, " failed; torch's own message stands above");
+  STD_TORCH_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION) == 0, "fastconv: the call of ",
+                  op, " failed; torch's own message stands above");
   return detail::Unpack<Result>::from(stack.data());
 }
 
@@ -75,8 +73,6 @@ void for_floating(ScalarType dtype, F&& f) {
   }
 }
 
-inline bool is_low_precision(ScalarType dtype) {
-  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-}
+inline bool is_low_precision(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
 
 }  // namespace fastconv

@@ -9,11 +9,10 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& output, Acti
   const Tensor mask = to_dense(output);
   const Tensor grad = with_layout_of(mask, grad_output);
   const Tensor result = torch::stable::empty_like(mask);
-  const ActivationParams params{grad.const_data_ptr(), mask.const_data_ptr(),
-                                result.mutable_data_ptr(), kernel_dtype(mask), activation};
+  const ActivationParams params{grad.const_data_ptr(), mask.const_data_ptr(), result.mutable_data_ptr(),
+                                kernel_dtype(mask), activation};
   const auto kernel = FASTCONV_KERNEL(activation_dgrad);
-  parallel_for(mask.numel(), 3 * mask.element_size(),
-               [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+  parallel_for(mask.numel(), 3 * mask.element_size(), [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
   return result;
 }
 
@@ -26,10 +25,9 @@ void activation_inplace(const Tensor& tensor, Activation activation) {
                [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
 }
 
-void add_activation(const Tensor& input, const Tensor& other, const Tensor& output,
-                    Activation activation) {
-  const ActivationParams params{input.const_data_ptr(), other.const_data_ptr(),
-                                output.mutable_data_ptr(), kernel_dtype(output), activation};
+void add_activation(const Tensor& input, const Tensor& other, const Tensor& output, Activation activation) {
+  const ActivationParams params{input.const_data_ptr(), other.const_data_ptr(), output.mutable_data_ptr(),
+                                kernel_dtype(output), activation};
   const auto kernel = FASTCONV_KERNEL(add_activation_fprop);
   parallel_for(output.numel(), 3 * output.element_size(),
                [&](int64_t begin, int64_t end) { kernel(params, begin, end); });

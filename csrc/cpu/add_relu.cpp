@@ -8,8 +8,7 @@ namespace {
 
 // What input + other allocates for tensors of one layout
 Tensor allocate_like(const Tensor& input) {
-  return input.is_contiguous() ? torch::stable::new_empty(input, input.sizes())
-                               : torch::stable::empty_like(input);
+  return input.is_contiguous() ? torch::stable::new_empty(input, input.sizes()) : torch::stable::empty_like(input);
 }
 
 Tensor add_relu(const Tensor& input, const Tensor& other, std::string activation) {

@@ -16,9 +16,8 @@ const char* capability_name();
 #if defined(FASTCONV_HAVE_AVX512)
 #define FASTCONV_KERNEL(name)                                                                     \
   (fastconv::cpu::kCapability == fastconv::cpu::Capability::kAvx512 ? &fastconv::cpu_avx512::name \
-   : fastconv::cpu::kCapability == fastconv::cpu::Capability::kAvx2                               \
-       ? &fastconv::cpu_avx2::name                                                                \
-       : &fastconv::cpu_default::name)
+   : fastconv::cpu::kCapability == fastconv::cpu::Capability::kAvx2 ? &fastconv::cpu_avx2::name   \
+                                                                    : &fastconv::cpu_default::name)
 #else
 #define FASTCONV_KERNEL(name) (&fastconv::cpu_default::name)
 #endif

@@ -14,8 +14,7 @@ namespace {
 
 bool torch_has(const char* query) {
   StableIValue answer[1];
-  return torch_call_dispatcher(query, "", answer, TORCH_ABI_VERSION) == 0 &&
-         torch::stable::detail::to<bool>(answer[0]);
+  return torch_call_dispatcher(query, "", answer, TORCH_ABI_VERSION) == 0 && torch::stable::detail::to<bool>(answer[0]);
 }
 
 }  // namespace
@@ -26,8 +25,7 @@ bool onednn_computes(ScalarType dtype) {
   static const bool fp16 = torch_has("mkldnn::_is_mkldnn_fp16_supported");
   static const bool fp32 = [] {
     StableIValue answer[1];
-    return torch_call_dispatcher("mkldnn::_is_mkldnn_bf16_supported", "", answer,
-                                 TORCH_ABI_VERSION) == 0;
+    return torch_call_dispatcher("mkldnn::_is_mkldnn_bf16_supported", "", answer, TORCH_ABI_VERSION) == 0;
   }();
   switch (dtype) {
     case ScalarType::Float:
@@ -54,27 +52,23 @@ std::optional<Tensor> dense(const std::optional<Tensor>& bias) {
 // conv2d(input, weight) + bias [+ residual]. The fused operators ignore a bias's stride. oneDNN
 // could take ReLU along, too, but its ReLU turns NaN into 0, which would hide a diverged training
 // run.
-Tensor onednn_convolution(const Tensor& input, const Tensor& weight,
-                          const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                          const ConvGeometry& geometry) {
+Tensor onednn_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& residual, const ConvGeometry& geometry) {
   const torch::headeronly::HeaderOnlyArrayRef<double> no_scalars;
   if (residual) {
-    return call<Tensor>("mkldnn::_convolution_pointwise", "binary", input, *residual, weight,
-                        dense(bias), geometry.padding, geometry.stride, geometry.dilation,
-                        geometry.groups, std::string("add"), std::nullopt, std::nullopt, no_scalars,
-                        std::nullopt);
+    return call<Tensor>("mkldnn::_convolution_pointwise", "binary", input, *residual, weight, dense(bias),
+                        geometry.padding, geometry.stride, geometry.dilation, geometry.groups, std::string("add"),
+                        std::nullopt, std::nullopt, no_scalars, std::nullopt);
   }
-  return call<Tensor>("mkldnn::_convolution_pointwise", "", input, weight, dense(bias),
-                      geometry.padding, geometry.stride, geometry.dilation, geometry.groups,
-                      std::string("none"), no_scalars, std::nullopt);
+  return call<Tensor>("mkldnn::_convolution_pointwise", "", input, weight, dense(bias), geometry.padding,
+                      geometry.stride, geometry.dilation, geometry.groups, std::string("none"), no_scalars,
+                      std::nullopt);
 }
 
-Tensor aten_convolution(const Tensor& input, const Tensor& weight,
-                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                        const ConvGeometry& geometry, Activation activation) {
-  Tensor output =
-      call<Tensor>("aten::convolution", "", input, weight, bias, geometry.stride, geometry.padding,
-                   geometry.dilation, false, IntList{0, 0}, geometry.groups);
+Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation) {
+  Tensor output = call<Tensor>("aten::convolution", "", input, weight, bias, geometry.stride, geometry.padding,
+                               geometry.dilation, false, IntList{0, 0}, geometry.groups);
   if (residual) {
     add_activation_inplace(output, *residual, activation);
   } else {
@@ -86,15 +80,14 @@ Tensor aten_convolution(const Tensor& input, const Tensor& weight,
 // The gradient of the bias. aten adds in pairs, oneDNN one pixel after the other: ten times the
 // rounding error.
 Tensor sum_over_pixels(const Tensor& grad) {
-  return call<Tensor>("aten::sum", "dim_IntList", grad, std::optional<IntList>(IntList{0, 2, 3}),
-                      false, std::optional<ScalarType>());
+  return call<Tensor>("aten::sum", "dim_IntList", grad, std::optional<IntList>(IntList{0, 2, 3}), false,
+                      std::optional<ScalarType>());
 }
 
 }  // namespace
 
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& residual, const ConvGeometry& geometry,
-                   Activation activation) {
+                   const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation) {
   const ScalarType dtype = input.scalar_type();
   const bool through_fp32 = is_low_precision(dtype) && !onednn_computes(dtype);
   if (input.numel() == 0 || !(onednn_computes(dtype) || through_fp32)) {
@@ -105,35 +98,32 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
   // order.
   const Tensor output =
       through_fp32
-          ? torch::stable::to(onednn_convolution(
-                                  torch::stable::to(input, kFp32), torch::stable::to(weight, kFp32),
-                                  to_dtype(bias, kFp32), to_dtype(residual, kFp32), geometry),
+          ? torch::stable::to(onednn_convolution(torch::stable::to(input, kFp32), torch::stable::to(weight, kFp32),
+                                                 to_dtype(bias, kFp32), to_dtype(residual, kFp32), geometry),
                               dtype)
           : onednn_convolution(input, weight, bias, residual, geometry);
   activation_inplace(output, activation);
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output,
-                                                        const Tensor& input, const Tensor& weight,
-                                                        const ConvGeometry& geometry,
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output, const Tensor& input,
+                                                        const Tensor& weight, const ConvGeometry& geometry,
                                                         std::array<bool, 3> mask) {
   const ScalarType dtype = input.scalar_type();
   if (is_low_precision(dtype) && !onednn_computes(dtype)) {
     constexpr ScalarType kCompute = ScalarType::Float;
-    auto [grad_input, grad_weight, grad_bias] = convolution_backward(
-        torch::stable::to(grad_output, kCompute), torch::stable::to(input, kCompute),
-        torch::stable::to(weight, kCompute), geometry, mask);
+    auto [grad_input, grad_weight, grad_bias] =
+        convolution_backward(torch::stable::to(grad_output, kCompute), torch::stable::to(input, kCompute),
+                             torch::stable::to(weight, kCompute), geometry, mask);
     return {torch::stable::to(grad_input, dtype), torch::stable::to(grad_weight, dtype),
             torch::stable::to(grad_bias, dtype)};
   }
   const std::array<bool, 3> convolved{mask[0], mask[1], false};
   auto [grad_input, grad_weight, unused] = call<std::tuple<Tensor, Tensor, Tensor>>(
-      "aten::convolution_backward", "", grad_output, input, weight, std::optional<IntList>(),
-      geometry.stride, geometry.padding, geometry.dilation, false, IntList{0, 0}, geometry.groups,
+      "aten::convolution_backward", "", grad_output, input, weight, std::optional<IntList>(), geometry.stride,
+      geometry.padding, geometry.dilation, false, IntList{0, 0}, geometry.groups,
       torch::headeronly::HeaderOnlyArrayRef<bool>(convolved.data(), convolved.size()));
-  return {mask[0] ? grad_input : empty_gradient(input),
-          mask[1] ? grad_weight : empty_gradient(input),
+  return {mask[0] ? grad_input : empty_gradient(input), mask[1] ? grad_weight : empty_gradient(input),
           mask[2] ? sum_over_pixels(grad_output) : empty_gradient(input)};
 }
 
@@ -141,28 +131,25 @@ Tensor empty_gradient(const Tensor& like) { return torch::stable::new_empty(like
 
 namespace {
 
-Tensor conv2d_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                   IntList stride, IntList padding, IntList dilation, int64_t groups,
-                   std::string activation) {
+Tensor conv2d_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntList stride,
+                   IntList padding, IntList dilation, int64_t groups, std::string activation) {
   constexpr auto kOp = "fastconv::conv2d_relu";
   const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
   check_conv2d(kOp, input, weight, bias, std::nullopt, geometry);
-  return convolution(input, weight, bias, std::nullopt, geometry,
-                     parse_activation(kOp, activation));
+  return convolution(input, weight, bias, std::nullopt, geometry, parse_activation(kOp, activation));
 }
 
 Tensor conv2d_add_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                       const Tensor& residual, IntList stride, IntList padding, IntList dilation,
-                       int64_t groups, std::string activation) {
+                       const Tensor& residual, IntList stride, IntList padding, IntList dilation, int64_t groups,
+                       std::string activation) {
   constexpr auto kOp = "fastconv::conv2d_add_relu";
   const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
   check_conv2d(kOp, input, weight, bias, residual, geometry);
   return convolution(input, weight, bias, residual, geometry, parse_activation(kOp, activation));
 }
 
-Tensor pointwise_conv2d(const Tensor& input, const Tensor& weight,
-                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                        IntList stride, std::string activation) {
+Tensor pointwise_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& residual, IntList stride, std::string activation) {
   constexpr auto kOp = "fastconv::pointwise_conv2d";
   const ConvGeometry geometry{std::move(stride), {0, 0}, {1, 1}, 1};
   check_pointwise_weight(kOp, "weight", weight);
@@ -170,22 +157,21 @@ Tensor pointwise_conv2d(const Tensor& input, const Tensor& weight,
   return convolution(input, weight, bias, residual, geometry, parse_activation(kOp, activation));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
-    const Tensor& grad_output, const std::optional<Tensor>& output, const Tensor& input,
-    const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups,
-    std::string activation, std::vector<bool> output_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad_output,
+                                                           const std::optional<Tensor>& output, const Tensor& input,
+                                                           const Tensor& weight, IntList stride, IntList padding,
+                                                           IntList dilation, int64_t groups, std::string activation,
+                                                           std::vector<bool> output_mask) {
   constexpr auto kOp = "fastconv::conv2d_backward";
   const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
   check_output_mask(kOp, output_mask, 4);
   check_conv2d(kOp, input, weight, std::nullopt, grad_output, geometry, "grad_output");
   const Activation kind = parse_activation(kOp, activation);
-  STD_TORCH_CHECK(
-      output || kind == Activation::kNone, kOp,
-      ": got no output, needed it for the activation's mask; pass the forward's output");
-  const Tensor grad =
-      kind == Activation::kNone ? grad_output : activation_backward(grad_output, *output, kind);
-  auto [grad_input, grad_weight, grad_bias] = convolution_backward(
-      grad, input, weight, geometry, {output_mask[0], output_mask[1], output_mask[2]});
+  STD_TORCH_CHECK(output || kind == Activation::kNone, kOp,
+                  ": got no output, needed it for the activation's mask; pass the forward's output");
+  const Tensor grad = kind == Activation::kNone ? grad_output : activation_backward(grad_output, *output, kind);
+  auto [grad_input, grad_weight, grad_bias] =
+      convolution_backward(grad, input, weight, geometry, {output_mask[0], output_mask[1], output_mask[2]});
   Tensor grad_residual = !output_mask[3]             ? empty_gradient(input)
                          : kind == Activation::kNone ? torch::stable::clone(grad)
                                                      : grad;

@@ -13,14 +13,12 @@ std::optional<Tensor> to_dtype(const std::optional<Tensor>& tensor, ScalarType d
 // activation(conv2d(input, weight) + bias [+ residual]), layout as eager's. Arguments are already
 // checked.
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& residual, const ConvGeometry& geometry,
-                   Activation activation);
+                   const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation);
 
 // Gradients of input, weight and bias for the gradient of the convolution's own output (the
 // activation's mask already applied). An entry outside of the mask is empty.
-std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output,
-                                                        const Tensor& input, const Tensor& weight,
-                                                        const ConvGeometry& geometry,
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output, const Tensor& input,
+                                                        const Tensor& weight, const ConvGeometry& geometry,
                                                         std::array<bool, 3> mask);
 
 Tensor empty_gradient(const Tensor& like);

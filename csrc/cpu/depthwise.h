@@ -29,9 +29,8 @@ bool nhwc_depthwise_takes(const Tensor& input, const Tensor& weight);
 
 // activation(conv2d(input, weight, groups=channels) + bias), layout as eager's. Arguments are
 // already checked.
-Tensor depthwise_convolution(const Tensor& input, const Tensor& weight,
-                             const std::optional<Tensor>& bias, const IntList& output_size,
-                             const ConvGeometry& geometry, Activation activation);
+Tensor depthwise_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const IntList& output_size, const ConvGeometry& geometry, Activation activation);
 
 // An output for the nhwc kernels
 Tensor empty_channels_last(const Tensor& like, const IntList& size);

@@ -52,14 +52,12 @@ bool nhwc_depthwise_takes(const Tensor& input, const Tensor& weight) {
 }
 
 Tensor NhwcDepthwise::in_compute_type(const Tensor& tensor) {
-  return torch::stable::contiguous(is_low_precision(tensor.scalar_type())
-                                       ? torch::stable::to(tensor, ScalarType::Float)
-                                       : tensor);
+  return torch::stable::contiguous(is_low_precision(tensor.scalar_type()) ? torch::stable::to(tensor, ScalarType::Float)
+                                                                          : tensor);
 }
 
-NhwcDepthwise::NhwcDepthwise(const Tensor& input, const Tensor& weight,
-                             const std::optional<Tensor>& bias, const IntList& output_size,
-                             const ConvGeometry& geometry, Activation activation)
+NhwcDepthwise::NhwcDepthwise(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const IntList& output_size, const ConvGeometry& geometry, Activation activation)
     : input(torch::stable::contiguous(input, MemoryFormat::ChannelsLast)),
       weight(taps_first(weight)),
       bias(bias ? std::optional(in_compute_type(*bias)) : std::nullopt),
@@ -89,19 +87,16 @@ Tensor empty_channels_last(const Tensor& like, const IntList& size) {
                               MemoryFormat::ChannelsLast);
 }
 
-Tensor depthwise_convolution(const Tensor& input, const Tensor& weight,
-                             const std::optional<Tensor>& bias, const IntList& output_size,
-                             const ConvGeometry& geometry, Activation activation) {
-  if (!nhwc_depthwise_takes(input, weight))
-    return convolution(input, weight, bias, std::nullopt, geometry, activation);
+Tensor depthwise_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const IntList& output_size, const ConvGeometry& geometry, Activation activation) {
+  if (!nhwc_depthwise_takes(input, weight)) return convolution(input, weight, bias, std::nullopt, geometry, activation);
   NhwcDepthwise arguments(input, weight, bias, output_size, geometry, activation);
   DepthwiseConv2dParams& params = arguments.params;
   const Tensor output = empty_channels_last(input, output_size);
   params.output = output.mutable_data_ptr();
   const auto kernel = FASTCONV_KERNEL(depthwise_conv2d_fprop_nhwc);
-  const int64_t bytes_per_pixel = params.channels *
-                                  (params.filter_height * params.filter_width + 1) *
-                                  static_cast<int64_t>(input.element_size());
+  const int64_t bytes_per_pixel =
+      params.channels * (params.filter_height * params.filter_width + 1) * static_cast<int64_t>(input.element_size());
   parallel_for(output.numel() / params.channels, bytes_per_pixel,
                [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
   return output_is_channels_last(input, weight) ? output : torch::stable::contiguous(output);
@@ -109,9 +104,8 @@ Tensor depthwise_convolution(const Tensor& input, const Tensor& weight,
 
 namespace {
 
-Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
-                        const std::optional<Tensor>& bias, IntList stride, IntList padding,
-                        IntList dilation, std::string activation) {
+Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntList stride,
+                        IntList padding, IntList dilation, std::string activation) {
   constexpr auto kOp = "fastconv::depthwise_conv2d";
   const Activation kind = parse_activation(kOp, activation);
   const int64_t groups = check_depthwise_weight(kOp, "weight", input, weight);
@@ -123,6 +117,4 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
 }  // namespace
 }  // namespace fastconv::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
-  m.impl("depthwise_conv2d", TORCH_BOX(&fastconv::cpu::depthwise_conv2d));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) { m.impl("depthwise_conv2d", TORCH_BOX(&fastconv::cpu::depthwise_conv2d)); }

@@ -24,8 +24,7 @@ inline DType kernel_dtype(const Tensor& tensor) {
 // would not pay for waking another one.
 template <class F>
 void parallel_for(int64_t items, int64_t bytes_per_item, F&& f) {
-  const int64_t grain =
-      std::max<int64_t>(1, (int64_t{128} << 10) / std::max<int64_t>(1, bytes_per_item));
+  const int64_t grain = std::max<int64_t>(1, (int64_t{128} << 10) / std::max<int64_t>(1, bytes_per_item));
   torch::stable::parallel_for(0, items, grain, f);
 }
 

@@ -8,9 +8,8 @@
 namespace fastconv::cpu {
 namespace {
 
-LocalResponseNormParams make_params(const Tensor& input, const Tensor* grad_output,
-                                    const Tensor& output, int64_t size, double alpha, double beta,
-                                    double k) {
+LocalResponseNormParams make_params(const Tensor& input, const Tensor* grad_output, const Tensor& output, int64_t size,
+                                    double alpha, double beta, double k) {
   LocalResponseNormParams params{};
   params.input = input.const_data_ptr();
   params.grad_output = grad_output ? grad_output->const_data_ptr() : nullptr;
@@ -29,8 +28,7 @@ LocalResponseNormParams make_params(const Tensor& input, const Tensor* grad_outp
 Tensor local_response_norm(const Tensor& input, int64_t size, double alpha, double beta, double k) {
   check_local_response_norm("fastconv::local_response_norm", input, size);
   const Tensor x = to_dense(input);
-  const Tensor output =
-      x.is_contiguous() ? torch::stable::new_empty(x, x.sizes()) : torch::stable::empty_like(x);
+  const Tensor output = x.is_contiguous() ? torch::stable::new_empty(x, x.sizes()) : torch::stable::empty_like(x);
   if (x.numel() == 0) return output;
   const auto params = make_params(x, nullptr, output, size, alpha, beta, k);
   const auto kernel = FASTCONV_KERNEL(local_response_norm_fprop);
@@ -39,8 +37,8 @@ Tensor local_response_norm(const Tensor& input, int64_t size, double alpha, doub
   return output;
 }
 
-Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& input, int64_t size,
-                                    double alpha, double beta, double k) {
+Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha,
+                                    double beta, double k) {
   constexpr auto kOp = "fastconv::local_response_norm_backward";
   check_local_response_norm(kOp, input, size);
   check_like_input(kOp, input, "grad_output", grad_output);

@@ -8,20 +8,16 @@ namespace {
 
 const ConvGeometry kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
 
-std::string branch(const char* name, size_t i) {
-  return std::string(name) + "[" + std::to_string(i) + "]";
-}
+std::string branch(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
-std::vector<Tensor> pointwise_conv2d_group(const Tensor& input, std::vector<Tensor> weights,
-                                           std::vector<Tensor> biases, std::string activation) {
+std::vector<Tensor> pointwise_conv2d_group(const Tensor& input, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                           std::string activation) {
   constexpr auto kOp = "fastconv::pointwise_conv2d_group";
-  STD_TORCH_CHECK(!weights.empty() && (biases.empty() || biases.size() == weights.size()), kOp,
-                  ": got ", weights.size(), " weights and ", biases.size(),
+  STD_TORCH_CHECK(!weights.empty() && (biases.empty() || biases.size() == weights.size()), kOp, ": got ",
+                  weights.size(), " weights and ", biases.size(),
                   " biases, needed at least one weight and as many biases; use None for no bias");
   const Activation kind = parse_activation(kOp, activation);
-  const auto bias = [&](size_t i) {
-    return biases.empty() ? std::nullopt : std::optional(biases[i]);
-  };
+  const auto bias = [&](size_t i) { return biases.empty() ? std::nullopt : std::optional(biases[i]); };
   for (size_t i = 0; i < weights.size(); ++i) {
     check_pointwise_weight(kOp, branch("weights", i).c_str(), weights[i]);
     check_conv2d(kOp, input, weights[i], bias(i), std::nullopt, kPointwise);
@@ -39,27 +35,24 @@ std::vector<Tensor> split_like(Tensor joined, bool wanted, const std::vector<Ten
   std::vector<Tensor> gradients;
   int64_t start = 0;
   for (const Tensor& part : parts) {
-    gradients.push_back(
-        wanted ? torch::stable::clone(torch::stable::narrow(joined, 0, start, part.size(0)))
-               : empty_gradient(joined));
+    gradients.push_back(wanted ? torch::stable::clone(torch::stable::narrow(joined, 0, start, part.size(0)))
+                               : empty_gradient(joined));
     start += part.size(0);
   }
   return gradients;
 }
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> pointwise_conv2d_group_backward(
-    std::vector<Tensor> grad_outputs, std::vector<Tensor> outputs, const Tensor& input,
-    std::vector<Tensor> weights, std::string activation, std::vector<bool> output_mask) {
+    std::vector<Tensor> grad_outputs, std::vector<Tensor> outputs, const Tensor& input, std::vector<Tensor> weights,
+    std::string activation, std::vector<bool> output_mask) {
   constexpr auto kOp = "fastconv::pointwise_conv2d_group_backward";
   check_output_mask(kOp, output_mask, 3);
   const Activation kind = parse_activation(kOp, activation);
   const size_t needed_outputs = kind == Activation::kNone ? 0 : weights.size();
-  STD_TORCH_CHECK(
-      !weights.empty() && grad_outputs.size() == weights.size() && outputs.size() == needed_outputs,
-      kOp, ": got ", weights.size(), " weights, ", grad_outputs.size(), " gradients and ",
-      outputs.size(),
-      " outputs, needed as many of each, and no outputs without an activation; pass what the "
-      "forward had");
+  STD_TORCH_CHECK(!weights.empty() && grad_outputs.size() == weights.size() && outputs.size() == needed_outputs, kOp,
+                  ": got ", weights.size(), " weights, ", grad_outputs.size(), " gradients and ", outputs.size(),
+                  " outputs, needed as many of each, and no outputs without an activation; pass what the "
+                  "forward had");
   for (size_t i = 0; i < weights.size(); ++i) {
     check_conv2d(kOp, input, weights[i], std::nullopt, grad_outputs[i], kPointwise, "grad_outputs");
     if (kind == Activation::kNone) continue;
@@ -68,10 +61,9 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> pointwise_conv2d_gr
   }
   const Tensor grad = call<Tensor>("aten::cat", "", grad_outputs, int64_t{1});
   const Tensor weight = call<Tensor>("aten::cat", "", weights, int64_t{0});
-  auto [grad_input, grad_weight, grad_bias] = convolution_backward(
-      grad, input, weight, kPointwise, {output_mask[0], output_mask[1], output_mask[2]});
-  return {grad_input, split_like(grad_weight, output_mask[1], weights),
-          split_like(grad_bias, output_mask[2], weights)};
+  auto [grad_input, grad_weight, grad_bias] =
+      convolution_backward(grad, input, weight, kPointwise, {output_mask[0], output_mask[1], output_mask[2]});
+  return {grad_input, split_like(grad_weight, output_mask[1], weights), split_like(grad_bias, output_mask[2], weights)};
 }
 
 }  // namespace
@@ -79,6 +71,5 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> pointwise_conv2d_gr
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   m.impl("pointwise_conv2d_group", TORCH_BOX(&fastconv::cpu::pointwise_conv2d_group));
-  m.impl("pointwise_conv2d_group_backward",
-         TORCH_BOX(&fastconv::cpu::pointwise_conv2d_group_backward));
+  m.impl("pointwise_conv2d_group_backward", TORCH_BOX(&fastconv::cpu::pointwise_conv2d_group_backward));
 }

@@ -87,7 +87,5 @@ def title(name: str) -> str:
 
 def _entry(name: str) -> _Entry:
     if name not in _REGISTRY:
-        raise ValueError(
-            f"fastconv.models: there is no network {name!r}; choose one of {', '.join(names())}"
-        )
+        raise ValueError(f"fastconv.models: there is no network {name!r}; choose one of {', '.join(names())}")
     return _REGISTRY[name]

@@ -51,12 +51,8 @@ class Inception(nn.Module):
     ) -> None:
         super().__init__()
         self.branch1 = ConvReLU(in_channels, conv1x1, 1)
-        self.branch2 = nn.Sequential(
-            ConvReLU(in_channels, reduce3x3, 1), ConvReLU(reduce3x3, conv3x3, 3, padding=1)
-        )
-        self.branch3 = nn.Sequential(
-            ConvReLU(in_channels, reduce5x5, 1), ConvReLU(reduce5x5, conv5x5, 5, padding=2)
-        )
+        self.branch2 = nn.Sequential(ConvReLU(in_channels, reduce3x3, 1), ConvReLU(reduce3x3, conv3x3, 3, padding=1))
+        self.branch3 = nn.Sequential(ConvReLU(in_channels, reduce5x5, 1), ConvReLU(reduce5x5, conv5x5, 5, padding=2))
         self.branch4 = nn.Sequential(
             nn.MaxPool2d(kernel_size=3, stride=1, padding=1), ConvReLU(in_channels, pool_proj, 1)
         )

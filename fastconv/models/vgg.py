@@ -18,9 +18,7 @@ class VGG(nn.Module):
         stages: The output channels of every convolution, one sequence per stage (table 1).
     """
 
-    def __init__(
-        self, stages: Sequence[Sequence[int]], num_classes: int = 1000, dropout: float = 0.5
-    ) -> None:
+    def __init__(self, stages: Sequence[Sequence[int]], num_classes: int = 1000, dropout: float = 0.5) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3

@@ -11,9 +11,7 @@ class SeparableConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(
-            in_channels, in_channels, kernel_size=3, padding=1, groups=in_channels, bias=False
-        )
+        self.depthwise = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1, groups=in_channels, bias=False)
         self.pointwise = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
 
@@ -24,9 +22,7 @@ class SeparableConv(nn.Module):
 class DownBlock(nn.Module):
     """Two separable convolutions and a pool of stride 2, around a 1x1 convolution of stride 2."""
 
-    def __init__(
-        self, in_channels: int, channels: int, out_channels: int, relu_first: bool = True
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, out_channels: int, relu_first: bool = True) -> None:
         super().__init__()
         # Not in place: the shortcut reads the same input.
         self.relu_in = nn.ReLU() if relu_first else nn.Identity()

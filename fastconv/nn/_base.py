@@ -18,9 +18,7 @@ def pad(module: torch.nn.Conv2d, input: Tensor) -> tuple[Tensor, int | str | tup
 
 def require(module: torch.nn.Module, met: bool, got: str, needed: str, remedy: str) -> None:
     if not met:
-        raise ValueError(
-            f"fastconv.nn.{type(module).__name__}: got {got}, needed {needed}; {remedy}"
-        )
+        raise ValueError(f"fastconv.nn.{type(module).__name__}: got {got}, needed {needed}; {remedy}")
 
 
 def checked_activation(module: torch.nn.Module, activation: str) -> str:

@@ -63,9 +63,7 @@ class DepthwiseSeparableConv2d(torch.nn.Module):
             device,
             dtype,
         )
-        self.pointwise = torch.nn.Conv2d(
-            hidden, out_channels, 1, bias=bias, device=device, dtype=dtype
-        )
+        self.pointwise = torch.nn.Conv2d(hidden, out_channels, 1, bias=bias, device=device, dtype=dtype)
         self.depthwise_activation = checked_activation(self, depthwise_activation)
         self.pointwise_activation = checked_activation(self, pointwise_activation)
 
@@ -86,7 +84,4 @@ class DepthwiseSeparableConv2d(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"depthwise_activation={self.depthwise_activation!r}, "
-            f"pointwise_activation={self.pointwise_activation!r}"
-        )
+        return f"depthwise_activation={self.depthwise_activation!r}, pointwise_activation={self.pointwise_activation!r}"

@@ -37,11 +37,7 @@ class PointwiseConv2d(torch.nn.Conv2d):
         **kwargs: Any,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
-        plain = (
-            self.kernel_size == (1, 1)
-            and self.padding in ((0, 0), "valid", "same")
-            and self.groups == 1
-        )
+        plain = self.kernel_size == (1, 1) and self.padding in ((0, 0), "valid", "same") and self.groups == 1
         require(
             self,
             plain,
@@ -52,9 +48,7 @@ class PointwiseConv2d(torch.nn.Conv2d):
         self.activation = checked_activation(self, activation)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return ops.pointwise_conv2d(
-            input, self.weight, self.bias, residual, self.stride, activation=self.activation
-        )
+        return ops.pointwise_conv2d(input, self.weight, self.bias, residual, self.stride, activation=self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"

@@ -37,8 +37,7 @@ class PointwiseConv2dGroup(torch.nn.ModuleList):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            torch.nn.Conv2d(in_channels, k, 1, bias=bias, device=device, dtype=dtype)
-            for k in out_channels
+            torch.nn.Conv2d(in_channels, k, 1, bias=bias, device=device, dtype=dtype) for k in out_channels
         )
         self.activation = checked_activation(self, activation)
 

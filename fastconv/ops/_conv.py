@@ -60,9 +60,7 @@ def resolve_padding(
     if padding != "same":
         _checks.fail(op, f"padding '{padding}'", "integers, 'same' or 'valid'", "pass one of them")
     if any(step != 1 for step in stride):
-        _checks.fail(
-            op, f"padding 'same' with stride {stride}", "stride 1", "pass the padding in numbers"
-        )
+        _checks.fail(op, f"padding 'same' with stride {stride}", "stride 1", "pass the padding in numbers")
     total = [d * (r - 1) for d, r in zip(dilation, weight.shape[2:], strict=True)]
     odd = [t % 2 for t in total]
     if any(odd):
@@ -97,9 +95,7 @@ def mask(grad: Tensor, output: Tensor | None, activation: str) -> Tensor:
 class Convolution:
     """A convolution's linear maps in aten: of the input, and their adjoints (dgrad, wgrad)."""
 
-    def __init__(
-        self, stride: list[int], padding: list[int], dilation: list[int], groups: int
-    ) -> None:
+    def __init__(self, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> None:
         self._geometry = (stride, padding, dilation, False, [0, 0], groups)
 
     def fprop(self, input: Tensor, weight: Tensor) -> Tensor:
@@ -107,15 +103,11 @@ class Convolution:
 
     def dgrad(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         """The gradient of the input; of `input` only the shape counts."""
-        return aten.convolution_backward(
-            grad, input, weight, None, *self._geometry, [True, False, False]
-        )[0]
+        return aten.convolution_backward(grad, input, weight, None, *self._geometry, [True, False, False])[0]
 
     def wgrad(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         """The gradient of the weight; of `weight` only the shape counts."""
-        return aten.convolution_backward(
-            grad, input, weight, None, *self._geometry, [False, True, False]
-        )[1]
+        return aten.convolution_backward(grad, input, weight, None, *self._geometry, [False, True, False])[1]
 
 
 def per_channel(bias: Tensor) -> Tensor:
@@ -160,13 +152,9 @@ def masked_like(grad: Tensor, output: Tensor | None) -> Tensor:
     return grad if output is None else torch.empty_like(output)
 
 
-def where_wanted(
-    gradients: Sequence[Tensor], wanted: Sequence[bool], input: Tensor
-) -> tuple[Tensor, ...]:
+def where_wanted(gradients: Sequence[Tensor], wanted: Sequence[bool], input: Tensor) -> tuple[Tensor, ...]:
     """As operators return gradients: those outside of the mask as empty tensors."""
-    return tuple(
-        g if want else empty_gradient(input) for g, want in zip(gradients, wanted, strict=True)
-    )
+    return tuple(g if want else empty_gradient(input) for g, want in zip(gradients, wanted, strict=True))
 
 
 def fake_gradients(
@@ -229,9 +217,7 @@ def _backward(
     grad_output, output, input, weight = ctx.saved_tensors
     gg_input, gg_weight, gg_bias, gg_residual = (
         gg if wanted else None
-        for gg, wanted in zip(
-            (gg_input, gg_weight, gg_bias, gg_residual), ctx.output_mask, strict=True
-        )
+        for gg, wanted in zip((gg_input, gg_weight, gg_bias, gg_residual), ctx.output_mask, strict=True)
     )
     conv = ctx.convolution
     grad = mask(grad_output, output, ctx.activation)
@@ -252,14 +238,10 @@ def _backward(
     )
 
 
-conv2d_backward = Operator(
-    "conv2d_backward", fake=_fake, setup_context=_setup_context, backward=_backward
-)
+conv2d_backward = Operator("conv2d_backward", fake=_fake, setup_context=_setup_context, backward=_backward)
 
 
-def save_for_backward(
-    ctx: Any, activation: str, output: Tensor, input: Tensor, weight: Tensor
-) -> None:
+def save_for_backward(ctx: Any, activation: str, output: Tensor, input: Tensor, weight: Tensor) -> None:
     """Keeps what `gradients` needs; the output only where there is a mask to read from it."""
     ctx.activation = activation
     ctx.set_materialize_grads(False)

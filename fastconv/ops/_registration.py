@@ -126,20 +126,14 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     """Casts what autocast casts: floating tensors other than float64, in lists too."""
 
     def one(leaf: Any) -> Any:
-        if (
-            isinstance(leaf, Tensor)
-            and leaf.is_floating_point()
-            and leaf.dtype is not torch.float64
-        ):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype is not torch.float64:
             return leaf.to(dtype)
         return leaf
 
     return pytree.tree_map(one, value)
 
 
-def autocast_to_low_precision(
-    function: Callable[..., Any], device: str, args: tuple[Any, ...]
-) -> Any:
+def autocast_to_low_precision(function: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Any:
     """The rule for convolutions: all tensors in the dtype of the autocast context."""
     return function(*cast(args, torch.get_autocast_dtype(device)))
 
@@ -156,30 +150,16 @@ def _vmap_rule(op: Callable[..., Any], fold_batch: Sequence[int]) -> Callable[..
         def batched(leaf: Tensor, dim: int | None) -> Tensor:
             return leaf.expand(size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
 
-        mapped = {
-            i
-            for i, dim in enumerate(in_dims)
-            if any(d is not None for d in pytree.tree_leaves(dim))
-        }
-        folded = {
-            i: batched(args[i], in_dims[i]) for i in fold_batch if isinstance(args[i], Tensor)
-        }
+        mapped = {i for i, dim in enumerate(in_dims) if any(d is not None for d in pytree.tree_leaves(dim))}
+        folded = {i: batched(args[i], in_dims[i]) for i in fold_batch if isinstance(args[i], Tensor)}
         if mapped <= folded.keys() and all(tensor.dim() > 1 for tensor in folded.values()):
-            results = op(
-                *(folded[i].flatten(0, 1) if i in folded else arg for i, arg in enumerate(args))
-            )
-            results = pytree.tree_map(
-                lambda out: out.unflatten(0, (size, out.shape[0] // size)), results
-            )
+            results = op(*(folded[i].flatten(0, 1) if i in folded else arg for i, arg in enumerate(args)))
+            results = pytree.tree_map(lambda out: out.unflatten(0, (size, out.shape[0] // size)), results)
         else:
             columns = [
-                [leaf] * size if dim is None else leaf.unbind(dim)
-                for leaf, dim in zip(leaves, dims, strict=True)
+                [leaf] * size if dim is None else leaf.unbind(dim) for leaf, dim in zip(leaves, dims, strict=True)
             ]
-            rows = [
-                op(*pytree.tree_unflatten(list(row), structure))
-                for row in zip(*columns, strict=True)
-            ]
+            rows = [op(*pytree.tree_unflatten(list(row), structure)) for row in zip(*columns, strict=True)]
             results = pytree.tree_map(lambda *outs: torch.stack(outs), *rows)
         return results, pytree.tree_map(lambda _: 0, results)
 

@@ -14,9 +14,7 @@ from ._registration import Operator, PublicOperator
 _NAME = "add_relu"
 
 
-def add_relu(
-    input: Tensor, other: Tensor, *, activation: str = "relu", backend: str | None = None
-) -> Tensor:
+def add_relu(input: Tensor, other: Tensor, *, activation: str = "relu", backend: str | None = None) -> Tensor:
     """``relu(input + other)`` in one pass; broadcasts and promotes dtypes as ``input + other``
     does.
 

@@ -55,11 +55,7 @@ def conv2d_add_relu(
         residual = residual.unsqueeze(0)
     stride, dilation = _conv.pair(stride), _conv.pair(dilation)
     input, padding = _conv.resolve_padding(_NAME, input, weight, stride, padding, dilation)
-    return unbatch(
-        _operator.run(
-            backend, input, weight, bias, residual, stride, padding, dilation, groups, activation
-        )
-    )
+    return unbatch(_operator.run(backend, input, weight, bias, residual, stride, padding, dilation, groups, activation))
 
 
 def _reference(

@@ -57,9 +57,7 @@ def conv2d_relu(
     input, unbatch = _conv.batch(input)
     stride, dilation = _conv.pair(stride), _conv.pair(dilation)
     input, padding = _conv.resolve_padding(_NAME, input, weight, stride, padding, dilation)
-    return unbatch(
-        _operator.run(backend, input, weight, bias, stride, padding, dilation, groups, activation)
-    )
+    return unbatch(_operator.run(backend, input, weight, bias, stride, padding, dilation, groups, activation))
 
 
 def _reference(
@@ -74,9 +72,7 @@ def _reference(
 ) -> Tensor:
     _checks.activation(_NAME, activation)
     _checks.conv2d(_NAME, input, weight, bias, None, stride, padding, dilation, groups)
-    return _conv.activate(
-        F.conv2d(input, weight, bias, stride, padding, dilation, groups), activation
-    )
+    return _conv.activate(F.conv2d(input, weight, bias, stride, padding, dilation, groups), activation)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

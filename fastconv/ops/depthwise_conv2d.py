@@ -52,9 +52,7 @@ def depthwise_conv2d(
     input, unbatch = _conv.batch(input)
     stride, dilation = _conv.pair(stride), _conv.pair(dilation)
     input, padding = _conv.resolve_padding(_NAME, input, weight, stride, padding, dilation)
-    return unbatch(
-        _operator.run(backend, input, weight, bias, stride, padding, dilation, activation)
-    )
+    return unbatch(_operator.run(backend, input, weight, bias, stride, padding, dilation, activation))
 
 
 def _reference(
@@ -69,9 +67,7 @@ def _reference(
     _checks.activation(_NAME, activation)
     groups = _checks.depthwise_weight(_NAME, "weight", input, weight)
     _checks.conv2d(_NAME, input, weight, bias, None, stride, padding, dilation, groups)
-    return _conv.activate(
-        F.conv2d(input, weight, bias, stride, padding, dilation, groups), activation
-    )
+    return _conv.activate(F.conv2d(input, weight, bias, stride, padding, dilation, groups), activation)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -61,9 +61,7 @@ def depthwise_separable_conv2d(
     """
     input, unbatch = _conv.batch(input)
     stride, dilation = _conv.pair(stride), _conv.pair(dilation)
-    input, padding = _conv.resolve_padding(
-        _NAME, input, depthwise_weight, stride, padding, dilation
-    )
+    input, padding = _conv.resolve_padding(_NAME, input, depthwise_weight, stride, padding, dilation)
     return unbatch(
         _operator.run(
             backend,
@@ -97,9 +95,7 @@ def _reference(
     _checks.activation(_NAME, pointwise_activation)
     groups = _checks.depthwise_weight(_NAME, "depthwise_weight", input, depthwise_weight)
     _checks.pointwise_weight(_NAME, "pointwise_weight", pointwise_weight)
-    _checks.conv2d(
-        _NAME, input, depthwise_weight, depthwise_bias, None, stride, padding, dilation, groups
-    )
+    _checks.conv2d(_NAME, input, depthwise_weight, depthwise_bias, None, stride, padding, dilation, groups)
     hidden = _conv.activate(
         F.conv2d(input, depthwise_weight, depthwise_bias, stride, padding, dilation, groups),
         depthwise_activation,
@@ -199,9 +195,7 @@ def _double_backward(ctx: Any, *ggs: Tensor | None) -> tuple[Tensor | None, ...]
     gradients of y and h, written z and t here; each map's adjoint carries the incoming second
     gradients (gg) back.
     """
-    grad_output, output, input, depthwise_weight, pointwise_weight, depthwise_bias = (
-        ctx.saved_tensors
-    )
+    grad_output, output, input, depthwise_weight, pointwise_weight, depthwise_bias = ctx.saved_tensors
     inner, outer = ctx.activations
     gg_input, gg_depthwise, gg_pointwise, gg_depthwise_bias, gg_pointwise_bias = (
         gg if wanted else None for gg, wanted in zip(ggs, ctx.output_mask, strict=True)
@@ -219,25 +213,17 @@ def _double_backward(ctx: Any, *ggs: Tensor | None) -> tuple[Tensor | None, ...]
         [
             None if gg_input is None else dw.fprop(gg_input, depthwise_weight),
             None if gg_depthwise is None else dw.fprop(input, gg_depthwise),
-            None
-            if gg_depthwise_bias is None
-            else _conv.per_channel(gg_depthwise_bias).expand_as(t),
+            None if gg_depthwise_bias is None else _conv.per_channel(gg_depthwise_bias).expand_as(t),
         ]
     )
     masked = None if for_t is None else _conv.mask(for_t, hidden, inner)
     # gg_pointwise also meets the recomputed h, and through it input, depthwise weight and bias
-    for_hidden = (
-        None
-        if gg_pointwise is None
-        else _conv.mask(pw.dgrad(z, hidden, gg_pointwise), hidden, inner)
-    )
+    for_hidden = None if gg_pointwise is None else _conv.mask(pw.dgrad(z, hidden, gg_pointwise), hidden, inner)
     for_z = _conv.total(
         [
             None if masked is None else pw.fprop(masked, pointwise_weight),
             None if gg_pointwise is None else pw.fprop(hidden, gg_pointwise),
-            None
-            if gg_pointwise_bias is None
-            else _conv.per_channel(gg_pointwise_bias).expand_as(z),
+            None if gg_pointwise_bias is None else _conv.per_channel(gg_pointwise_bias).expand_as(z),
         ]
     )
     for_input = _conv.total(

@@ -89,9 +89,7 @@ def _autocast_float32(function: Callable[..., Any], device: str, args: tuple[Any
 # ----------------------------------------------------------------------------------------- backward
 
 
-def _fake_backward(
-    grad_output: Tensor, input: Tensor, size: int, alpha: float, beta: float, k: float
-) -> Tensor:
+def _fake_backward(grad_output: Tensor, input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     op = "local_response_norm_backward"
     _checks.local_response_norm(op, input, size)
     _checks.like_input(op, input, "grad_output", grad_output)

@@ -46,10 +46,7 @@ def pointwise_conv2d_group(
     """
     input, unbatch = _conv.batch(input)
     weights = list(weights)
-    return [
-        unbatch(output)
-        for output in _operator.run(backend, input, weights, _tensors(weights, biases), activation)
-    ]
+    return [unbatch(output) for output in _operator.run(backend, input, weights, _tensors(weights, biases), activation)]
 
 
 def _tensors(weights: list[Tensor], biases: Sequence[Tensor | None] | None) -> list[Tensor]:
@@ -59,14 +56,11 @@ def _tensors(weights: list[Tensor], biases: Sequence[Tensor | None] | None) -> l
     if all(bias is None for bias in given):
         return []
     return [
-        weight.new_zeros(weight.shape[0]) if bias is None else bias
-        for weight, bias in zip(weights, given, strict=True)
+        weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in zip(weights, given, strict=True)
     ]
 
 
-def _reference(
-    input: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str
-) -> list[Tensor]:
+def _reference(input: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str) -> list[Tensor]:
     _checks.group(_NAME, weights, biases)
     _checks.activation(_NAME, activation)
     given: Sequence[Tensor | None] = biases or [None] * len(weights)
@@ -115,9 +109,7 @@ def _fake_backward(
     grad_input, *joined, _ = _conv.fake_gradients(grad, input, weight, *_POINTWISE)
     sizes = [weight.shape[0] for weight in weights]
     split = [
-        [part.clone() for part in grad.split(sizes)]
-        if wanted
-        else [_conv.empty_gradient(input) for _ in sizes]
+        [part.clone() for part in grad.split(sizes)] if wanted else [_conv.empty_gradient(input) for _ in sizes]
         for grad, wanted in zip(joined, output_mask[1:], strict=True)
     ]
     grad_weights, grad_biases = split
@@ -131,9 +123,7 @@ def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(input, *grads, *weights, *outputs)
 
 
-def _double_backward(
-    ctx: Any, gg_input: Tensor, gg_weights: list[Tensor], gg_biases: list[Tensor]
-) -> tuple[Any, ...]:
+def _double_backward(ctx: Any, gg_input: Tensor, gg_weights: list[Tensor], gg_biases: list[Tensor]) -> tuple[Any, ...]:
     """The gradient of the gradients; each branch adds its own terms."""
     input, *rest = ctx.saved_tensors
     n = ctx.branches

@@ -44,9 +44,7 @@ class FusedConv:
         weight, bias = self.conv.weight, self.conv.bias
         return (weight, bias) if self.bn is None else fold(weight, bias, self.bn)
 
-    def call(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
-    ) -> Tensor:
+    def call(self, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """The op with these weights in place of the modules' own."""
         conv, activation = self.conv, self.activation
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -54,13 +52,9 @@ class FusedConv:
             if activation == "none":
                 return F.conv2d(input, weight, bias, *geometry)
             if is_pointwise(conv):
-                return ops.pointwise_conv2d(
-                    input, weight, bias, None, conv.stride, activation=activation
-                )
+                return ops.pointwise_conv2d(input, weight, bias, None, conv.stride, activation=activation)
             if is_depthwise(conv):
-                return ops.depthwise_conv2d(
-                    input, weight, bias, *geometry[:3], activation=activation
-                )
+                return ops.depthwise_conv2d(input, weight, bias, *geometry[:3], activation=activation)
             return ops.conv2d_relu(input, weight, bias, *geometry, activation=activation)
         if not (
             isinstance(residual, Tensor)
@@ -69,9 +63,7 @@ class FusedConv:
         ):  # a broadcast or promoting addition
             return add_activation(F.conv2d(input, weight, bias, *geometry), residual, activation)
         if is_pointwise(conv):
-            return ops.pointwise_conv2d(
-                input, weight, bias, residual, conv.stride, activation=activation
-            )
+            return ops.pointwise_conv2d(input, weight, bias, residual, conv.stride, activation=activation)
         return ops.conv2d_add_relu(input, weight, bias, residual, *geometry, activation=activation)
 
     def op(self) -> str:
@@ -215,11 +207,7 @@ def fold(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tenso
 
 
 def is_pointwise(conv: nn.Conv2d) -> bool:
-    return (
-        tuple(conv.kernel_size) == (1, 1)
-        and conv.padding in ("valid", "same", (0, 0))
-        and conv.groups == 1
-    )
+    return tuple(conv.kernel_size) == (1, 1) and conv.padding in ("valid", "same", (0, 0)) and conv.groups == 1
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
@@ -231,9 +219,7 @@ def output_shape(conv: nn.Conv2d, input: Tensor) -> tuple[int, ...]:
     size = []
     for i, pixels in enumerate(input.shape[-2:]):
         span = conv.dilation[i] * (conv.kernel_size[i] - 1)
-        if conv.padding == "same":
-            padding = span
-        else:
-            padding = 0 if conv.padding == "valid" else 2 * conv.padding[i]
+        named = {"same": span, "valid": 0}
+        padding = named[conv.padding] if isinstance(conv.padding, str) else 2 * conv.padding[i]
         size.append((pixels + padding - span - 1) // conv.stride[i] + 1)
     return (*input.shape[:-3], conv.out_channels, *size)

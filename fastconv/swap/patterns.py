@@ -40,9 +40,7 @@ class Group:
 
     def reads(self) -> list[tuple[fx.Node, fx.Node]]:
         """The values that come from outside, each with the node that reads it."""
-        return [
-            (value, node) for node in self.nodes for value in node.all_input_nodes if value not in self.nodes
-        ]
+        return [(value, node) for node in self.nodes for value in node.all_input_nodes if value not in self.nodes]
 
     @property
     def is_fused(self) -> bool:
@@ -143,7 +141,7 @@ class _Finder:
 
     def _only_reader(self, group: Group) -> fx.Node | None:
         """The one node that reads the group's result, if the group may grow by it."""
-        last, readers = group.nodes[-1], list(group.nodes[-1].users)
+        readers = list(group.nodes[-1].users)
         if len(readers) != 1:
             group.reason = "its result has several readers" if readers else "nobody reads its result"
             return None
@@ -180,10 +178,10 @@ class _Finder:
         residual = operands[1] if operands[0] is value else operands[0]
         if not isinstance(residual, fx.Node):
             return
-        if self.effects.of[node] is Effect.IN_PLACE and operands[0] is residual:
-            if not self.effects.is_private(residual):
-                group.reason = "the addition overwrites a value that others read"
-                return
+        overwrites = self.effects.of[node] is Effect.IN_PLACE and operands[0] is residual
+        if overwrites and not self.effects.is_private(residual):
+            group.reason = "the addition overwrites a value that others read"
+            return
         group.residual = residual
         group.nodes.append(node)
         group.parts.append("add")
@@ -222,10 +220,7 @@ class _Finder:
             and tuple(after.conv.stride) == (1, 1)
             and group.residual is None
             and after.residual is None
-            and not any(
-                self.effects.is_written(value, node, after.nodes[-1])
-                for value, node in group.reads()
-            )
+            and not any(self.effects.is_written(value, node, after.nodes[-1]) for value, node in group.reads())
         )
 
     def _keeps_input(self, node: fx.Node) -> bool:
@@ -247,10 +242,7 @@ class _Finder:
     def _lrn(self, node: fx.Node) -> bool:
         if node.op == "call_function":
             return node.target is F.local_response_norm
-        return (
-            type(self._module(node)) is nn.LocalResponseNorm
-            and self.effects.of[node] is Effect.NEW
-        )
+        return type(self._module(node)) is nn.LocalResponseNorm and self.effects.of[node] is Effect.NEW
 
     def _activation(self, node: fx.Node) -> str | None:
         """ "relu" or "relu6", if that is what the node computes of its first argument."""

@@ -267,9 +267,7 @@ class _OneDNN:
             if dtype is not compute:
                 residual = residual.to(compute)
             residual = residual.contiguous(memory_format=torch.channels_last)
-            output = _conv_add(
-                input, residual, packed, self._bias, *geometry, "add", 1.0, None, _NO_SCALARS, None
-            )
+            output = _conv_add(input, residual, packed, self._bias, *geometry, "add", 1.0, None, _NO_SCALARS, None)
             residual = None
         else:
             output = _conv(input, packed, self._bias, *geometry, "none", _NO_SCALARS, None)

@@ -13,7 +13,6 @@ from .layout import restore_layouts
 from .prepared import PreparedConv, PreparedConvs, PreparedSeparable, prepared_convs
 from .tracing import REGION, has_hooks, hooks_of, is_leaf, trace
 
-
 # Attributes of every module that no forward reads.
 _BOOKKEEPING = {*vars(nn.Module()), REGION}
 
@@ -25,14 +24,10 @@ class Watch:
         modules = list(root.modules())
         self._modules = modules
         inlined = [m for m in modules if m is root or not is_leaf(m)]
-        self._attributes = [
-            (vars(m), name) for m in inlined for name in vars(m) if name not in _BOOKKEEPING
-        ]
+        self._attributes = [(vars(m), name) for m in inlined for name in vars(m) if name not in _BOOKKEEPING]
         self._children = [m._modules for m in inlined]
         # The root's own hooks run around its forward as ever.
-        self._hooks = [
-            hooks for m in modules if m is not root and not has_hooks(m) for hooks in hooks_of(m)
-        ]
+        self._hooks = [hooks for m in modules if m is not root and not has_hooks(m) for hooks in hooks_of(m)]
         self._state = self._observe()
 
     def _observe(self) -> list[Any]:
@@ -45,11 +40,7 @@ class Watch:
     def holds(self) -> bool:
         """Whether all of it is still so: modes, attributes, submodules, and no hooks where there were none."""
         state = self._observe()
-        return (
-            len(state) == len(self._state)
-            and all(map(operator.is_, state, self._state))
-            and not any(self._hooks)
-        )
+        return len(state) == len(self._state) and all(map(operator.is_, state, self._state)) and not any(self._hooks)
 
 
 class Programs:
@@ -71,9 +62,7 @@ class Programs:
         _drop_identities(graph, root)
         self.differentiable = Program(root, graph, fold=False)
         self.inference = Program(root, graph, fold=True)
-        self.prepared = PreparedConvs(
-            [conv for call in self.inference.calls for conv in prepared_convs(call)]
-        )
+        self.prepared = PreparedConvs([conv for call in self.inference.calls for conv in prepared_convs(call)])
 
 
 class Program:
@@ -128,9 +117,7 @@ def _drop_identities(graph: fx.Graph, root: nn.Module) -> None:
                 graph.erase_node(node)
 
 
-def _replace(
-    graph: fx.Graph, group: patterns.Group, copies: dict[fx.Node, fx.Node], call: Any
-) -> None:
+def _replace(graph: fx.Graph, group: patterns.Group, copies: dict[fx.Node, fx.Node], call: Any) -> None:
     last = copies[group.nodes[-1]]
     args, kwargs = tuple(copies[value] for value, _ in group.reads()), {}
     if group.parts == ["lrn"]:

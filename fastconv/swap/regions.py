@@ -197,9 +197,7 @@ class Region:
         self._made = 0
         self._lock = threading.RLock()
 
-    def choose(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Program | None, Sequence[Tensor]]:
+    def choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program | None, Sequence[Tensor]]:
         """The program for a call and its arguments; None if the plain forward is to run."""
         if torch.compiler.is_compiling():
             return self._choose_compiled(args, kwargs)
@@ -228,9 +226,7 @@ class Region:
                 return programs.inference, args
         return None, ()
 
-    def programs(
-        self, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Programs | str:
+    def programs(self, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Programs | str:
         """The programs for calls of this signature in the module's present state, or why there are none."""
         key = signature, self.module.training
         for watch, programs in self._traces.get(key, ()):
@@ -251,14 +247,11 @@ class Region:
 
     def _needs_grad(self, tensors: Sequence[Tensor]) -> bool:
         return torch.is_grad_enabled() and (
-            any(t.requires_grad for t in tensors)
-            or any(p.requires_grad for p in self.module.parameters())
+            any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.module.parameters())
         )
 
 
-def _signature(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Sequence[Tensor]] | None:
+def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Sequence[Tensor]] | None:
     """What tells this call from others that need another trace, and its tensors; None for values of other kinds."""
     if not kwargs and all(type(value) is Tensor for value in args):
         return (len(args), args) if all(t.layout is torch.strided for t in args) else None

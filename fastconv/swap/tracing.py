@@ -57,8 +57,10 @@ def is_leaf(module: nn.Module) -> bool:
         or isinstance(module, torch.jit.ScriptModule)
         or runs_forward_of(module, nn.Conv2d)
         or runs_forward_of(module, nn.BatchNorm2d)
-        or cls.__module__.startswith(("torch.nn.", "torch.ao.", "fastconv.nn"))
-        and not isinstance(module, nn.Sequential)
+        or (
+            cls.__module__.startswith(("torch.nn.", "torch.ao.", "fastconv.nn"))
+            and not isinstance(module, nn.Sequential)
+        )
     )
 
 
@@ -141,9 +143,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m)
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         return super().call_module(m, plain_forward(m), args, kwargs)

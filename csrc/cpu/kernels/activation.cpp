@@ -8,26 +8,23 @@ namespace {
 
 // f(bounds, input, other, Whole or Tail) for all vectors of begin ... end - 1
 template <class F>
-FASTCONV_INLINE void for_elements(const ActivationParams& params, int64_t begin, int64_t end,
-                                  F&& f) {
+FASTCONV_INLINE void for_elements(const ActivationParams& params, int64_t begin, int64_t end, F&& f) {
   for_dtype(params.dtype, [&](auto element) {
     using T = decltype(element);
     const T* input = static_cast<const T*>(params.input) + begin;
     const T* other = static_cast<const T*>(params.other) + begin;
     T* output = static_cast<T*>(params.output) + begin;
     const Bounds<Compute<T>> bounds(params.activation);
-    for_each_vector<Compute<T>>(end - begin, [&](int64_t i, auto part) {
-      store(output + i, f(bounds, input + i, other + i, part), part);
-    });
+    for_each_vector<Compute<T>>(
+        end - begin, [&](int64_t i, auto part) { store(output + i, f(bounds, input + i, other + i, part), part); });
   });
 }
 
 }  // namespace
 
 void activation_fprop(const ActivationParams& params, int64_t begin, int64_t end) {
-  for_elements(params, begin, end, [](const auto& bounds, auto* input, auto*, auto part) {
-    return bounds.clamp(load(input, part));
-  });
+  for_elements(params, begin, end,
+               [](const auto& bounds, auto* input, auto*, auto part) { return bounds.clamp(load(input, part)); });
 }
 
 void add_activation_fprop(const ActivationParams& params, int64_t begin, int64_t end) {

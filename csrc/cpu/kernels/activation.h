@@ -15,13 +15,10 @@ struct ActivationParams {
 };
 
 // output = activation(input)
-FASTCONV_DECLARE_KERNEL(void, activation_fprop, const ActivationParams& params, int64_t begin,
-                        int64_t end)
+FASTCONV_DECLARE_KERNEL(void, activation_fprop, const ActivationParams& params, int64_t begin, int64_t end)
 // output = activation(input + other)
-FASTCONV_DECLARE_KERNEL(void, add_activation_fprop, const ActivationParams& params, int64_t begin,
-                        int64_t end)
+FASTCONV_DECLARE_KERNEL(void, add_activation_fprop, const ActivationParams& params, int64_t begin, int64_t end)
 // output = input where the activation let `other` through, else 0
-FASTCONV_DECLARE_KERNEL(void, activation_dgrad, const ActivationParams& params, int64_t begin,
-                        int64_t end)
+FASTCONV_DECLARE_KERNEL(void, activation_dgrad, const ActivationParams& params, int64_t begin, int64_t end)
 
 }  // namespace fastconv

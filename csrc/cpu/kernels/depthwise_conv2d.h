@@ -27,7 +27,7 @@ struct DepthwiseConv2dParams {
 
 // The pixels begin ... end - 1 of batch * P * Q. Any split into ranges gives the same result, bit
 // by bit.
-FASTCONV_DECLARE_KERNEL(void, depthwise_conv2d_fprop_nhwc, const DepthwiseConv2dParams& params,
-                        int64_t begin, int64_t end)
+FASTCONV_DECLARE_KERNEL(void, depthwise_conv2d_fprop_nhwc, const DepthwiseConv2dParams& params, int64_t begin,
+                        int64_t end)
 
 }  // namespace fastconv

@@ -19,13 +19,10 @@ constexpr int64_t kPrefetchBytes = 4 << 20;
 
 // The filter rows (or columns) first ... last - 1 that meet the input at output row `out`
 struct Taps {
-  Taps(int64_t out, int64_t stride, int64_t padding, int64_t dilation, int64_t filter,
-       int64_t size) {
+  Taps(int64_t out, int64_t stride, int64_t padding, int64_t dilation, int64_t filter, int64_t size) {
     const int64_t start = out * stride - padding;
     first = start >= 0 ? 0 : min((-start + dilation - 1) / dilation, filter);
-    last = start + (filter - 1) * dilation < size
-               ? filter
-               : max((size - start + dilation - 1) / dilation, first);
+    last = start + (filter - 1) * dilation < size ? filter : max((size - start + dilation - 1) / dilation, first);
   }
   int64_t first, last;
 };
@@ -39,14 +36,13 @@ class DepthwiseRow {
  public:
   DepthwiseRow(const DepthwiseConv2dParams& params, int64_t image, int64_t row)
       : params_(params),
-        prefetches_(params.batch * params.height * params.width * params.channels *
-                        static_cast<int64_t>(sizeof(T)) >
+        prefetches_(params.batch * params.height * params.width * params.channels * static_cast<int64_t>(sizeof(T)) >
                     kPrefetchBytes),
-        rows_(row, params.stride_height, params.padding_height, params.dilation_height,
-              params.filter_height, params.height),
+        rows_(row, params.stride_height, params.padding_height, params.dilation_height, params.filter_height,
+              params.height),
         top_(static_cast<const T*>(params.input) +
-             (image * params.height + row * params.stride_height - params.padding_height) *
-                 params.width * params.channels) {}
+             (image * params.height + row * params.stride_height - params.padding_height) * params.width *
+                 params.channels) {}
 
   // Columns begin ... end - 1; `output` belongs to column `begin`.
   void operator()(int64_t begin, int64_t end, O* output) const {
@@ -56,14 +52,12 @@ class DepthwiseRow {
       // Columns from here on whose filter lies inside of the row
       const int64_t start = begin * params_.stride_width - params_.padding_width;
       const int64_t room = params_.width - 1 - reach - start;
-      const int64_t inside =
-          start < 0 || room < 0 ? 0 : min(room / params_.stride_width + 1, end - begin);
+      const int64_t inside = start < 0 || room < 0 ? 0 : min(room / params_.stride_width + 1, end - begin);
       const int64_t widest = channels < 2 * kLanes<A> ? 1 : inside;
       const int64_t pixels = widest >= 6 ? 6 : widest >= 4 ? 4 : widest >= 2 ? 2 : 1;
       const Tile tile = make_tile(begin, pixels, output);
       if (pixels == 6) {
-        params_.filter_width == 3 ? all_channels<6, 2, 3>(tile, channels)
-                                  : all_channels<6, 2>(tile, channels);
+        params_.filter_width == 3 ? all_channels<6, 2, 3>(tile, channels) : all_channels<6, 2>(tile, channels);
       } else if (pixels == 4) {
         all_channels<4, 2>(tile, channels);
       } else if (pixels == 2) {
@@ -100,12 +94,12 @@ class DepthwiseRow {
     const Taps columns(column, params_.stride_width, params_.padding_width, params_.dilation_width,
                        params_.filter_width, params_.width);
     const int64_t row_pitch = params_.width * channels;
-    const T* input = top_ + (column * params_.stride_width - params_.padding_width +
-                             columns.first * params_.dilation_width) *
-                                channels;
+    const T* input =
+        top_ +
+        (column * params_.stride_width - params_.padding_width + columns.first * params_.dilation_width) * channels;
     return {.input = input + rows_.first * params_.dilation_height * row_pitch,
-            .weight = static_cast<const A*>(params_.weight) +
-                      (rows_.first * params_.filter_width + columns.first) * channels,
+            .weight =
+                static_cast<const A*>(params_.weight) + (rows_.first * params_.filter_width + columns.first) * channels,
             .bias = static_cast<const A*>(params_.bias),
             .output = output,
             .bounds = Bounds<A>(params_.activation),
@@ -164,8 +158,7 @@ class DepthwiseRow {
         for (int pixel = 0; pixel < kPixels; ++pixel) {
 #pragma GCC unroll 8
           for (int v = 0; v < kVectors; ++v) {
-            sums[pixel][v] +=
-                load(tap + pixel * tile.input_pixel + v * kLanes<A>, part) * weights[v];
+            sums[pixel][v] += load(tap + pixel * tile.input_pixel + v * kLanes<A>, part) * weights[v];
           }
         }
         tap += tile.input_column;
@@ -177,8 +170,7 @@ class DepthwiseRow {
     for (int pixel = 0; pixel < kPixels; ++pixel) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        store(output + pixel * tile.output_pixel + v * kLanes<A>, tile.bounds.clamp(sums[pixel][v]),
-              part);
+        store(output + pixel * tile.output_pixel + v * kLanes<A>, tile.bounds.clamp(sums[pixel][v]), part);
       }
     }
   }

@@ -36,9 +36,7 @@ template <class A>
 struct Panel {
   Panel(int64_t panel, int64_t out_channels)
       : first(2 * kLanes<A> * panel),
-        vectors(panel + 1 < count_panels<A>(out_channels)
-                    ? 2
-                    : count_vectors<A>(out_channels) - 2 * panel),
+        vectors(panel + 1 < count_panels<A>(out_channels) ? 2 : count_vectors<A>(out_channels) - 2 * panel),
         width(min(vectors * kLanes<A>, out_channels - first)) {}
   int64_t first;  // output channel
   int64_t vectors;
@@ -118,11 +116,10 @@ void fprop(const DepthwiseSeparableConv2dParams& params, int64_t begin, int64_t 
     depthwise_pixels<T>(params.depthwise, pixel, pixel + count, buffer.data());
     for (int64_t i = 0; i < count_panels<A>(out_channels); ++i) {
       const Panel<A> panel(i, out_channels);
-      const Product<A> product{
-          .input = buffer.data(),
-          .weight = static_cast<const A*>(params.weight) + panel.first * (1 + channels),
-          .channels = channels,
-          .bounds = Bounds<A>(params.activation)};
+      const Product<A> product{.input = buffer.data(),
+                               .weight = static_cast<const A*>(params.weight) + panel.first * (1 + channels),
+                               .channels = channels,
+                               .bounds = Bounds<A>(params.activation)};
       const int64_t width = panel.vectors * kLanes<A>;
       T* output = static_cast<T*>(params.output) + pixel * out_channels + panel.first;
       if (count >= kAccumulators && panel.width == width) {
@@ -132,8 +129,7 @@ void fprop(const DepthwiseSeparableConv2dParams& params, int64_t begin, int64_t 
       // Too few pixels or channels for whole registers
       product.rows(panel.vectors, max(count, kAccumulators), ragged.data(), width);
       for (int64_t row = 0; row < count; ++row) {
-        __builtin_memcpy(output + row * out_channels, ragged.data() + row * width,
-                         panel.width * sizeof(T));
+        __builtin_memcpy(output + row * out_channels, ragged.data() + row * width, panel.width * sizeof(T));
       }
     }
   }
@@ -153,8 +149,7 @@ FASTCONV_INLINE void transpose(Vec<A>* rows) {
   constexpr int kCount = kLanes<A>;
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
-    if (!(i & kStep))
-      exchange<A, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kCount>{});
+    if (!(i & kStep)) exchange<A, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kCount>{});
   }
   if constexpr (2 * kStep < kCount) transpose<A, 2 * kStep>(rows);
 }
@@ -174,8 +169,7 @@ void pack_vector(const A* weight, int64_t channels, int64_t count, A* packed, in
     for (int i = 0; i < kCount; ++i) store(packed + (c + i) * width, rows[i]);
   }
   for (; c < channels; ++c) {
-    for (int i = 0; i < kCount; ++i)
-      packed[c * width + i] = i < count ? weight[i * channels + c] : 0;
+    for (int i = 0; i < kCount; ++i) packed[c * width + i] = i < count ? weight[i * channels + c] : 0;
   }
 }
 
@@ -191,8 +185,8 @@ void pack(const PointwisePackParams& params, int64_t begin, int64_t end) {
       packed[k] = bias && k < panel.width ? bias[panel.first + k] : 0;
     }
     for (int64_t k = 0; k < width; k += kLanes<A>) {
-      pack_vector(weight + (panel.first + k) * params.channels, params.channels,
-                  min(kLanes<A>, panel.width - k), packed + width + k, width);
+      pack_vector(weight + (panel.first + k) * params.channels, params.channels, min(kLanes<A>, panel.width - k),
+                  packed + width + k, width);
     }
   }
 }
@@ -205,10 +199,8 @@ PointwisePackedSize packed_size(const PointwisePackParams& params) {
 
 }  // namespace
 
-void depthwise_separable_conv2d_fprop_nhwc(const DepthwiseSeparableConv2dParams& params,
-                                           int64_t begin, int64_t end) {
-  for_dtype(params.depthwise.dtype,
-            [&](auto element) { fprop<decltype(element)>(params, begin, end); });
+void depthwise_separable_conv2d_fprop_nhwc(const DepthwiseSeparableConv2dParams& params, int64_t begin, int64_t end) {
+  for_dtype(params.depthwise.dtype, [&](auto element) { fprop<decltype(element)>(params, begin, end); });
 }
 
 PointwisePackedSize pointwise_packed_size(const PointwisePackParams& params) {

@@ -28,13 +28,11 @@ struct PointwisePackedSize {
 
 // The pixels begin ... end - 1 of batch * P * Q. Any split into ranges gives the same result, bit
 // by bit.
-FASTCONV_DECLARE_KERNEL(void, depthwise_separable_conv2d_fprop_nhwc,
-                        const DepthwiseSeparableConv2dParams& params, int64_t begin, int64_t end)
+FASTCONV_DECLARE_KERNEL(void, depthwise_separable_conv2d_fprop_nhwc, const DepthwiseSeparableConv2dParams& params,
+                        int64_t begin, int64_t end)
 
-FASTCONV_DECLARE_KERNEL(PointwisePackedSize, pointwise_packed_size,
-                        const PointwisePackParams& params)
+FASTCONV_DECLARE_KERNEL(PointwisePackedSize, pointwise_packed_size, const PointwisePackParams& params)
 // The panels begin ... end - 1
-FASTCONV_DECLARE_KERNEL(void, pointwise_pack, const PointwisePackParams& params, int64_t begin,
-                        int64_t end)
+FASTCONV_DECLARE_KERNEL(void, pointwise_pack, const PointwisePackParams& params, int64_t begin, int64_t end)
 
 }  // namespace fastconv

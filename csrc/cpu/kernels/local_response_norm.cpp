@@ -39,8 +39,7 @@ FASTCONV_INLINE V power(V d, double beta) {
 // The sum of rows[0], rows[pitch], ... of `count` rows, or of their squares, for kUnroll vectors
 // side by side
 template <bool kSquares, int kUnroll, class T, class Part>
-FASTCONV_INLINE void sum_rows(const T* rows, int64_t pitch, int64_t count, Part part,
-                              Vec<Compute<T>>* sums) {
+FASTCONV_INLINE void sum_rows(const T* rows, int64_t pitch, int64_t count, Part part, Vec<Compute<T>>* sums) {
   constexpr int kStep = kLanes<Compute<T>>;
   for (int u = 0; u < kUnroll; ++u) sums[u] = Vec<Compute<T>>{};
   for (int64_t row = 0; row < count; ++row, rows += pitch) {
@@ -54,8 +53,7 @@ FASTCONV_INLINE void sum_rows(const T* rows, int64_t pitch, int64_t count, Part 
 
 // f(i, part, sum) for all vectors of a row of `width` columns, with the sum over `count` rows
 template <bool kSquares, class T, class F>
-FASTCONV_INLINE void for_each_sum(const T* rows, int64_t pitch, int64_t count, int64_t width,
-                                  F&& f) {
+FASTCONV_INLINE void for_each_sum(const T* rows, int64_t pitch, int64_t count, int64_t width, F&& f) {
   using A = Compute<T>;
   constexpr int kUnroll = 4;
   constexpr int kStep = kLanes<A>;
@@ -99,8 +97,8 @@ void fprop_planes(const LocalResponseNormParams& params, const T* x, T* y, int64
 
 // Of each row of x two rows are kept until its window has passed: q = g / d^beta and t = q x / d.
 template <class T>
-void dgrad_planes(const LocalResponseNormParams& params, const T* x, const T* g, T* dx,
-                  int64_t width, int64_t pitch_t, Compute<T>* scratch) {
+void dgrad_planes(const LocalResponseNormParams& params, const T* x, const T* g, T* dx, int64_t width, int64_t pitch_t,
+                  Compute<T>* scratch) {
   const Coefficients<Compute<T>> coefficients(params);
   const int64_t pitch = params.inner;
   const int64_t rows_t = params.before + 1 + params.after;
@@ -113,13 +111,12 @@ void dgrad_planes(const LocalResponseNormParams& params, const T* x, const T* g,
       const int64_t first = max(c - params.before, 0);
       const int64_t count = min(c + params.after + 1, params.channels) - first;
       Compute<T>* const q = ring_q + c % rows_q * pitch_t;
-      for_each_sum<true>(
-          x + first * pitch, pitch, count, width, [&](int64_t i, auto part, auto sum) {
-            const auto d = coefficients.k + coefficients.scale * sum;
-            const auto quotient = load(g + c * pitch + i, part) / power(d, params.beta);
-            store(q + i, quotient);
-            store(t + i, quotient * load(x + c * pitch + i, part) / d);
-          });
+      for_each_sum<true>(x + first * pitch, pitch, count, width, [&](int64_t i, auto part, auto sum) {
+        const auto d = coefficients.k + coefficients.scale * sum;
+        const auto quotient = load(g + c * pitch + i, part) / power(d, params.beta);
+        store(q + i, quotient);
+        store(t + i, quotient * load(x + c * pitch + i, part) / d);
+      });
     } else {
       for (int64_t i = 0; i < width; ++i) t[i] = 0;
     }
@@ -196,8 +193,8 @@ void dgrad_pixels(const LocalResponseNormParams& params, int64_t begin, int64_t 
 // f(offset of the first channel's pixels, how many of them) for blocks of at most `block` pixels
 // that share a plane
 template <class F>
-FASTCONV_INLINE void for_each_block(const LocalResponseNormParams& params, int64_t begin,
-                                    int64_t end, int64_t block, F&& f) {
+FASTCONV_INLINE void for_each_block(const LocalResponseNormParams& params, int64_t begin, int64_t end, int64_t block,
+                                    F&& f) {
   while (begin < end) {
     const int64_t pixel = begin % params.inner;
     const int64_t width = min(min(block, params.inner - pixel), end - begin);
@@ -213,11 +210,10 @@ void local_response_norm_fprop(const LocalResponseNormParams& params, int64_t be
     using T = decltype(element);
     if (params.inner == 1) return fprop_pixels<T>(params, begin, end);
     const int64_t rows = params.before + 1 + params.after + 1;
-    const int64_t block =
-        max(kBlockBytes / (rows * static_cast<int64_t>(sizeof(T))), 8 * kLanes<Compute<T>>);
+    const int64_t block = max(kBlockBytes / (rows * static_cast<int64_t>(sizeof(T))), 8 * kLanes<Compute<T>>);
     for_each_block(params, begin, end, block, [&](int64_t offset, int64_t width) {
-      fprop_planes(params, static_cast<const T*>(params.input) + offset,
-                   static_cast<T*>(params.output) + offset, width);
+      fprop_planes(params, static_cast<const T*>(params.input) + offset, static_cast<T*>(params.output) + offset,
+                   width);
     });
   });
 }
@@ -234,8 +230,8 @@ void local_response_norm_dgrad(const LocalResponseNormParams& params, int64_t be
       Scratch<A> scratch(rows * block);
       __builtin_memset(scratch.data(), 0, rows * block * sizeof(A));
       dgrad_planes(params, static_cast<const T*>(params.input) + offset,
-                   static_cast<const T*>(params.grad_output) + offset,
-                   static_cast<T*>(params.output) + offset, width, block, scratch.data());
+                   static_cast<const T*>(params.grad_output) + offset, static_cast<T*>(params.output) + offset, width,
+                   block, scratch.data());
     });
   });
 }

@@ -22,9 +22,9 @@ struct LocalResponseNormParams {
 
 // Both work on the positions begin ... end - 1 of outer * inner, all channels of each. Any split
 // into ranges gives the same result, bit by bit.
-FASTCONV_DECLARE_KERNEL(void, local_response_norm_fprop, const LocalResponseNormParams& params,
-                        int64_t begin, int64_t end)
-FASTCONV_DECLARE_KERNEL(void, local_response_norm_dgrad, const LocalResponseNormParams& params,
-                        int64_t begin, int64_t end)
+FASTCONV_DECLARE_KERNEL(void, local_response_norm_fprop, const LocalResponseNormParams& params, int64_t begin,
+                        int64_t end)
+FASTCONV_DECLARE_KERNEL(void, local_response_norm_dgrad, const LocalResponseNormParams& params, int64_t begin,
+                        int64_t end)
 
 }  // namespace fastconv

@@ -17,6 +17,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 warns about its own AVX-512 intrinsics:
 // https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
@@ -118,8 +119,7 @@ FASTCONV_INLINE VecU16 narrow(VecU32 v) {
   return reinterpret_cast<VecU16>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(v)));
 #elif defined(__AVX2__)
   const __m256i wide = reinterpret_cast<__m256i>(v);
-  return reinterpret_cast<VecU16>(
-      _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+  return reinterpret_cast<VecU16>(_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
 #else
   return __builtin_convertvector(v, VecU16);
 #endif
@@ -164,9 +164,8 @@ FASTCONV_INLINE VecU16 to_float16(VecF32 v) {
   // A sum with 0.5 rounds at 2^-24, the spacing of subnormal numbers.
   const VecU32 subnormal = bits(from_bits(magnitude) + 0.5f) - 0x3f000000;
   VecU32 h = magnitude < 0x38800000 ? subnormal : normal;  // 2^-14
-  h = magnitude >= 0x477ff000 ? 0x7c00 + VecU32{}
-                              : h;  // 65520, halfway from the largest number to the next
-  h = magnitude > 0x7f800000 ? 0x7e00 + VecU32{} : h;  // NaN
+  h = magnitude >= 0x477ff000 ? 0x7c00 + VecU32{} : h;     // 65520, halfway from the largest number to the next
+  h = magnitude > 0x7f800000 ? 0x7e00 + VecU32{} : h;      // NaN
   return narrow(h | (u & 0x80000000) >> 16);
 #endif
 }
@@ -256,9 +255,7 @@ FASTCONV_INLINE VecF64 sqrt(VecF64 v) {
 template <class A>
 class Scratch {
  public:
-  explicit Scratch(int64_t size) {
-    data_ = static_cast<A*>(::operator new(size * sizeof(A), std::align_val_t{64}));
-  }
+  explicit Scratch(int64_t size) { data_ = static_cast<A*>(::operator new(size * sizeof(A), std::align_val_t{64})); }
   Scratch(const Scratch&) = delete;
   ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
   A* data() const { return data_; }
