@@ -20,7 +20,7 @@ demo: .venv/built
 	$(PY) -m fastconv demo $(ARGS)
 
 test: .venv/built
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 bench: .venv/built
 	$(PY) -m pytest benchmarks $(ARGS)

@@ -6,6 +6,7 @@ file again with each lesser one.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastconv import _library, ops
@@ -101,28 +103,40 @@ def test_separable_of_any_channels(out_channels: int, dtype: torch.dtype) -> Non
     check(ops.depthwise_separable_conv2d, tensors, padding=1, depthwise_activation="relu")
 
 
+def unfolded(input: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """A depthwise convolution of one image; aten's own takes a hundred times as long in float64."""
+    columns = F.unfold(input, weight.shape[2:], padding=padding, stride=stride)
+    products = columns.view(*weight.shape[:1], -1, columns.shape[-1]) * weight.flatten(1)[..., None]
+    return products.sum(1).view(1, weight.shape[0], input.shape[2] + 2 * padding[0] - 2, -1)
+
+
 @pytest.mark.parametrize("filter", [1, 2, 3, 5])
 def test_depthwise_rows_of_any_width(filter: int) -> None:
     """Rows are cut into tiles of 6, 4, 2 and 1 pixels, and into borders."""
-    weight = random(20, 1, 3, filter, dtype=torch.float32, seed=1)
+    weight = random(33, 1, 3, filter, dtype=torch.float32, seed=1)
     for width in range(1, 20):
-        input = random(1, 20, 3, width, dtype=torch.float32, layout="channels_last")
-        for stride in (1, 2, 3):
-            for padding in (0, 1, 4):
-                if width + 2 * padding >= filter:
-                    geometry = {"stride": (1, stride), "padding": (1, padding)}
-                    check(ops.depthwise_conv2d, [input, weight], **geometry)
+        input = random(1, 33, 4, width, dtype=torch.float32, layout="channels_last")
+        for stride, padding in itertools.product((1, 2, 3), (0, 1, 4)):
+            if width + 2 * padding < filter:
+                continue
+            geometry = (1, stride), (1, padding)
+            out = ops.depthwise_conv2d(surrounded_by_nan(input), weight, None, *geometry)
+            oracle = unfolded(input.double(), weight.double(), *geometry)
+            what = f"width {width}, stride {stride}, padding {padding}"
+            assert_close_to_oracle(out, oracle, oracle.float(), what=what, border=1)
 
 
-@pytest.mark.parametrize("pixels", range(1, 30))
-def test_separable_of_any_pixels(pixels: int) -> None:
-    """The matrix product takes its rows by 6, 3 and 1 (12, 6 and 1 with AVX-512)."""
-    tensors = [
-        random(1, 24, 1, pixels, dtype=torch.float32, layout="channels_last"),
-        random(24, 1, 1, 3, dtype=torch.float32, seed=1),
-        random(24, 24, 1, 1, dtype=torch.float32, seed=2),
-    ]
-    check(ops.depthwise_separable_conv2d, tensors, padding=(0, 1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_separable_of_any_pixels(dtype: torch.dtype) -> None:
+    """The matrix product takes 6 pixels at a time (12 with AVX-512)."""
+    depthwise = random(35, 1, 3, 3, dtype=dtype, seed=1)
+    pointwise = random(24, 35, 1, 1, dtype=dtype, seed=2)
+    for width in range(1, 30):
+        input = random(1, 35, 3, width, dtype=dtype, layout="channels_last")
+        out = ops.depthwise_separable_conv2d(surrounded_by_nan(input), depthwise, pointwise, padding=(0, 1))
+        hidden = unfolded(input.double(), depthwise.double(), (1, 1), (0, 1))
+        oracle = F.conv2d(hidden, pointwise.double())
+        assert_close_to_oracle(out, oracle, oracle.to(dtype), what=f"{width} pixels")
 
 
 # ------------------------------------------------------------------------------------------ values
@@ -153,7 +167,7 @@ SPECIAL = (0.0, -0.0, 1e-45, -1e-45, 6.0, 6.5, -6.0, float("inf"), float("-inf")
 def test_activations_of_special_values(dtype: torch.dtype, activation: str) -> None:
     input = torch.tensor(SPECIAL * 4, dtype=dtype)
     zero = torch.full_like(input, -0.0)
-    exact = torch.nn.functional.relu if activation == "relu" else torch.nn.functional.relu6
+    exact = F.relu if activation == "relu" else F.relu6
     assert same_bits(ops.add_relu(input, zero, activation=activation), exact(input))
 
     output = input.clone()  # the mask for any output, also those that no activation returns
@@ -191,8 +205,8 @@ def test_an_odd_value_stays_in_its_windows(value: float, size: int, layout: str)
 
 
 @layouts
-@pytest.mark.parametrize("beta", [0.5, 0.75, 1.0, 0.3, 2.0])
-@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15, 1e18])
+@pytest.mark.parametrize("beta", [0.3, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("scale", [1e-20, 1e15, 1e18])
 def test_local_response_norm_of_any_magnitude(beta: float, scale: float, layout: str) -> None:
     """d^beta must not overflow on the way where it does not in the end."""
     input = random(2, 9, 4, 5, dtype=torch.float32, layout=layout) * scale
