@@ -166,10 +166,13 @@ def run(args: argparse.Namespace) -> int:
             print(f"fastconv bench: got network {name!r}, needed one of {known}", file=sys.stderr)
             return 2
     torch.set_num_threads(args.threads)
-    rows = []
-    for row in _measure(args):
-        rows.append(row)
-        print(row, file=sys.stderr, flush=True)
+    rows: list[Row] = []
+    try:
+        for row in _measure(args):
+            rows.append(row)
+            print(row, file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: here is what was measured", file=sys.stderr)
     facts = environment()
     if args.json:
         document = {"environment": facts, "rows": [asdict(row) for row in rows]}

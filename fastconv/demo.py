@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
                 inferences.append(compare_network(name, photographs, args.seed, advance))
         trainings = {}
         for label, prepare in (("torch.nn", None), ("fastconv", fastconv.swap)):
-            with task(f"LeNet-5, {label}", EPOCHS) as advance:
+            with task(f"LeNet-5, {label}", EPOCHS) as advance, _one_thread():
                 trainings[label] = train_lenet(prepare, args.seed, advance)
 
     _demo_picture.draw(photographs, inferences, trainings, f"{machine()}, random weights", args.output)
@@ -264,6 +264,17 @@ def train_lenet(prepare: Callable[[nn.Module], nn.Module] | None, seed: int, adv
     with torch.no_grad():
         correct = model(images[test]).argmax(1) == labels[test]
     return Training(losses, correct.float().mean().item())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Layers as small as LeNet-5's gain nothing from threads, and wait for them on busy machines."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------------------- printing
