@@ -45,6 +45,7 @@ IN_INFERENCE = (CONTIGUOUS, CHANNELS_LAST, SWAPPED)
 IN_TRAINING = (CHANNELS_LAST, CONTIGUOUS, LRN_ONLY, SWAPPED)
 
 FEWEST_RUNS, MOST_RUNS = 3, 50
+MOST_SECONDS = 20.0  # of repeats for a row
 
 # A gradient is a sum over ReLUs and max pools, some of which rounding makes choose otherwise.
 GRADIENT_FLOOR = 1e-3
@@ -101,7 +102,7 @@ class Row:
             f"{who} {f'{1e3 * result.median:.1f} ms' if result.seconds else result.note}"
             for who, result in self.results.items()
         )
-        return f"{self.network} {self.mode} {self.dtype} batch {self.batch}: {outcome}"
+        return f"{self.dtype} batch {self.batch}: {outcome}"
 
 
 class Budget:
@@ -120,7 +121,7 @@ class Budget:
         """Seconds to spend on repeats; as much again goes into building, float64 and first runs."""
         share = (self._seconds - self.elapsed) / max(1, self._rows) / 2
         self._rows -= 1
-        return max(0.0, share)
+        return min(max(0.0, share), MOST_SECONDS)
 
 
 # --------------------------------------------------------------------------------------- command
@@ -170,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         for row in _measure(args):
             rows.append(row)
-            print(row, file=sys.stderr, flush=True)
+            print(f"  {row}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("interrupted: here is what was measured", file=sys.stderr)
     facts = environment()
@@ -188,8 +189,10 @@ def _measure(args: argparse.Namespace) -> Iterator[Row]:
     budget = Budget(args.minutes * 60, tasks)
     pace = Pace()
     for name in args.networks:
+        print(f"{name}, inference ...", file=sys.stderr, flush=True)
         yield from infer(name, args.dtypes, sorted(args.batches), budget, pace, args.longest)
     for name in args.train:
+        print(f"{name}, training ...", file=sys.stderr, flush=True)
         yield train(name, args.train_batch, budget)
 
 
