@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
                 inferences.append(compare_network(name, photographs, args.seed, advance))
         trainings = {}
         for label, prepare in (("torch.nn", None), ("fastconv", fastconv.swap)):
-            with task(f"LeNet-5, {label}", EPOCHS) as advance, _one_thread():
+            with task(f"LeNet-5, {label}", EPOCHS) as advance:
                 trainings[label] = train_lenet(prepare, args.seed, advance)
 
     _demo_picture.draw(photographs, inferences, trainings, f"{machine()}, random weights", args.output)
@@ -225,6 +225,18 @@ def _calibrate(model: nn.Module, photographs: Sequence[Tensor], size: int) -> No
 # ------------------------------------------------------------------------------------- training
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Layers as small as LeNet-5's gain nothing from threads, and wait for them on busy machines."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def train_lenet(prepare: Callable[[nn.Module], nn.Module] | None, seed: int, advance: Advance) -> Training:
     """Train LeNet-5 on scikit-learn's digits; the same weights and batches for the same seed."""
     import numpy as np
@@ -264,17 +276,6 @@ def train_lenet(prepare: Callable[[nn.Module], nn.Module] | None, seed: int, adv
     with torch.no_grad():
         correct = model(images[test]).argmax(1) == labels[test]
     return Training(losses, correct.float().mean().item())
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Layers as small as LeNet-5's gain nothing from threads, and wait for them on busy machines."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------------------- printing

@@ -1,7 +1,8 @@
 // depthwise_conv2d on the CPU. Its backward is conv2d_backward.
 //
-// channels_last with one filter for each channel runs in cpu/kernels; the rest goes the way of
-// every convolution.
+// channels_last with one filter for each channel runs in cpu/kernels; the rest goes the way of every convolution.
+// A kernel of our own for contiguous tensors was measured, too: no faster than oneDNN's at stride 1 and slower at
+// stride 2, so there is none.
 #include "cpu/conv2d.h"
 #include "cpu/depthwise.h"
 #include "cpu/dispatch.h"
