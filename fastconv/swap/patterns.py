@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .effects import Effect, Effects, argument
 from .fused import is_depthwise, is_pointwise
@@ -26,11 +27,12 @@ class Group:
     """Nodes that one call replaces: in graph order, the last of which has the result."""
 
     nodes: list[fx.Node]
-    parts: list[str]  # what they do, in words: "conv", "bn", "add", "relu", "relu6", "lrn"
+    parts: list[str]  # what they do, in words: "conv", "bn", "add", "relu", "relu6", "max_pool", "lrn"
     conv: nn.Conv2d | None = None
     bn: nn.BatchNorm2d | None = None
     residual: fx.Node | None = None
     activation: str = "none"
+    pool: Callable[[Tensor], Tensor] | None = None  # a max pool that follows the activation
     pointwise: Group | None = None  # the 1x1 convolution that follows a depthwise one
     reason: str = ""  # why it is not larger
 
@@ -134,7 +136,7 @@ class _Finder:
 
     def _grow(self, node: fx.Node) -> Group:
         group = Group([node], ["conv"], conv=self.modules[node.target])
-        for step in (self._take_bn, self._take_add, self._take_activation):
+        for step in (self._take_bn, self._take_add, self._take_activation, self._take_pool):
             step(group)
         self.taken.update(group.nodes)
         return group
@@ -198,6 +200,17 @@ class _Finder:
         elif node is not None:
             group.reason = f"{self._describe(node)} follows"
 
+    def _take_pool(self, group: Group) -> None:
+        """In inference the activation can come after the pool, where there is less of it to compute."""
+        if not self.fold or group.activation == "none":
+            return
+        node = self._only_reader(group)
+        group.pool = None if node is None else self._max_pool(node)
+        if group.pool is not None:
+            group.nodes.append(node)
+            group.parts.append("max_pool")
+        group.reason = ""
+
     def _separable(self, groups: list[Group]) -> list[Group]:
         """Joins depthwise convolutions and the 1x1 convolutions that alone read them."""
         first = {group.nodes[0]: group for group in groups if group.conv is not None}
@@ -219,6 +232,8 @@ class _Finder:
             and is_pointwise(after.conv)
             and tuple(after.conv.stride) == (1, 1)
             and group.residual is None
+            and group.pool is None
+            and after.pool is None
             and after.residual is None
             and not any(self.effects.is_written(value, node, after.nodes[-1]) for value, node in group.reads())
         )
@@ -263,6 +278,21 @@ class _Finder:
         elif node.target is F.hardtanh:
             bounds = argument(node, "min_val"), argument(node, "max_val")
             return "relu6" if bounds == (0, 6) else None
+        return None
+
+    def _max_pool(self, node: fx.Node) -> Callable[[Tensor], Tensor] | None:
+        """The max pool that the node computes of its first argument."""
+        module = self._module(node)
+        if type(module) is nn.MaxPool2d and self.effects.of[node] is Effect.NEW and not module.return_indices:
+            return module
+        if (
+            node.target is F.max_pool2d
+            and self.effects.of[node] is Effect.NEW
+            and node.all_input_nodes == [*node.args[:1]]
+        ):
+            settings: Any = node.args[1:]
+            named: Any = node.kwargs
+            return lambda value: F.max_pool2d(value, *settings, **named)
         return None
 
     def _describe(self, node: fx.Node) -> str:

@@ -6,9 +6,10 @@ state with the one that was prepared, before every forward.
 
 from __future__ import annotations
 
+import ctypes
 import operator
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .fused import FusedConv, FusedSeparable, fold, output_shape
 if _library.LOADED:
     from .. import _C
 
-_PACKS_KEPT = 4  # for this many sizes of the input; a pack is as large as the weight
+_PACKS_KEPT = 4  # formats; a pack is as large as the weight
 _SHAPES_KEPT = 32
 _CACHED_WEIGHTS = 2**16  # float32: 256 KiB, half of a usual second-level cache
 # Below this many products aten's own choice of a kernel is followed: oneDNN's calls cost more than its kernels save.
@@ -38,15 +39,27 @@ _ACTIVATIONS = {
 
 
 class PreparedConv(FusedConv):
-    """A `FusedConv` for inference, which runs on prepared weights where there are any."""
+    """A `FusedConv` for inference, which runs on prepared weights where there are any.
+
+    Args:
+        args, named: as for `FusedConv`.
+        pool: a max pool to apply to the result.
+    """
 
     ready: _Folded | _OneDNN | None = None
+
+    def __init__(self, *args: Any, pool: Callable[[Tensor], Tensor] | None = None, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.pool = pool
 
     def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         ready = self.ready
         if ready is None or torch.compiler.is_compiling():
-            return super().__call__(input, residual)
+            return self.pooled(super().__call__(input, residual))
         return ready(input, residual)
+
+    def pooled(self, output: Tensor) -> Tensor:
+        return output if self.pool is None else self.pool(output)
 
     def sources(self) -> list[tuple[dict[str, Tensor | None], str]]:
         """Where the tensors that are prepared live."""
@@ -219,19 +232,20 @@ class _Folded:
         self.weights = self._weight, self._bias
 
     def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        return self._source.call(input, self._weight, self._bias, residual)
+        return self._source.pooled(self._source.call(input, self._weight, self._bias, residual))
 
     def kernel(self, input: Tensor) -> str:
         return f"{FusedConv.kernel(self._source, input)}, batch norm folded"
 
 
 class _OneDNN:
-    """Prepared for oneDNN: batch norm folded, weights packed for each size of input that it meets.
+    """Prepared for oneDNN: batch norm folded, weights packed in the format for each shape of input that it meets.
 
     Results are channels_last. Where oneDNN has no kernel for the model's 16-bit dtype on this processor, sums are
     float32 on float32 weights, and rounded once.
 
-    The activation is a pass of its own over the result: oneDNN's would turn NaN into 0.
+    The activation is a pass of its own over the result: oneDNN's would turn NaN into 0. A max pool comes before it,
+    which leaves less to pass over: no activation changes which of two numbers is the larger, and both keep NaN.
     """
 
     def __init__(self, source: PreparedConv, compute: torch.dtype, padding: list[int]) -> None:
@@ -243,11 +257,13 @@ class _OneDNN:
         bias = None if conv.bias is None else conv.bias.detach().to(compute)
         if bn is not None:
             weight, bias = fold(weight, bias, bn)
+        if bias is not None:
+            bias = bias.contiguous()  # oneDNN's calls ignore its stride
         self._weight, self._bias = self.weights = weight, bias
         self._geometry = (padding, list(conv.stride), list(conv.dilation), conv.groups)
         self._activate = _ACTIVATIONS[source.activation]
         self._known: dict[torch.Size, tuple[Tensor | None, tuple[int, ...]]] = {}
-        self._packs: dict[torch.Size, Tensor] = {}
+        self._packs: list[Tensor] = []  # one for each format
         self._lock = threading.Lock()
 
     def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor:
@@ -255,7 +271,7 @@ class _OneDNN:
         if torch.is_autocast_enabled("cpu") and dtype is not torch.float64:
             dtype = torch.get_autocast_dtype("cpu")
         elif dtype is not self._dtype:
-            return FusedConv.__call__(self._source, input, residual)  # which says what is wrong
+            return self._source.pooled(FusedConv.__call__(self._source, input, residual))  # it says what is wrong
         packed, shape = self._known.get(input.shape) or self._meet(input)
         compute, geometry = self._compute, self._geometry
         if input.dtype is not compute:
@@ -275,7 +291,7 @@ class _OneDNN:
             output = output.to(dtype)
         if residual is not None:
             output = output + residual
-        return self._activate(output)
+        return self._activate(self._source.pooled(output))
 
     def kernel(self, input: Tensor) -> str:
         packed, _ = self._known.get(input.shape) or self._meet(input)
@@ -310,13 +326,23 @@ class _OneDNN:
         return chosen.name == "Mkldnn"
 
     def _pack(self, input: Tensor) -> Tensor:
-        # The format depends on height and width (with another one, calls take ten times as long), not on the batch.
-        pixels = input.shape[2:]
-        if pixels not in self._packs:
-            if len(self._packs) >= _PACKS_KEPT:
-                self._packs, self._known = {}, {}
-            padding, stride, dilation, groups = self._geometry
-            self._packs[pixels] = torch.ops.mkldnn._reorder_convolution_weight(
-                self._weight, padding, stride, dilation, groups, list(input.shape)
-            )
-        return self._packs[pixels]
+        # oneDNN's choice of a format depends on the image's size and on the batch. In another one calls take up to
+        # five times as long, and nothing tells which one a pack has but its bytes.
+        padding, stride, dilation, groups = self._geometry
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            self._weight, padding, stride, dilation, groups, list(input.shape)
+        )
+        content = _bytes(packed)
+        for known in self._packs:
+            if torch.equal(_bytes(known), content):
+                return known
+        if len(self._packs) >= _PACKS_KEPT:
+            self._packs, self._known = [], {}
+        self._packs.append(packed)
+        return packed
+
+
+def _bytes(packed: Tensor) -> Tensor:
+    """A view of the memory of a tensor in oneDNN's own format."""
+    address, nbytes = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
+    return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)

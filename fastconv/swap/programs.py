@@ -101,9 +101,12 @@ class Program:
             return FusedAdd(group.activation)
         if not self._fold and not group.is_fused:
             return None
-        one, two = (PreparedConv, PreparedSeparable) if self._fold else (FusedConv, FusedSeparable)
-        call = one(group.conv, group.bn, group.activation, group.residual is not None)
+        settings = group.conv, group.bn, group.activation, group.residual is not None
         after = group.pointwise
+        if group.pool is not None:
+            return PreparedConv(*settings, pool=group.pool)
+        one, two = (PreparedConv, PreparedSeparable) if self._fold else (FusedConv, FusedSeparable)
+        call = one(*settings)
         return call if after is None else two(call, one(after.conv, after.bn, after.activation))
 
 
