@@ -44,7 +44,7 @@ CPU_CAPABILITIES = {
     "avx512": [*AVX512, "-mprefer-vector-width=512"],
 }
 CUDA_ARCHS = "80+PTX 90a"
-CUDA = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
+CUDA = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-warn-spills", f"-I{CSRC}"]
 
 CPP_JOB_BYTES = 1_000_000_000
 CUDA_JOB_BYTES = 1_500_000_000
@@ -199,7 +199,8 @@ fastconv {facts["fastconv"]} was built in {seconds:.0f} s
         for source in sorted(CSRC.rglob("*.cpp")):
             stem = str(source.relative_to(CSRC).with_suffix(""))
             if stem == "module":
-                yield source, f"{stem}.o", "cpp", flags + python
+                have = ["-DFASTCONV_HAVE_CUDA"] if self.cuda else []
+                yield source, f"{stem}.o", "cpp", flags + have + python
             elif stem.startswith("cuda/"):
                 if self.cuda:
                     cuda = ["-isystem", str(self.cuda.include)]

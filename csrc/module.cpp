@@ -7,6 +7,9 @@
 
 #include "build_info.h"
 #include "cpu/capability.h"
+#ifdef FASTCONV_HAVE_CUDA
+#include "cuda/kernel_table.h"
+#endif
 #include "fingerprint.h"
 
 namespace py = pybind11;
@@ -22,6 +25,18 @@ PYBIND11_MODULE(_C, m) {
       "What this library was built from and for, as a dict.");
   m.def("cpu_capability", &fastconv::cpu::capability_name,
         "The build of the CPU kernels that this machine runs: default, avx2 or avx512.");
+  m.def(
+      "kernel_table",
+      [] {
+#ifdef FASTCONV_HAVE_CUDA
+        const char* json = fastconv_cuda_kernel_table();
+#else
+        const char* json = "[]";
+#endif
+        return py::module_::import("json").attr("loads")(json);
+      },
+      "Every CUDA kernel of this library, as a list of dicts (csrc/cuda/kernel_table.h); empty when built without "
+      "CUDA.");
   m.def("fingerprint", &fastconv::fingerprint, py::arg("addresses"), py::arg("sizes"),
         "A hash of samples of the memory at these addresses, which hold so many bytes.");
 }

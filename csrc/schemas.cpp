@@ -9,7 +9,13 @@
 // comes back as an empty tensor of size [0].
 #include "common/stable.h"
 
-STABLE_TORCH_LIBRARY(fastconv, m) {
+// The emulator of the CUDA kernels in tests/emulator builds this file under another name.
+#ifndef FASTCONV_LIBRARY
+#define FASTCONV_LIBRARY fastconv
+#endif
+#define FASTCONV_DEFINE_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)  // expands the name first
+
+FASTCONV_DEFINE_LIBRARY(FASTCONV_LIBRARY, m) {
   // activation(conv2d(input, weight) + bias [+ residual])
   m.def(
       "conv2d_relu(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
