@@ -35,7 +35,10 @@ class BuildExtension(build_ext):
             _run_ninja(build.folder)
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(build.library, target)
+            # Processes that have the old one loaded keep it whole.
+            fresh = target.with_name(f".{target.name}.new")
+            shutil.copy2(build.library, fresh)
+            fresh.replace(target)
         # pip and setuptools have much to say after this, so the summary waits for the end.
         atexit.register(print, build.summary(time.monotonic() - started), flush=True)
 

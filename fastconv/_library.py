@@ -32,6 +32,11 @@ def build_info() -> dict[str, Any]:
     return dict(_FACTS)
 
 
+def has_cuda() -> bool:
+    """Whether CUDA kernels were compiled into the library."""
+    return "nvcc" in _FACTS.get("cuda", "")
+
+
 def _is_whole(path: Path) -> bool:
     """Whether the ELF file reaches to its section table, which ends it.
 

@@ -3,25 +3,90 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
 from . import _library
 
-NAMES = ("auto", "cpu", "cuda", "triton", "reference")
 _current = "auto"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of all ops.
+
+    Attributes:
+        namespace: of its operators in ``torch.ops``; None for the plain aten functions.
+        device: the type of the tensors that it takes, "" for any.
+        problem: why it cannot run here; None if it can.
+        module: what defines the operators, imported when the backend is first asked for.
+    """
+
+    namespace: str | None
+    device: Callable[[], str]
+    problem: Callable[[], str | None]
+    module: str | None = None
+
+
+def _no_gpu() -> str | None:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    if not torch.cuda.is_available():
+        return "no GPU is visible"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0 (Ampere)"
+    return None
+
+
+def _no_cuda() -> str | None:
+    if not _library.LOADED:
+        return _library.PROBLEM
+    if not _library.has_cuda():
+        return f"the library has no CUDA kernels ({_library.build_info()['cuda']})"
+    return _no_gpu()
+
+
+def _interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed: pip install "fastconv[triton]"'
+    return None if _interpreted() else _no_gpu()
+
+
+_BACKENDS = {
+    "cpu": Backend("fastconv", lambda: "cpu", lambda: _library.PROBLEM),
+    "cuda": Backend("fastconv", lambda: "cuda", _no_cuda),
+    "triton": Backend(
+        "fastconv_triton", lambda: "cpu" if _interpreted() else "cuda", _no_triton, module="fastconv.triton"
+    ),
+    "reference": Backend(None, lambda: "", lambda: None),
+}
+# What "auto" takes for the tensors of a device. The kernels for GPUs are proved by emulation only: until they were
+# measured on one, CUDA tensors run what torch has.
+_AUTO = {"cpu": "cpu", "meta": "cpu"}
+
+
+def names() -> tuple[str, ...]:
+    return "auto", *_BACKENDS
+
+
+def add(name: str, backend: Backend) -> None:
+    """Makes one more backend known, whose operators have the schemas of csrc/schemas.cpp."""
+    _BACKENDS[name] = backend
 
 
 def available() -> dict[str, str | None]:
     """Every backend, with None if it can run here, else the reason why not."""
-    planned = "this version of fastconv has no {} kernels yet; CUDA tensors run the reference"
-    return {
-        "cpu": None if _library.LOADED else _library.PROBLEM,
-        "cuda": planned.format("CUDA C++"),
-        "triton": planned.format("Triton"),
-        "reference": None,
-    }
+    return {name: backend.problem() for name, backend in _BACKENDS.items()}
 
 
 @contextlib.contextmanager
@@ -31,7 +96,8 @@ def use_backend(name: str) -> Iterator[None]:
     The choice holds for the whole process, all threads included.
 
     Args:
-        name: ``"auto"`` (the fastest for the input's device), ``"cpu"`` (the C++ library), or
+        name: ``"auto"`` (the fastest that is proved for the input's device), ``"cpu"`` (the C++
+            library), ``"cuda"`` (CUDA C++ kernels), ``"triton"`` (Triton kernels), or
             ``"reference"`` (the plain aten meaning of the op).
 
     Raises:
@@ -53,29 +119,43 @@ def current() -> str:
 
 
 def choose(backend: str | None, input: torch.Tensor) -> str:
-    """The backend that an op runs for `input`: ``"cpu"`` or ``"reference"``."""
+    """The backend that an op runs for `input`: a name from `names`, other than "auto".
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend cannot run here, or not on this tensor.
+    """
     name = _current if backend is None else backend
+    device = input.device.type
     if name == "auto":
-        if _library.LOADED and input.device.type in ("cpu", "meta"):
-            return "cpu"
-        return "reference"
-    if name != "reference":
-        _require(name)
-        if input.device.type not in (name, "meta"):
-            raise RuntimeError(
-                f"fastconv: got a tensor on {input.device} for backend '{name}', needed one on "
-                f"{name}; move it, or leave the backend to 'auto'"
-            )
+        return _AUTO.get(device, "reference") if _library.LOADED else "reference"
+    _require(name)
+    needed = _BACKENDS[name].device()
+    if needed and device not in (needed, "meta"):
+        raise RuntimeError(
+            f"fastconv: got a tensor on {input.device} for backend '{name}', needed one on "
+            f"{needed}; move it, or leave the backend to 'auto'"
+        )
     return name
 
 
+def namespace(name: str) -> str | None:
+    """Where in ``torch.ops`` the operators of a backend that `choose` returned are; None for the reference."""
+    return _BACKENDS[name].namespace
+
+
 def _require(name: str) -> None:
-    if name not in NAMES:
+    if name == "auto":
+        return
+    backend = _BACKENDS.get(name)
+    if backend is None:
         raise ValueError(
-            f"fastconv: got backend {name!r}, needed one of {', '.join(NAMES)}; see `python -m fastconv info`"
+            f"fastconv: got backend {name!r}, needed one of {', '.join(names())}; see `python -m fastconv info`"
         )
-    reason = available().get(name)
+    reason = backend.problem()
     if reason is not None:
         raise RuntimeError(
             f"fastconv: got backend '{name}', which cannot run here: {reason}; leave the backend to 'auto'"
         )
+    if backend.module is not None:
+        importlib.import_module(backend.module)

@@ -255,7 +255,7 @@ def comparisons(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", type=torch.device, help="default: cpu")
-    parser.add_argument("--backend", default="auto", choices=backends.NAMES, help="default: auto")
+    parser.add_argument("--backend", default="auto", choices=backends.names(), help="default: auto")
     parser.add_argument(
         "--op",
         action="append",

@@ -258,5 +258,5 @@ def gradients(
     if grad is None or not any(wanted):
         return None, None, None, None
     output, input, weight = ctx.saved_tensors
-    found = conv2d_backward(grad, output, input, weight, *geometry, ctx.activation, list(wanted))
+    found = conv2d_backward(ctx.namespace, grad, output, input, weight, *geometry, ctx.activation, list(wanted))
     return tuple(g if want else None for g, want in zip(found, wanted, strict=True))

@@ -1,7 +1,7 @@
 """What every operator registers with torch beside its kernels: fake, autograd, autocast and vmap.
 
-Schemas and CPU kernels are in the C++ library; without it nothing is registered and the public
-functions run the reference.
+Schemas and kernels are in the C++ library; without it the public functions run the reference. A
+namespace is a set of kernels for all operators: "fastconv" is the library's.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch.utils import _pytree as pytree
 
 from .. import _library, backends
 
-_fragment = torch.library.Library("fastconv", "FRAGMENT") if _library.LOADED else None
 _AUTOCAST_DEVICES = ("cpu", "cuda")
+_operators: list[Operator] = []
+_namespaces: dict[str, torch.library.Library] = {}
 
 
 # A rule gets the function to call (the dispatcher's overload, or the reference), the device type
@@ -25,13 +26,22 @@ _AUTOCAST_DEVICES = ("cpu", "cuda")
 AutocastRule = Callable[[Callable[..., Any], str, tuple[Any, ...]], Any]
 
 
+def add_namespace(name: str) -> None:
+    """Completes the operators of ``torch.ops.<name>``, which has those of csrc/schemas.cpp, with kernels."""
+    if name not in _namespaces:
+        _namespaces[name] = torch.library.Library(name, "FRAGMENT")
+        for operator in _operators:
+            operator.complete(name)
+
+
 class Operator:
-    """One operator of csrc/schemas.cpp, completed and callable.
+    """One operator of csrc/schemas.cpp, completed in every namespace and callable in each.
 
     Args:
         name: the name there.
         fake: shape, dtype and layout of the result, and the argument checks.
-        setup_context, backward: as for ``torch.library.register_autograd``.
+        setup_context, backward: as for ``torch.library.register_autograd``; the context has an
+            attribute `namespace` for what the backward calls.
         fold_batch: positions of the arguments whose dimension 0 is a batch: where vmap maps over
             these alone, it becomes one call on a larger batch, otherwise a loop.
     """
@@ -45,16 +55,31 @@ class Operator:
         backward: Callable[..., Any],
         fold_batch: Sequence[int] = (),
     ) -> None:
-        if _fragment is None:
-            return
-        qualified = f"fastconv::{name}"
-        self._overload = getattr(torch.ops.fastconv, name).default
-        torch.library.register_fake(qualified, fake)
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-        torch.library.register_vmap(qualified, _vmap_rule(self._overload, fold_batch))
+        self._name = name
+        self._fake = fake
+        self._setup_context = setup_context
+        self._backward = backward
+        self._fold_batch = fold_batch
+        self._overloads: dict[str, Callable[..., Any]] = {}
+        _operators.append(self)
+        for namespace in _namespaces:
+            self.complete(namespace)
 
-    def __call__(self, *args: Any) -> Any:
-        return self._overload(*args)
+    def complete(self, namespace: str) -> None:
+        qualified = f"{namespace}::{self._name}"
+        overload = getattr(getattr(torch.ops, namespace), self._name).default
+        self._overloads[namespace] = overload
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.namespace = namespace
+            self._setup_context(ctx, inputs, output)
+
+        torch.library.register_fake(qualified, self._fake)
+        torch.library.register_autograd(qualified, self._backward, setup_context=setup_context)
+        torch.library.register_vmap(qualified, _vmap_rule(overload, self._fold_batch))
+
+    def __call__(self, namespace: str, *args: Any) -> Any:
+        return self._overloads[namespace](*args)
 
 
 class PublicOperator(Operator):
@@ -76,29 +101,33 @@ class PublicOperator(Operator):
         fake: Callable[..., Any] | None = None,
         **others: Any,
     ) -> None:
-        super().__init__(name, fake=fake or reference, **others)
         self._reference = reference
         self._autocast = autocast
-        if _fragment is not None:
-            for device in _AUTOCAST_DEVICES:
-                _fragment.impl(name, self._autocast_kernel(device), f"Autocast{device.upper()}")
+        super().__init__(name, fake=fake or reference, **others)
+
+    def complete(self, namespace: str) -> None:
+        super().complete(namespace)
+        for device in _AUTOCAST_DEVICES:
+            kernel = self._autocast_kernel(self._overloads[namespace], device)
+            _namespaces[namespace].impl(self._name, kernel, f"Autocast{device.upper()}")
 
     def run(self, backend: str | None, input: Tensor, *args: Any) -> Any:
         """The op on the backend that was asked for, or else on the one chosen for the input."""
-        if backends.choose(backend, input) != "reference" and not _only_aten_has_derivatives():
-            return self._overload(input, *args)
+        namespace = backends.namespace(backends.choose(backend, input))
+        if namespace is not None and not _only_aten_has_derivatives():
+            return self._overloads[namespace](input, *args)
         device = input.device.type
         if torch.is_autocast_enabled(device):
             return self._autocast(self._reference, device, (input, *args))
         return self._reference(input, *args)
 
-    def _autocast_kernel(self, device: str) -> Callable[..., Any]:
+    def _autocast_kernel(self, overload: Callable[..., Any], device: str) -> Callable[..., Any]:
         key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
         excluded = torch._C.DispatchKeySet(key)
 
         def kernel(*args: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(excluded):
-                return self._autocast(self._overload, device, args)
+                return self._autocast(overload, device, args)
 
         return kernel
 
@@ -164,3 +193,7 @@ def _vmap_rule(op: Callable[..., Any], fold_batch: Sequence[int]) -> Callable[..
         return results, pytree.tree_map(lambda _: 0, results)
 
     return rule
+
+
+if _library.LOADED:
+    add_namespace("fastconv")

@@ -66,7 +66,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is not None and ctx.activation != "none":
         (output,) = ctx.saved_tensors
-        grad = add_relu_backward(grad, output, ctx.activation)
+        grad = add_relu_backward(ctx.namespace, grad, output, ctx.activation)
     return grad, grad, None
 
 
@@ -97,7 +97,7 @@ def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _double_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
     """The mask is linear in the gradient, and constant in the output almost everywhere."""
     (output,) = ctx.saved_tensors
-    return add_relu_backward(gg, output, ctx.activation), None, None
+    return add_relu_backward(ctx.namespace, gg, output, ctx.activation), None, None
 
 
 add_relu_backward = Operator(

@@ -130,6 +130,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None or not any(wanted):
         return (None,) * 10
     found = _backward_operator(
+        ctx.namespace,
         grad,
         *ctx.saved_tensors,
         *ctx.geometry,

@@ -77,7 +77,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is not None:
-        grad = _backward_operator(grad, *ctx.saved_tensors, *ctx.options)
+        grad = _backward_operator(ctx.namespace, grad, *ctx.saved_tensors, *ctx.options)
     return grad, *[None] * 4
 
 

@@ -86,7 +86,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     weights, outputs = rest[: ctx.branches], rest[ctx.branches :]
     # an entry of needs_input_grad is a list for a list of tensors
     wanted = [any(pytree.tree_leaves(needed)) for needed in ctx.needs_input_grad[:3]]
-    found = _backward_operator(grads, outputs, input, weights, ctx.activation, wanted)
+    found = _backward_operator(ctx.namespace, grads, outputs, input, weights, ctx.activation, wanted)
     nothing = (None, [None] * ctx.branches, [None] * ctx.branches if ctx.has_biases else [])
     passed_on = (g if want else none for g, none, want in zip(found, nothing, wanted, strict=True))
     return *passed_on, None
