@@ -6,9 +6,6 @@
 
 namespace fastconv::cpu {
 
-// Whether the output of a convolution is channels_last, as torch decides it
-bool output_is_channels_last(const Tensor& input, const Tensor& weight);
-
 // The arguments of a depthwise convolution as the nhwc kernels read them, with the tensors behind
 // the pointers
 struct NhwcDepthwise {
@@ -31,8 +28,5 @@ bool nhwc_depthwise_takes(const Tensor& input, const Tensor& weight);
 // already checked.
 Tensor depthwise_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                              const IntList& output_size, const ConvGeometry& geometry, Activation activation);
-
-// An output for the nhwc kernels
-Tensor empty_channels_last(const Tensor& like, const IntList& size);
 
 }  // namespace fastconv::cpu

@@ -10,19 +10,6 @@
 namespace fastconv::cpu {
 namespace {
 
-// c10's is_channels_last_strides_2d
-bool has_channels_last_strides(const Tensor& tensor) {
-  int64_t least = 0;
-  for (const int axis : {1, 3, 2, 0}) {
-    const int64_t size = tensor.size(axis), stride = tensor.stride(axis);
-    if (size == 0 || stride < least || (axis == 1 && stride == 0)) return false;
-    // [N, 1, H, 1] and the like: torch takes an ambiguous layout for contiguous.
-    if (axis == 0 && least == tensor.stride(1)) return false;
-    least = stride * std::max<int64_t>(size, 1);
-  }
-  return true;
-}
-
 // [channels, 1, R, S] as [R, S, channels]
 Tensor taps_first(const Tensor& weight) {
   const Tensor from = NhwcDepthwise::in_compute_type(weight);
@@ -40,10 +27,6 @@ Tensor taps_first(const Tensor& weight) {
 }
 
 }  // namespace
-
-bool output_is_channels_last(const Tensor& input, const Tensor& weight) {
-  return has_channels_last_strides(input) || has_channels_last_strides(weight);
-}
 
 bool nhwc_depthwise_takes(const Tensor& input, const Tensor& weight) {
   if (weight.size(0) != input.size(1) || input.numel() == 0) return false;
@@ -82,11 +65,6 @@ NhwcDepthwise::NhwcDepthwise(const Tensor& input, const Tensor& weight, const st
              .dilation_height = geometry.dilation[0],
              .dilation_width = geometry.dilation[1],
              .activation = activation} {}
-
-Tensor empty_channels_last(const Tensor& like, const IntList& size) {
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              MemoryFormat::ChannelsLast);
-}
 
 Tensor depthwise_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                              const IntList& output_size, const ConvGeometry& geometry, Activation activation) {
