@@ -13,7 +13,7 @@ namespace fastconv::cuda {
 // A cudaStream_t; the emulator has only one and ignores it.
 using Stream = void*;
 
-enum class DType { kFloat32, kBFloat16, kFloat16 };
+enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

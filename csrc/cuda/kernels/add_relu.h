@@ -1,0 +1,33 @@
+#pragma once
+
+#include "cuda/launcher.h"
+
+namespace fastconv::cuda {
+
+enum class Elementwise {
+  kAdd,       // activation(input + other)
+  kMask,      // input where the activation let `other`, its output, through
+  kActivate,  // activation(input)
+};
+
+constexpr int kMaxElementwiseDims = 6;
+
+struct ElementwiseParams {
+  const void* input;
+  const void* other;  // null for kActivate
+  void* output;       // dense; may be `input` or `other` where those lie in memory alike
+  int64_t numel;
+  Activation activation;
+  DType dtype;
+  // 0 dimensions: all tensors lie in memory alike. Otherwise output lies in the order of these dimensions, the last one
+  // innermost, and the other two have strides.
+  int dims;
+  int64_t sizes[kMaxElementwiseDims];
+  int64_t input_strides[kMaxElementwiseDims];
+  int64_t other_strides[kMaxElementwiseDims];
+};
+
+const std::vector<KernelInfo>& add_relu_kernels();
+void add_relu_launch(Elementwise operation, const ElementwiseParams& params, Stream stream);
+
+}  // namespace fastconv::cuda
