@@ -12,7 +12,7 @@ struct KernelInfo {
   int arch;           // 80: runs on sm_80 and later
   int tile[3];        // what a block owns, M x N x K for GEMMs; 0 where it means nothing
   int stages;         // depth of the asynchronous pipeline, 0 without one
-  int threads;        // of a block
+  int threads;        // of a block, at most
   int shared_bytes;   // dynamic shared memory of a block; -1 where the launch decides
   const char* needs;  // what it asks of its tensors, in words; "" when nothing
 };

@@ -1,0 +1,54 @@
+#include "control.h"
+
+namespace fastconv::emulator {
+
+void Control::add(const Statistics& more) {
+  statistics.blocks += more.blocks;
+  statistics.switches += more.switches;
+  statistics.mma += more.mma;
+  statistics.ldmatrix += more.ldmatrix;
+  statistics.ldmatrix_conflicts += more.ldmatrix_conflicts;
+  statistics.cp_async += more.cp_async;
+}
+
+Control& control() {
+  static Control state;
+  return state;
+}
+
+}  // namespace fastconv::emulator
+
+using fastconv::emulator::control;
+
+void fastconv_emulator_seed(uint64_t seed) { control().seed = seed; }
+
+void fastconv_emulator_multiprocessors(int count) { control().multiprocessors = count; }
+
+int fastconv_emulator_checks_plain_accesses() {
+#ifdef FASTCONV_EMULATOR_HOOKS
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+const char* fastconv_emulator_statistics() {
+  static std::string json;
+  const std::lock_guard<std::mutex> lock(control().mutex);
+  const auto& counts = control().statistics;
+  json = "{\"launches\": {";
+  for (const auto& [kernel, count] : control().launches) {
+    json += (json.back() == '{' ? "\"" : ", \"") + kernel + "\": " + std::to_string(count);
+  }
+  json += "}, \"blocks\": " + std::to_string(counts.blocks) + ", \"switches\": " + std::to_string(counts.switches) +
+          ", \"mma\": " + std::to_string(counts.mma) + ", \"ldmatrix\": " + std::to_string(counts.ldmatrix) +
+          ", \"ldmatrix_conflicts\": " + std::to_string(counts.ldmatrix_conflicts) +
+          ", \"cp_async\": " + std::to_string(counts.cp_async) + "}";
+  return json.c_str();
+}
+
+void fastconv_emulator_reset_statistics() {
+  const std::lock_guard<std::mutex> lock(control().mutex);
+  control().launches.clear();
+  control().statistics = {};
+}

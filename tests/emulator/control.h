@@ -1,0 +1,34 @@
+// What tests set and ask.
+#pragma once
+
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "block.h"
+
+namespace fastconv::emulator {
+
+struct Control {
+  std::mutex mutex;  // one launch at a time
+  uint64_t seed = 1;
+  int multiprocessors = 4;
+  std::map<std::string, uint64_t> launches;  // by kernel
+  Statistics statistics;
+
+  void add(const Statistics& more);
+};
+
+Control& control();
+
+}  // namespace fastconv::emulator
+
+#define FASTCONV_EMULATOR_API extern "C" __attribute__((visibility("default")))
+
+FASTCONV_EMULATOR_API void fastconv_emulator_seed(uint64_t seed);
+FASTCONV_EMULATOR_API void fastconv_emulator_multiprocessors(int count);
+// 1 when the kernels' plain loads and stores are seen
+FASTCONV_EMULATOR_API int fastconv_emulator_checks_plain_accesses();
+// Launches by kernel and other counts since the last reset, as JSON; valid until the next call
+FASTCONV_EMULATOR_API const char* fastconv_emulator_statistics();
+FASTCONV_EMULATOR_API void fastconv_emulator_reset_statistics();

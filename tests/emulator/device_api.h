@@ -1,0 +1,61 @@
+// What the twins of csrc/cuda/*.cuh ask of the emulator. Values travel in registers, never by address: a local variable
+// whose address escapes would have each of its accesses instrumented.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace fastconv::cuda {
+struct KernelInfo;
+}
+
+namespace fastconv::emulator {
+
+using Where = std::source_location;
+
+struct Pair {
+  uint32_t v[2];
+};
+struct Quad {
+  uint32_t v[4];
+};
+
+// The same for one thread from its begin to its end, whatever other threads do in between.
+[[gnu::const]] uint3 thread_index();
+[[gnu::const]] uint3 block_index();
+[[gnu::const]] dim3 block_size();
+[[gnu::const]] dim3 grid_size();
+[[gnu::const]] void* shared_memory();
+uint32_t shared_address(const void* pointer, Where where);
+
+void sync_block(Where where);
+void sync_warp(uint32_t mask, Where where);
+enum class Shuffle { kIndex, kXor, kUp, kDown };
+uint32_t shuffle(Shuffle kind, uint32_t mask, uint32_t value, int operand, int width, Where where);
+uint32_t ballot(uint32_t mask, bool predicate, Where where);
+
+// `bytes` is 1, 2, 4, 8 or 16; the rest of the Quad is 0.
+Quad load(const void* source, int bytes, Where where);
+void store(void* destination, Quad value, int bytes, Where where);
+
+void cp_async(int bytes, uint32_t destination, const void* source, bool predicate, Where where);
+void cp_async_commit();
+void cp_async_wait(int pending);
+Quad ldmatrix(int matrices, bool transposed, uint32_t address, Where where);
+enum class Mma { kHalf, kBFloat16, kTf32 };
+Quad mma(Mma kind, Quad d, Quad a, Pair b, Where where);
+
+// Runs call(kernel, params) once for each thread; throws std::runtime_error that lists what was found.
+void launch(const cuda::KernelInfo& info, void (*call)(void* kernel, const void* params), void* kernel,
+            const void* params, dim3 grid, dim3 block, size_t shared_bytes, Where where);
+
+}  // namespace fastconv::emulator

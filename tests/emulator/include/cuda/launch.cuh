@@ -1,0 +1,32 @@
+// The twin of csrc/cuda/launch.cuh for a host compiler.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/launcher.h"
+#include "cuda/types.cuh"
+
+namespace fastconv::cuda {
+
+template <class T>
+inline T* dynamic_smem() {
+  return static_cast<T*>(emulator::shared_memory());
+}
+
+namespace detail {
+// Not instrumented: it copies the parameters out of the host's memory.
+template <class P>
+__attribute__((no_sanitize("thread"))) void call(void* kernel, const void* params) {
+  reinterpret_cast<void (*)(P)>(kernel)(*static_cast<const P*>(params));
+}
+}  // namespace detail
+
+template <class P>
+void launch(const KernelInfo& info, void (*kernel)(P), dim3 grid, dim3 block, size_t shared_bytes, Stream,
+            const P& params, emulator::Where where = emulator::Where::current()) {
+  static_assert(sizeof(P) <= 4096, "a kernel takes at most 4 KiB of parameters");
+  emulator::launch(info, &detail::call<P>, reinterpret_cast<void*>(kernel), &params, grid, block, shared_bytes, where);
+}
+
+}  // namespace fastconv::cuda
