@@ -9,7 +9,7 @@ namespace fastconv::cuda {
 namespace {
 
 bool is_channels_last(const Tensor& tensor) {
-  const auto format = tensor.dim() == 4 ? std::optional(MemoryFormat::ChannelsLast)
+  const auto format = tensor.dim() == 4   ? std::optional(MemoryFormat::ChannelsLast)
                       : tensor.dim() == 5 ? std::optional(MemoryFormat::ChannelsLast3d)
                                           : std::nullopt;
   if (!format) return false;

@@ -13,8 +13,7 @@ namespace {
 LocalResponseNormParams make_params(const char* op, Device& device, const Tensor& input, int64_t size, double alpha,
                                     double beta, double k) {
   const int64_t channels = input.size(1);
-  STD_TORCH_CHECK(channels <= INT32_MAX, op, ": got ", channels,
-                  " channels, needed fewer than 2^31; split the tensor");
+  STD_TORCH_CHECK(channels <= INT32_MAX, op, ": got ", channels, " channels, needed fewer than 2^31; split the tensor");
   LocalResponseNormParams params{};
   params.input = device.in(input);
   params.dtype = element_type(input);

@@ -4,14 +4,14 @@
 //   mask      dx = dy where activation let y through, else 0
 //   activate  y = activation(x)
 //
-// flat:    the tensors lie in memory alike. A thread owns kUnroll vectors of 16 bytes, a block's apart, so that a warp's
+// flat:    the tensors lie in memory alike. A thread owns kUnroll vectors of 16 bytes, a block's apart, so that a
+// warp's
 //          accesses are whole lines. vec1 does without alignment.
 // strided: the output is dense, the others have strides. A thread owns one element; where the innermost dimensions
 //          differ, the caches make up for what the strides waste.
 //
 // Bound by memory: two reads and a write of each element.
 #include "cuda/kernels/add_relu.h"
-
 #include "cuda/kernels/scalar.cuh"
 
 namespace fastconv::cuda {
@@ -84,7 +84,11 @@ constexpr const char* kAligned = "tensors of one dense layout, 16-byte aligned";
 constexpr const char* kFlat = "tensors of one dense layout";
 constexpr const char* kStrided = "an output that is dense in some order of at most 6 dimensions";
 
-KernelInfo entry(const char* name, const char* needs) { return {name, "add_relu", 80, {0, 0, 0}, 0, kThreads, 0, needs}; }
+KernelInfo entry(const char* op, const char* name, const char* needs) {
+  return {name, op, 80, {0, 0, 0}, 0, kThreads, 0, needs};
+}
+
+constexpr const char* kOperationNames[] = {"add_relu_fprop", "activation_dgrad", "activation_fprop"};
 
 template <Elementwise kOperation>
 void launch_operation(const KernelInfo& info, bool strided, int width, const ElementwiseParams& params, Stream stream) {
@@ -110,23 +114,25 @@ void launch_operation(const KernelInfo& info, bool strided, int width, const Ele
 
 const std::vector<KernelInfo>& add_relu_kernels() {
   static const std::vector<KernelInfo> kernels = {
-      entry("add_relu_fprop_vec16", kAligned),       entry("add_relu_fprop_vec1", kFlat),
-      entry("add_relu_fprop_strided", kStrided),     entry("activation_fprop_vec16", kAligned),
-      entry("activation_fprop_vec1", kFlat),         entry("activation_dgrad_vec16", kAligned),
-      entry("activation_dgrad_vec1", kFlat),         entry("activation_dgrad_strided", kStrided),
+      entry("add_relu_fprop", "add_relu_fprop_vec16", kAligned),
+      entry("add_relu_fprop", "add_relu_fprop_vec1", kFlat),
+      entry("add_relu_fprop", "add_relu_fprop_strided", kStrided),
+      entry("activation_fprop", "activation_fprop_vec16", kAligned),
+      entry("activation_fprop", "activation_fprop_vec1", kFlat),
+      entry("activation_dgrad", "activation_dgrad_vec16", kAligned),
+      entry("activation_dgrad", "activation_dgrad_vec1", kFlat),
+      entry("activation_dgrad", "activation_dgrad_strided", kStrided),
   };
   return kernels;
 }
 
 void add_relu_launch(Elementwise operation, const ElementwiseParams& params, Stream stream) {
-  const std::string stem = operation == Elementwise::kAdd    ? "add_relu_fprop"
-                           : operation == Elementwise::kMask ? "activation_dgrad"
-                                                             : "activation_fprop";
+  const std::string op = kOperationNames[static_cast<int>(operation)];
   const bool strided = params.dims > 0;
   const bool aligned = is_aligned(params.input) && is_aligned(params.other) && is_aligned(params.output);
-  const std::string vec16 = stem + "_vec16", vec1 = stem + "_vec1";
-  std::string name = strided ? stem + "_strided" : aligned ? vec16 : vec1;
-  if (const char* forced = forced_among("add_relu", {vec16.c_str(), vec1.c_str(), (stem + "_strided").c_str()})) {
+  const std::string vec16 = op + "_vec16", vec1 = op + "_vec1";
+  std::string name = strided ? op + "_strided" : aligned ? vec16 : vec1;
+  if (const char* forced = forced_kernel(op.c_str())) {
     const bool fits = forced == name || (forced == vec1 && !strided);
     if (!fits) {
       throw std::runtime_error(std::string("fastconv: kernel ") + forced + " was forced, but needs " +

@@ -4,10 +4,10 @@
 //   dgrad  dx[n,c,h,w] = sum over k of c, r, s of w[k,r,s] dz[n,k,p,q], where (p,q) reads (h,w) through (r,s)
 //   wgrad  dw[k,r,s]   = sum over n,p,q of dz[n,k,p,q] x[n,c,...]     db[k] = sum over n,p,q of dz[n,k,p,q]
 //
-// where dz is dy behind the activation's mask. A block is x lanes of channels (a vector of 16 bytes each, or one element)
-// by y lanes of tiles; a tile is kTile pixels of a row. A loaded vector serves all pixels of the tile that it belongs to,
-// and the rows that tiles below each other share come from L1. Filters lie in shared memory, as [tap][channel] in the
-// type of computation, the bias behind them.
+// where dz is dy behind the activation's mask. A block is x lanes of channels (a vector of 16 bytes each, or one
+// element) by y lanes of tiles; a tile is kTile pixels of a row. A loaded vector serves all pixels of the tile that it
+// belongs to, and the rows that tiles below each other share come from L1. Filters lie in shared memory, as
+// [tap][channel] in the type of computation, the bias behind them.
 //
 //   nhwc  vectors of channels: x lanes run along memory. One filter per channel.
 //   any   single elements, any strides: of NCHW a block has one channel, and y lanes run along the row.
@@ -19,10 +19,9 @@
 // partial sums go to a workspace [chunk][tap, bias][k], which a second kernel adds up: always in the same order.
 //
 // Bound by memory: x and y (or dy, y and dx) once.
-#include "cuda/kernels/depthwise_conv2d.h"
-
 #include <algorithm>
 
+#include "cuda/kernels/depthwise_conv2d.h"
 #include "cuda/kernels/scalar.cuh"
 
 namespace fastconv::cuda {
@@ -340,7 +339,7 @@ wgrad(const DepthwiseConv2dParams p) {
 
   A* memory = dynamic_smem<A>();
   A* partial = static_cast<A*>(p.workspace) + int64_t{chunk} * (taps + 1) * all;
-  const auto write = [&](int tap, A (&values)[kWidth]) {
+  const auto write = [&](int tap, A(&values)[kWidth]) {
     sum_lanes(memory, values);
     if (threadIdx.y != 0 || k >= all) return;
 #pragma unroll
@@ -365,7 +364,8 @@ wgrad_sum(const DepthwiseConv2dParams p) {
   if (k < all) {
     const A* partial = static_cast<const A*>(p.workspace) + int64_t{tap} * all + k;
 #pragma unroll 4
-    for (int chunk = threadIdx.y; chunk < p.chunks; chunk += kSumY) sum[0] += partial[int64_t{chunk} * (taps + 1) * all];
+    for (int chunk = threadIdx.y; chunk < p.chunks; chunk += kSumY)
+      sum[0] += partial[int64_t{chunk} * (taps + 1) * all];
   }
   sum_lanes(dynamic_smem<A>(), sum);
   if (threadIdx.y != 0 || k >= all) return;
@@ -420,11 +420,10 @@ constexpr const char* kFilterNames[] = {"_3x", "_5x", ""};
 Choice choose(const DepthwiseConv2dParams& p, Pass pass) {
   const std::string stem = kPassNames[static_cast<int>(pass)];
   const auto name_of = [&](bool vectors, int filter) {
-    return stem + (vectors ? "_nhwc" : "_any") + (filter ? "_" + std::to_string(filter) + "x" : "");
+    return stem + (vectors ? "_nhwc" : "_any") + (filter == 3 ? "_3x" : filter == 5 ? "_5x" : "");
   };
   bool vectors = takes_vectors(p, pass), fast = has_fast_filter(p);
-  const char* forced = forced_kernel("depthwise_conv2d");
-  if (forced && std::string(forced).starts_with(stem)) {
+  if (const char* forced = forced_kernel(stem.c_str())) {
     bool found = false;
     for (const bool v : {vectors, false}) {
       for (const bool f : {fast, false}) {
@@ -454,7 +453,7 @@ Choice choose(const DepthwiseConv2dParams& p, Pass pass) {
   choice.channel_blocks = static_cast<int>(ceil_div(lanes, most));
   const int64_t x = ceil_div(lanes, choice.channel_blocks);
   // Warps without work would only wait at the barriers.
-  const int64_t y = std::min<int64_t>(kThreads / x, ceil_div(ceil_div(p.tiles, 1) * x, 32) * 32 / x);
+  const int64_t y = std::min<int64_t>(kThreads / x, ceil_div(p.tiles * x, 32) * 32 / x);
   choice.block = dim3(static_cast<unsigned>(x), static_cast<unsigned>(std::max<int64_t>(y, 1)));
   const int compute_bytes = p.dtype == DType::kFloat64 ? 8 : 4;
   choice.shared_bytes = pass == Pass::kWgrad ? choice.block.x * choice.block.y * choice.vector * compute_bytes
@@ -532,12 +531,12 @@ const std::vector<KernelInfo>& depthwise_conv2d_kernels() {
       for (const bool vectors : {true, false}) {
         for (const char* filter : kFilterNames) {
           names.push_back(std::string(pass) + (vectors ? "_nhwc" : "_any") + filter);
-          const char* needs = vectors ? (*filter ? "whole vectors of 16 bytes of channels, one filter for each, a filter "
-                                                   "of this width without dilation, stride 1 or 2 along the row"
-                                                 : "whole vectors of 16 bytes of channels, one filter for each")
-                                      : (*filter ? "a filter of this width without dilation, stride 1 or 2 along the row"
-                                                 : "");
-          entries.push_back({names.back().c_str(), "depthwise_conv2d", 80, {0, 0, 0}, 0, kThreads, -1, needs});
+          const char* needs =
+              vectors ? (*filter ? "whole vectors of 16 bytes of channels, one filter for each, a filter "
+                                   "of this width without dilation, stride 1 or 2 along the row"
+                                 : "whole vectors of 16 bytes of channels, one filter for each")
+                      : (*filter ? "a filter of this width without dilation, stride 1 or 2 along the row" : "");
+          entries.push_back({names.back().c_str(), pass, 80, {0, 0, 0}, 0, kThreads, -1, needs});
         }
       }
     }

@@ -7,7 +7,8 @@
 // Nothing but x is needed for the gradient. Every sum is taken afresh from its own terms: a running one would let a NaN
 // or a cancellation leak out of its window.
 //
-// planes: size 5, channels some stride apart (NCHW). A thread owns a vector of pixels and slides along the channels with
+// planes: size 5, channels some stride apart (NCHW). A thread owns a vector of pixels and slides along the channels
+// with
 //         the window in registers; a grid of few pixels is cut along the channels, too.
 // rows:   channels side by side (NHWC). A block owns some pixels and all of their channels (or a tile with its halo),
 //         a thread a vector of channels; shared memory holds x, and t for the gradient. Its index skips every 33rd
@@ -16,10 +17,9 @@
 //         gradient takes two kernels, with t in a workspace between them.
 //
 // Bound by memory: x once and y, or x, g and dx.
-#include "cuda/kernels/local_response_norm.h"
-
 #include <algorithm>
 
+#include "cuda/kernels/local_response_norm.h"
 #include "cuda/kernels/scalar.cuh"
 
 namespace fastconv::cuda {
@@ -141,11 +141,11 @@ dgrad_planes(const LocalResponseNormParams p) {
   const T* x = static_cast<const T*>(p.input) + at.offset;
   const T* g = static_cast<const T*>(p.grad_output) + at.offset;
   T* dx = static_cast<T*>(p.output) + at.offset;
-  A window[kWindow][kWidth];      // x of j - 2 ... j + 2
-  A terms[kWindow][kWidth];       // t of j - 4 ... j
-  A scaled[kReach + 1][kWidth];   // g / d^beta of j - 2 ... j
+  A window[kWindow][kWidth];     // x of j - 2 ... j + 2
+  A terms[kWindow][kWidth];      // t of j - 4 ... j
+  A scaled[kReach + 1][kWidth];  // g / d^beta of j - 2 ... j
 #pragma unroll
-  for (int c = -2 * kReach; c < 0; ++c) slide<T>(window, x, at.first + c + kReach, p);
+  for (int c = -2 * kReach; c < 0; ++c) slide<T>(window, x, at.first + c, p);
 #pragma unroll 5
   for (int j = at.first - kReach; j < at.last + kReach; ++j) {
     slide<T>(window, x, j + kReach, p);
@@ -430,11 +430,13 @@ bool takes(const std::string& kernel, const LocalResponseNormParams& p, bool bac
   return true;  // wide
 }
 
+constexpr const char* kFprop = "local_response_norm_fprop";
+constexpr const char* kDgrad = "local_response_norm_dgrad";
+
 const KernelInfo& choose(const LocalResponseNormParams& p, bool backward) {
-  const std::string stem = backward ? "local_response_norm_dgrad" : "local_response_norm_fprop";
+  const std::string stem = backward ? kDgrad : kFprop;
   const std::string names[] = {stem + "_nhwc_vec", stem + "_nhwc", stem + "_nchw_vec", stem + "_nchw", stem + "_wide"};
-  const char* forced = forced_kernel("local_response_norm");
-  if (forced && std::string(forced).starts_with(stem)) {
+  if (const char* forced = forced_kernel(stem.c_str())) {
     const KernelInfo& info = find_kernel(local_response_norm_kernels(), forced);
     if (!takes(forced, p, backward)) {
       throw std::runtime_error(std::string("fastconv: kernel ") + forced + " was forced, but needs " + info.needs);
@@ -514,20 +516,20 @@ const std::vector<KernelInfo>& local_response_norm_kernels() {
   constexpr const char* kRowsVector = "channels side by side, whole vectors of 16 bytes of them, 16-byte aligned";
   constexpr const char* kRows = "channels side by side, a size whose halo fits into shared memory";
   constexpr const char* kPlanesVector = "size 5, whole vectors of 16 bytes of pixels, 16-byte aligned";
-  static const auto entry = [](const char* name, int shared_bytes, const char* needs) {
-    return KernelInfo{name, "local_response_norm", 80, {0, 0, 0}, 0, kThreads, shared_bytes, needs};
+  static const auto entry = [](const char* op, const char* name, int shared_bytes, const char* needs) {
+    return KernelInfo{name, op, 80, {0, 0, 0}, 0, kThreads, shared_bytes, needs};
   };
   static const std::vector<KernelInfo> kernels = {
-      entry("local_response_norm_fprop_nhwc_vec", -1, kRowsVector),
-      entry("local_response_norm_fprop_nhwc", -1, kRows),
-      entry("local_response_norm_fprop_nchw_vec", 0, kPlanesVector),
-      entry("local_response_norm_fprop_nchw", 0, "size 5"),
-      entry("local_response_norm_fprop_wide", 0, ""),
-      entry("local_response_norm_dgrad_nhwc_vec", -1, kRowsVector),
-      entry("local_response_norm_dgrad_nhwc", -1, kRows),
-      entry("local_response_norm_dgrad_nchw_vec", 0, kPlanesVector),
-      entry("local_response_norm_dgrad_nchw", 0, "size 5"),
-      entry("local_response_norm_dgrad_wide", 0, "a workspace of the tensor's size in float32 (float64)"),
+      entry(kFprop, "local_response_norm_fprop_nhwc_vec", -1, kRowsVector),
+      entry(kFprop, "local_response_norm_fprop_nhwc", -1, kRows),
+      entry(kFprop, "local_response_norm_fprop_nchw_vec", 0, kPlanesVector),
+      entry(kFprop, "local_response_norm_fprop_nchw", 0, "size 5"),
+      entry(kFprop, "local_response_norm_fprop_wide", 0, ""),
+      entry(kDgrad, "local_response_norm_dgrad_nhwc_vec", -1, kRowsVector),
+      entry(kDgrad, "local_response_norm_dgrad_nhwc", -1, kRows),
+      entry(kDgrad, "local_response_norm_dgrad_nchw_vec", 0, kPlanesVector),
+      entry(kDgrad, "local_response_norm_dgrad_nchw", 0, "size 5"),
+      entry(kDgrad, "local_response_norm_dgrad_wide", 0, "a workspace of the tensor's size in float32 (float64)"),
   };
   return kernels;
 }

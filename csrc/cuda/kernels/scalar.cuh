@@ -88,19 +88,10 @@ void for_element_type(DType dtype, F&& f) {
   }
 }
 
-constexpr int element_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
+constexpr int element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-inline bool is_aligned(const void* pointer, int bytes = 16) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
-// The kernel that is forced upon `stem`, if it is one of `kernels` (those that serve one pass), else null
-inline const char* forced_among(const char* stem, std::initializer_list<const char*> kernels) {
-  const char* forced = forced_kernel(stem);
-  for (const char* kernel : kernels) {
-    if (forced && std::string(forced) == kernel) return forced;
-  }
-  return nullptr;
+inline bool is_aligned(const void* pointer, int bytes = 16) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
 }  // namespace fastconv::cuda
