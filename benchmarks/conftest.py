@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="cpu (default) or cuda")
     group.addoption("--dtype", default="fp32", choices=DTYPES, help="default: fp32")
     group.addoption("--batch", default=1, type=int, help="default: 1")
-    group.addoption("--backend", default="auto", choices=backends.NAMES, help="default: auto")
+    group.addoption("--backend", default="auto", choices=backends.names(), help="default: auto")
     group.addoption("--quick", action="store_true", help="only the first layer of each op")
     group.addoption("--tiny", action="store_true", help="at most 12x12 pixels: to see it work")
     group.addoption("--save-results", action="store_true", help="as JSON in benchmarks/results")

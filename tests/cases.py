@@ -63,6 +63,7 @@ class Case:
         *,
         seed: int = 0,
         requires_grad: bool = False,
+        device: torch.device | str = "cpu",
     ) -> dict[str, Any]:
         """Random arguments; weights are scaled so that outputs have the size of the inputs."""
         generator = torch.Generator().manual_seed(seed)
@@ -73,7 +74,7 @@ class Case:
             value = torch.randn(shape, generator=generator, dtype=torch.float64)
             if "weight" in name:
                 value = value * 1.4 / math.sqrt(math.prod(shape[1:]))
-            value = value.to(dtype)
+            value = value.to(device, dtype)
             if layout == "channels_last" and len(shape) in (4, 5):
                 formats = {4: torch.channels_last, 5: torch.channels_last_3d}
                 value = value.contiguous(memory_format=formats[len(shape)])

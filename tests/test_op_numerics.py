@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import CASES, CONV_OPS, DTYPES, LAYOUTS, Case, mapped, named, run, tensors
+from kernel_backends import CUDA, device_of, true_float32
 from torch import Tensor
 
-from fastconv import ops
+from fastconv import ops, use_backend
 from fastconv._numerics import assert_close_to_oracle, away_from_kinks, poisoned_outputs
+
+
+@pytest.fixture(params=["auto", *CUDA])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where the tensors of a test go, which runs on the backend that belongs to it."""
+    found = device_of(request.param)
+    with use_backend(request.param), true_float32():
+        yield found
 
 
 def border(case: Case, output: Tensor) -> int | None:
@@ -21,8 +31,8 @@ def border(case: Case, output: Tensor) -> int | None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward(case: Case, dtype: torch.dtype, layout: str) -> None:
-    arguments = case.arguments(dtype, layout)
+def test_forward(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> None:
+    arguments = case.arguments(dtype, layout, device=device)
     with poisoned_outputs():
         outputs = run(case.op, arguments)
     oracles = run(case.op, mapped(arguments, Tensor.double), backend="reference")
@@ -59,10 +69,10 @@ def preactivations(case: Case, arguments: dict[str, Any]) -> list[tuple[Tensor, 
     return found
 
 
-def arguments_off_the_kinks(case: Case, dtype: torch.dtype, layout: str) -> dict[str, Any]:
+def arguments_off_the_kinks(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> dict[str, Any]:
     """Arguments whose gradients do not hang on a rounding error."""
     for seed in range(200):
-        arguments = case.arguments(dtype, layout, seed=seed, requires_grad=True)
+        arguments = case.arguments(dtype, layout, seed=seed, requires_grad=True, device=device)
         with torch.no_grad():
             if all(bool(away_from_kinks(v, a, dtype).all()) for v, a in preactivations(case, arguments)):
                 return arguments
@@ -90,14 +100,14 @@ def check_gradients(case: Case, arguments: dict[str, Any], grads: list[Tensor]) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_backward(case: Case, dtype: torch.dtype, layout: str) -> None:
-    arguments = arguments_off_the_kinks(case, dtype, layout)
+def test_backward(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> None:
+    arguments = arguments_off_the_kinks(case, dtype, layout, device)
     grads = [torch.randn_like(output) for output in run(case.op, arguments)]
     check_gradients(case, arguments, grads)
 
 
 def expanded(output: Tensor) -> Tensor:
-    return torch.randn((), dtype=output.dtype).expand_as(output)
+    return torch.randn_like(output[(0,) * output.dim()]).expand_as(output)
 
 
 def transposed(output: Tensor) -> Tensor:
@@ -109,7 +119,7 @@ def channels_last(output: Tensor) -> Tensor:
 
 
 def sliced(output: Tensor) -> Tensor:
-    return torch.randn(*output.shape[:-1], 2 * output.shape[-1], dtype=output.dtype)[..., ::2]
+    return torch.randn(*output.shape[:-1], 2 * output.shape[-1], dtype=output.dtype, device=output.device)[..., ::2]
 
 
 @pytest.mark.parametrize("make", [expanded, transposed, channels_last, sliced])
@@ -119,23 +129,23 @@ def sliced(output: Tensor) -> Tensor:
     [case for case in CASES if len(case.shapes["input"]) == 4 and case.shapes["input"][0]],
     ids=str,
 )
-def test_odd_gradients(case: Case, layout: str, make: Any) -> None:
+def test_odd_gradients(case: Case, layout: str, make: Any, device: torch.device) -> None:
     """`.sum()` sends expanded gradients, other consumers send any layout."""
-    arguments = arguments_off_the_kinks(case, torch.float32, layout)
+    arguments = arguments_off_the_kinks(case, torch.float32, layout, device)
     check_gradients(case, arguments, [make(output) for output in run(case.op, arguments)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_non_contiguous_inputs(case: Case, dtype: torch.dtype) -> None:
+def test_non_contiguous_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     def strided(tensor: Tensor) -> Tensor:
         if tensor.dim() == 0:
             return tensor
-        wide = torch.empty(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype)
+        wide = torch.empty(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype, device=tensor.device)
         wide[..., ::2] = tensor
         return wide[..., ::2]
 
-    arguments = case.arguments(dtype)
+    arguments = case.arguments(dtype, device=device)
     outputs = run(case.op, mapped(arguments, strided))
     for output, expected in zip(outputs, run(case.op, arguments), strict=True):
         torch.testing.assert_close(output, expected)

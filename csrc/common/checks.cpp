@@ -117,15 +117,14 @@ IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight, 
   STD_TORCH_CHECK(input.size(1) == weight.size(1) * groups, op, ": got ", input.size(1), " channels in input of shape ",
                   shape(input), ", needed ", weight.size(1) * groups, " (weight.shape[1] ", weight.size(1),
                   " x groups ", groups, "); change input, weight or groups");
-  IntList output_size{input.size(0), out_channels, 0, 0};
   for (int axis = 0; axis < 2; ++axis) {
     const int64_t padded = input.size(2 + axis) + 2 * geometry.padding[axis];
     const int64_t extent = geometry.dilation[axis] * (weight.size(2 + axis) - 1) + 1;
     STD_TORCH_CHECK(extent <= padded, op, ": got a filter that spans ", extent, " pixels over a padded ",
                     axis ? "width" : "height", " of ", padded,
                     ", needed at most that; add padding or shrink the filter");
-    output_size[2 + axis] = (padded - extent) / geometry.stride[axis] + 1;
   }
+  const IntList output_size = conv2d_output_size(input, weight, geometry);
   if (bias) {
     check_like_input(op, input, "bias", *bias);
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_channels, op, ": got bias of shape ", shape(*bias),
@@ -139,9 +138,62 @@ IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight, 
   return output_size;
 }
 
+IntList conv2d_output_size(const Tensor& input, const Tensor& weight, const ConvGeometry& geometry) {
+  IntList size{input.size(0), weight.size(0), 0, 0};
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t padded = input.size(2 + axis) + 2 * geometry.padding[axis];
+    const int64_t extent = geometry.dilation[axis] * (weight.size(2 + axis) - 1) + 1;
+    size[2 + axis] = (padded - extent) / geometry.stride[axis] + 1;
+  }
+  return size;
+}
+
+void check_mask_source(const char* op, const Tensor& grad_output, const std::optional<Tensor>& output,
+                       Activation activation) {
+  if (activation == Activation::kNone) return;
+  STD_TORCH_CHECK(output, op, ": got no output, needed it for the activation's mask; pass the forward's output");
+  check_like_input(op, grad_output, "output", *output);
+  check_same_shape(op, grad_output, "output", *output);
+}
+
 void check_pointwise_weight(const char* op, const char* name, const Tensor& weight) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1, op, ": got ", name, " of shape ",
                   shape(weight), ", needed [K, C, 1, 1]; use conv2d_relu for larger filters");
+}
+
+namespace {
+
+const ConvGeometry kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
+
+std::string entry(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
+
+}  // namespace
+
+void check_pointwise_group(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                           const std::vector<Tensor>& biases) {
+  STD_TORCH_CHECK(!weights.empty() && (biases.empty() || biases.size() == weights.size()), op, ": got ", weights.size(),
+                  " weights and ", biases.size(),
+                  " biases, needed at least one weight and as many biases; use None for no bias");
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_pointwise_weight(op, entry("weights", i).c_str(), weights[i]);
+    check_conv2d(op, input, weights[i], biases.empty() ? std::nullopt : std::optional(biases[i]), std::nullopt,
+                 kPointwise);
+  }
+}
+
+void check_pointwise_group_backward(const char* op, const std::vector<Tensor>& grad_outputs,
+                                    const std::vector<Tensor>& outputs, const Tensor& input,
+                                    const std::vector<Tensor>& weights, Activation activation) {
+  const size_t needed_outputs = activation == Activation::kNone ? 0 : weights.size();
+  STD_TORCH_CHECK(!weights.empty() && grad_outputs.size() == weights.size() && outputs.size() == needed_outputs, op,
+                  ": got ", weights.size(), " weights, ", grad_outputs.size(), " gradients and ", outputs.size(),
+                  " outputs, needed as many of each, and no outputs without an activation; pass what the "
+                  "forward had");
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_pointwise_weight(op, entry("weights", i).c_str(), weights[i]);
+    check_conv2d(op, input, weights[i], std::nullopt, grad_outputs[i], kPointwise, "grad_outputs");
+    if (activation != Activation::kNone) check_same_shape(op, grad_outputs[i], entry("outputs", i).c_str(), outputs[i]);
+  }
 }
 
 int64_t check_depthwise_weight(const char* op, const char* name, const Tensor& input, const Tensor& weight) {

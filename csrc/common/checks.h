@@ -28,7 +28,18 @@ void check_same_shape(const char* op, const Tensor& input, const char* name, con
 IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& residual, const ConvGeometry& geometry,
                      const char* residual_name = "residual");
+// [N, K, P, Q] for arguments that were checked
+IntList conv2d_output_size(const Tensor& input, const Tensor& weight, const ConvGeometry& geometry);
+// In a backward: the forward's output is there where the activation's mask is read from it.
+void check_mask_source(const char* op, const Tensor& grad_output, const std::optional<Tensor>& output,
+                       Activation activation);
 void check_pointwise_weight(const char* op, const char* name, const Tensor& weight);
+// One bias for each weight, or none at all
+void check_pointwise_group(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                           const std::vector<Tensor>& biases);
+void check_pointwise_group_backward(const char* op, const std::vector<Tensor>& grad_outputs,
+                                    const std::vector<Tensor>& outputs, const Tensor& input,
+                                    const std::vector<Tensor>& weights, Activation activation);
 // Weight [C * multiplier, 1, R, S]: one filter set for each of the input's channels. Returns C, the
 // groups.
 int64_t check_depthwise_weight(const char* op, const char* name, const Tensor& input, const Tensor& weight);

@@ -60,4 +60,7 @@ inline Tensor empty_channels_last(const Tensor& like, const IntList& size) {
                               MemoryFormat::ChannelsLast);
 }
 
+// What an operator returns for a gradient that nobody wants
+inline Tensor empty_gradient(const Tensor& like) { return torch::stable::new_empty(like, IntList{0}); }
+
 }  // namespace fastconv

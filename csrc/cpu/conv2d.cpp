@@ -127,8 +127,6 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
           mask[2] ? sum_over_pixels(grad_output) : empty_gradient(input)};
 }
 
-Tensor empty_gradient(const Tensor& like) { return torch::stable::new_empty(like, IntList{0}); }
-
 namespace {
 
 Tensor conv2d_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntList stride,
@@ -167,8 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad_ou
   check_output_mask(kOp, output_mask, 4);
   check_conv2d(kOp, input, weight, std::nullopt, grad_output, geometry, "grad_output");
   const Activation kind = parse_activation(kOp, activation);
-  STD_TORCH_CHECK(output || kind == Activation::kNone, kOp,
-                  ": got no output, needed it for the activation's mask; pass the forward's output");
+  check_mask_source(kOp, grad_output, output, kind);
   const Tensor grad = kind == Activation::kNone ? grad_output : activation_backward(grad_output, *output, kind);
   auto [grad_input, grad_weight, grad_bias] =
       convolution_backward(grad, input, weight, geometry, {output_mask[0], output_mask[1], output_mask[2]});

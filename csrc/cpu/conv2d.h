@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/checks.h"
+#include "common/layout.h"
 
 namespace fastconv::cpu {
 
@@ -20,7 +21,5 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output, const Tensor& input,
                                                         const Tensor& weight, const ConvGeometry& geometry,
                                                         std::array<bool, 3> mask);
-
-Tensor empty_gradient(const Tensor& like);
 
 }  // namespace fastconv::cpu

@@ -8,20 +8,12 @@ namespace {
 
 const ConvGeometry kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
 
-std::string branch(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
-
 std::vector<Tensor> pointwise_conv2d_group(const Tensor& input, std::vector<Tensor> weights, std::vector<Tensor> biases,
                                            std::string activation) {
   constexpr auto kOp = "fastconv::pointwise_conv2d_group";
-  STD_TORCH_CHECK(!weights.empty() && (biases.empty() || biases.size() == weights.size()), kOp, ": got ",
-                  weights.size(), " weights and ", biases.size(),
-                  " biases, needed at least one weight and as many biases; use None for no bias");
   const Activation kind = parse_activation(kOp, activation);
   const auto bias = [&](size_t i) { return biases.empty() ? std::nullopt : std::optional(biases[i]); };
-  for (size_t i = 0; i < weights.size(); ++i) {
-    check_pointwise_weight(kOp, branch("weights", i).c_str(), weights[i]);
-    check_conv2d(kOp, input, weights[i], bias(i), std::nullopt, kPointwise);
-  }
+  check_pointwise_group(kOp, input, weights, biases);
   std::vector<Tensor> outputs;
   for (size_t i = 0; i < weights.size(); ++i) {
     outputs.push_back(convolution(input, weights[i], bias(i), std::nullopt, kPointwise, kind));
@@ -48,16 +40,11 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> pointwise_conv2d_gr
   constexpr auto kOp = "fastconv::pointwise_conv2d_group_backward";
   check_output_mask(kOp, output_mask, 3);
   const Activation kind = parse_activation(kOp, activation);
-  const size_t needed_outputs = kind == Activation::kNone ? 0 : weights.size();
-  STD_TORCH_CHECK(!weights.empty() && grad_outputs.size() == weights.size() && outputs.size() == needed_outputs, kOp,
-                  ": got ", weights.size(), " weights, ", grad_outputs.size(), " gradients and ", outputs.size(),
-                  " outputs, needed as many of each, and no outputs without an activation; pass what the "
-                  "forward had");
-  for (size_t i = 0; i < weights.size(); ++i) {
-    check_conv2d(kOp, input, weights[i], std::nullopt, grad_outputs[i], kPointwise, "grad_outputs");
-    if (kind == Activation::kNone) continue;
-    check_same_shape(kOp, grad_outputs[i], branch("outputs", i).c_str(), outputs[i]);
-    grad_outputs[i] = activation_backward(grad_outputs[i], outputs[i], kind);
+  check_pointwise_group_backward(kOp, grad_outputs, outputs, input, weights, kind);
+  if (kind != Activation::kNone) {
+    for (size_t i = 0; i < weights.size(); ++i) {
+      grad_outputs[i] = activation_backward(grad_outputs[i], outputs[i], kind);
+    }
   }
   const Tensor grad = call<Tensor>("aten::cat", "", grad_outputs, int64_t{1});
   const Tensor weight = call<Tensor>("aten::cat", "", weights, int64_t{0});

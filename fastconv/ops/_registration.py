@@ -195,5 +195,15 @@ def _vmap_rule(op: Callable[..., Any], fold_batch: Sequence[int]) -> Callable[..
     return rule
 
 
+def _allow_tf32() -> bool:
+    """Whether float32 convolutions may round their factors to TF32, by torch's switches for cuDNN."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+# The library's glue asks for it: the stable ABI does not know torch's switches.
+_own = torch.library.Library("fastconv", "FRAGMENT")
+_own.define("_allow_tf32() -> bool")
+_own.impl("_allow_tf32", _allow_tf32, "CompositeExplicitAutograd")
+
 if _library.LOADED:
     add_namespace("fastconv")

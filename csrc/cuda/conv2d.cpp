@@ -1,0 +1,350 @@
+// conv2d_relu, conv2d_add_relu, pointwise_conv2d and their backward on CUDA.
+//
+// The kernels read and write images pixel by pixel, with the channels of a pixel side by side: channels_last, or a
+// channel slice of it, is taken as it lies. A contiguous input of at most kFewChannels channels, such as the
+// photographs before a network's first layer, is read and its result written as they lie, too; wider contiguous images
+// are copied to channels_last first, and results back. float64 and empty batches go through aten.
+#include "cuda/conv2d.h"
+
+#include <limits>
+
+#include "common/layout.h"
+#include "cuda/activation.h"
+#include "cuda/depthwise_conv2d.h"
+#include "cuda/device.h"
+#include "cuda/kernels/conv2d.h"
+#include "cuda/register.h"
+
+namespace fastconv::cuda {
+namespace {
+
+constexpr int64_t kFewChannels = 4;
+
+const ConvGeometry kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
+
+bool has_kernels(const Tensor& input) { return input.scalar_type() != ScalarType::Double && input.numel() > 0; }
+
+// torch's switch, asked through Python: the stable ABI does not know it. Convolutions are allowed TF32 by default.
+bool allows_tf32(const Tensor& input) {
+  return input.scalar_type() == ScalarType::Float && call<bool>("fastconv::_allow_tf32", "");
+}
+
+Strides strides_of(const Tensor& image) { return {image.stride(0), image.stride(1), image.stride(2), image.stride(3)}; }
+
+// Whether the kernels take it as it lies.
+bool is_readable(const Tensor& image) { return image.stride(1) == 1 || image.size(1) <= kFewChannels; }
+
+Tensor readable(const Tensor& image) {
+  return is_readable(image) ? image : torch::stable::contiguous(image, MemoryFormat::ChannelsLast);
+}
+
+Tensor dense_weight(const Tensor& weight) { return torch::stable::contiguous(weight, MemoryFormat::ChannelsLast); }
+
+// A result of this size, in eager's layout after `delivered`
+Tensor empty_image(const Tensor& like, const IntList& size, bool channels_last, bool direct) {
+  return direct && !channels_last ? torch::stable::new_empty(like, size) : empty_channels_last(like, size);
+}
+Tensor delivered(const Tensor& image, bool channels_last) {
+  return channels_last ? image : torch::stable::contiguous(image);
+}
+
+IntList sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
+int extent(const char* what, int64_t value) {
+  STD_TORCH_CHECK(value <= std::numeric_limits<int>::max(), "fastconv: got a convolution with ", value, " ", what,
+                  ", needed fewer than 2^31; split the batch");
+  return static_cast<int>(value);
+}
+
+ConvArguments arguments_of(const Tensor& input, const Tensor& weight, int64_t p, int64_t q,
+                           const ConvGeometry& geometry, Activation activation) {
+  ConvArguments arg;
+  arg.dtype = element_type(input);
+  arg.tf32 = allows_tf32(input);
+  arg.activation = activation;
+  arg.n = extent("images", input.size(0)), arg.c = extent("channels", input.size(1));
+  arg.h = extent("rows", input.size(2)), arg.w = extent("columns", input.size(3));
+  arg.p = static_cast<int>(p), arg.q = static_cast<int>(q);
+  extent("input pixels", input.size(0) * input.size(2) * input.size(3));
+  extent("output pixels", input.size(0) * p * q);
+  extent("weights", weight.numel());
+  arg.r = static_cast<int>(weight.size(2)), arg.s = static_cast<int>(weight.size(3));
+  const auto pair = [](const IntList& list, int& h, int& w) {
+    h = extent("rows to a step", list[0]), w = extent("columns to a step", list[1]);
+  };
+  pair(geometry.stride, arg.stride_h, arg.stride_w);
+  pair(geometry.padding, arg.pad_h, arg.pad_w);
+  pair(geometry.dilation, arg.dilation_h, arg.dilation_w);
+  arg.groups = static_cast<int>(geometry.groups);
+  return arg;
+}
+
+void run(Pass pass, Device& device, const ConvArguments& arg, const Tensor& like) {
+  const ConvPlan plan = plan_conv2d(pass, arg, device.multiprocessors());
+  float* workspace = nullptr;
+  std::optional<Tensor> memory;
+  if (plan.workspace > 0) {
+    memory = torch::stable::empty(IntList{plan.workspace}, ScalarType::Float, std::nullopt, like.device());
+    workspace = device.scratch<float>(*memory);
+  }
+  launch_conv2d(pass, arg, plan, workspace, device.stream());
+}
+
+// One of several convolutions of an input
+struct Forward {
+  Tensor weight;
+  std::optional<Tensor> bias, residual;
+};
+
+// At most kMaxBranches convolutions in one launch; more than one must be 1x1.
+std::vector<Tensor> launch_forward(const Tensor& given, const std::vector<Forward>& branches,
+                                   const std::vector<IntList>& sizes, const ConvGeometry& geometry,
+                                   Activation activation) {
+  const Tensor input = readable(given);
+  const bool direct = input.stride(1) != 1;
+  Device device(input);
+  ConvArguments arg = arguments_of(input, branches[0].weight, sizes[0][2], sizes[0][3], geometry, activation);
+  arg.input = device.in(input);
+  arg.x = strides_of(input);
+  arg.branches = static_cast<int>(branches.size());
+  std::vector<Tensor> outputs, kept;
+  const auto keep = [&kept](Tensor tensor) -> const Tensor& { return kept.emplace_back(std::move(tensor)); };
+  kept.reserve(3 * branches.size());
+  for (size_t i = 0; i < branches.size(); ++i) {
+    const bool channels_last = output_is_channels_last(given, branches[i].weight);
+    const Tensor& output = outputs.emplace_back(empty_image(input, sizes[i], channels_last, direct));
+    ConvBranch& branch = arg.branch[i];
+    branch.k = extent("filters", sizes[i][1]);
+    branch.weight = device.in(keep(dense_weight(branches[i].weight)));
+    if (branches[i].bias) branch.bias = device.in(keep(torch::stable::contiguous(*branches[i].bias)));
+    if (branches[i].residual) branch.residual = device.in(keep(with_layout_of(output, *branches[i].residual)));
+    branch.output = device.out(output);
+    branch.y = strides_of(output);
+  }
+  run(Pass::kFprop, device, arg, input);
+  for (size_t i = 0; i < branches.size(); ++i) {
+    outputs[i] = delivered(outputs[i], output_is_channels_last(given, branches[i].weight));
+  }
+  return outputs;
+}
+
+GroupGradients launch_backward(const std::vector<Tensor>& grad_outputs, const std::vector<Tensor>& outputs,
+                               const Tensor& given, const std::vector<Tensor>& weights, const ConvGeometry& geometry,
+                               Activation activation, std::array<bool, 3> mask) {
+  const Tensor input = readable(given);
+  const size_t count = weights.size();
+  Device device(input);
+  ConvArguments arg =
+      arguments_of(input, weights[0], grad_outputs[0].size(2), grad_outputs[0].size(3), geometry, activation);
+  arg.input = mask[1] || mask[2] ? device.in(input) : nullptr;
+  arg.x = strides_of(input);
+  arg.branches = static_cast<int>(count);
+  GroupGradients found{empty_gradient(input), {}, {}};
+  std::vector<Tensor> kept;
+  const auto keep = [&kept](Tensor tensor) -> const Tensor& { return kept.emplace_back(std::move(tensor)); };
+  kept.reserve(4 * count);
+  bool channels_last = false;
+  for (size_t i = 0; i < count; ++i) {
+    const bool of_branch = output_is_channels_last(given, weights[i]);
+    channels_last |= of_branch;
+    ConvBranch& branch = arg.branch[i];
+    branch.k = extent("filters", weights[i].size(0));
+    Tensor grad = readable(grad_outputs[i]);
+    if (activation != Activation::kNone) {
+      const bool alike = outputs[i].strides().equals(grad.strides());
+      if (!alike) grad = torch::stable::contiguous(grad, MemoryFormat::ChannelsLast);
+      branch.output = const_cast<void*>(
+          device.in(keep(alike ? outputs[i] : torch::stable::contiguous(outputs[i], MemoryFormat::ChannelsLast))));
+    }
+    branch.grad_output = device.in(keep(grad));
+    branch.y = strides_of(grad);
+    if (mask[0]) branch.weight = device.in(keep(dense_weight(weights[i])));
+    // wgrad makes the bias's gradient along the way; the weight's is then made, too, wanted or not.
+    const bool wgrad = mask[1] || mask[2];
+    found.weights.push_back(wgrad ? empty_channels_last(input, sizes_of(weights[i])) : empty_gradient(input));
+    found.biases.push_back(mask[2] ? torch::stable::new_empty(input, IntList{weights[i].size(0)})
+                                   : empty_gradient(input));
+    if (wgrad) branch.grad_weight = device.out(found.weights[i]);
+    if (mask[2]) branch.grad_bias = device.out(found.biases[i]);
+  }
+  if (mask[1] || mask[2]) run(Pass::kWgrad, device, arg, input);
+  if (mask[0]) {
+    found.input = empty_image(input, sizes_of(input), channels_last, input.stride(1) != 1);
+    arg.grad_input = device.out(found.input);
+    arg.x = strides_of(found.input);
+    run(Pass::kDgrad, device, arg, input);
+    found.input = delivered(found.input, channels_last);
+  }
+  for (size_t i = 0; i < count; ++i) {
+    found.weights[i] =
+        mask[1] ? delivered(found.weights[i], output_is_channels_last(given, weights[i])) : empty_gradient(input);
+  }
+  return found;
+}
+
+bool is_depthwise(const Tensor& input, const ConvGeometry& geometry) {
+  return geometry.groups > 1 && geometry.groups == input.size(1);
+}
+
+}  // namespace
+
+Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation) {
+  if (!has_kernels(input)) {
+    Tensor output = call<Tensor>("aten::convolution", "", input, weight, bias, geometry.stride, geometry.padding,
+                                 geometry.dilation, false, IntList{0, 0}, geometry.groups);
+    if (residual) {
+      add_activation_inplace(output, *residual, activation);
+    } else {
+      activation_inplace(output, activation);
+    }
+    return output;
+  }
+  const IntList size = conv2d_output_size(input, weight, geometry);
+  if (is_depthwise(input, geometry)) {
+    const Activation first = residual ? Activation::kNone : activation;
+    Tensor output = depthwise_convolution(input, weight, bias, size, geometry, first);
+    if (residual) add_activation_inplace(output, *residual, activation);
+    return output;
+  }
+  return launch_forward(input, {{weight, bias, residual}}, {size}, geometry, activation)[0];
+}
+
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output, const std::optional<Tensor>& output,
+                                                        const Tensor& input, const Tensor& weight,
+                                                        const ConvGeometry& geometry, Activation activation,
+                                                        std::array<bool, 3> mask) {
+  if (!has_kernels(input)) {
+    const Tensor grad =
+        activation == Activation::kNone ? grad_output : activation_backward(grad_output, *output, activation);
+    auto [grad_input, grad_weight, grad_bias] = call<std::tuple<Tensor, Tensor, Tensor>>(
+        "aten::convolution_backward", "", grad, input, weight, std::optional<IntList>(IntList{weight.size(0)}),
+        geometry.stride, geometry.padding, geometry.dilation, false, IntList{0, 0}, geometry.groups,
+        torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
+    return {mask[0] ? grad_input : empty_gradient(input), mask[1] ? grad_weight : empty_gradient(input),
+            mask[2] ? grad_bias : empty_gradient(input)};
+  }
+  if (is_depthwise(input, geometry)) {
+    return depthwise_convolution_backward(grad_output, output, input, weight, geometry, activation, mask);
+  }
+  std::vector<Tensor> outputs;
+  if (output) outputs.push_back(*output);
+  auto found = launch_backward({grad_output}, outputs, input, {weight}, geometry, activation, mask);
+  return {found.input, found.weights[0], found.biases[0]};
+}
+
+std::vector<Tensor> convolution_group(const Tensor& input, const std::vector<Tensor>& weights,
+                                      const std::vector<Tensor>& biases, Activation activation) {
+  std::vector<Tensor> outputs;
+  const auto bias = [&](size_t i) { return biases.empty() ? std::nullopt : std::optional(biases[i]); };
+  if (!has_kernels(input)) {
+    for (size_t i = 0; i < weights.size(); ++i) {
+      outputs.push_back(convolution(input, weights[i], bias(i), std::nullopt, kPointwise, activation));
+    }
+    return outputs;
+  }
+  for (size_t first = 0; first < weights.size(); first += kMaxBranches) {
+    std::vector<Forward> branches;
+    std::vector<IntList> sizes;
+    for (size_t i = first; i < std::min(first + kMaxBranches, weights.size()); ++i) {
+      branches.push_back({weights[i], bias(i), std::nullopt});
+      sizes.push_back(conv2d_output_size(input, weights[i], kPointwise));
+    }
+    for (Tensor& output : launch_forward(input, branches, sizes, kPointwise, activation)) outputs.push_back(output);
+  }
+  return outputs;
+}
+
+GroupGradients convolution_group_backward(const std::vector<Tensor>& grad_outputs, const std::vector<Tensor>& outputs,
+                                          const Tensor& input, const std::vector<Tensor>& weights,
+                                          Activation activation, std::array<bool, 3> mask) {
+  GroupGradients found{empty_gradient(input), {}, {}};
+  const bool at_once = has_kernels(input);
+  const size_t step = at_once ? kMaxBranches : 1;
+  for (size_t first = 0; first < weights.size(); first += step) {
+    const size_t last = std::min(first + step, weights.size());
+    const auto part = [&](const std::vector<Tensor>& all) {
+      return all.empty() ? all : std::vector<Tensor>(all.begin() + first, all.begin() + last);
+    };
+    GroupGradients more;
+    if (at_once) {
+      more = launch_backward(part(grad_outputs), part(outputs), input, part(weights), kPointwise, activation, mask);
+    } else {
+      const auto output = outputs.empty() ? std::nullopt : std::optional(outputs[first]);
+      auto [of_input, of_weight, of_bias] =
+          convolution_backward(grad_outputs[first], output, input, weights[first], kPointwise, activation, mask);
+      more = {of_input, {of_weight}, {of_bias}};
+    }
+    if (first == 0) {
+      found.input = more.input;
+    } else if (mask[0]) {
+      add_activation_inplace(found.input, more.input, Activation::kNone);
+    }
+    found.weights.insert(found.weights.end(), more.weights.begin(), more.weights.end());
+    found.biases.insert(found.biases.end(), more.biases.begin(), more.biases.end());
+  }
+  return found;
+}
+
+namespace {
+
+Tensor conv2d_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntList stride,
+                   IntList padding, IntList dilation, int64_t groups, std::string activation) {
+  constexpr auto kOp = "fastconv::conv2d_relu";
+  const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
+  check_conv2d(kOp, input, weight, bias, std::nullopt, geometry);
+  return convolution(input, weight, bias, std::nullopt, geometry, parse_activation(kOp, activation));
+}
+
+Tensor conv2d_add_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const Tensor& residual, IntList stride, IntList padding, IntList dilation, int64_t groups,
+                       std::string activation) {
+  constexpr auto kOp = "fastconv::conv2d_add_relu";
+  const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
+  check_conv2d(kOp, input, weight, bias, residual, geometry);
+  return convolution(input, weight, bias, residual, geometry, parse_activation(kOp, activation));
+}
+
+Tensor pointwise_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& residual, IntList stride, std::string activation) {
+  constexpr auto kOp = "fastconv::pointwise_conv2d";
+  const ConvGeometry geometry{std::move(stride), {0, 0}, {1, 1}, 1};
+  check_pointwise_weight(kOp, "weight", weight);
+  check_conv2d(kOp, input, weight, bias, residual, geometry);
+  return convolution(input, weight, bias, residual, geometry, parse_activation(kOp, activation));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad_output,
+                                                           const std::optional<Tensor>& output, const Tensor& input,
+                                                           const Tensor& weight, IntList stride, IntList padding,
+                                                           IntList dilation, int64_t groups, std::string activation,
+                                                           std::vector<bool> output_mask) {
+  constexpr auto kOp = "fastconv::conv2d_backward";
+  const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
+  check_output_mask(kOp, output_mask, 4);
+  check_conv2d(kOp, input, weight, std::nullopt, grad_output, geometry, "grad_output");
+  const Activation kind = parse_activation(kOp, activation);
+  check_mask_source(kOp, grad_output, output, kind);
+  const std::array<bool, 3> convolved{output_mask[0], output_mask[1], output_mask[2]};
+  if (!output_mask[3]) {
+    auto [grad_input, grad_weight, grad_bias] =
+        convolution_backward(grad_output, output, input, weight, geometry, kind, convolved);
+    return {grad_input, grad_weight, grad_bias, empty_gradient(input)};
+  }
+  // The residual's gradient is the masked one, which then serves the others as well.
+  const Tensor grad =
+      kind == Activation::kNone ? torch::stable::clone(grad_output) : activation_backward(grad_output, *output, kind);
+  auto [grad_input, grad_weight, grad_bias] =
+      convolution_backward(grad, std::nullopt, input, weight, geometry, Activation::kNone, convolved);
+  return {grad_input, grad_weight, grad_bias, grad};
+}
+
+}  // namespace
+}  // namespace fastconv::cuda
+
+FASTCONV_CUDA_LIBRARY(m) {
+  m.impl("conv2d_relu", TORCH_BOX(&fastconv::cuda::conv2d_relu));
+  m.impl("conv2d_add_relu", TORCH_BOX(&fastconv::cuda::conv2d_add_relu));
+  m.impl("pointwise_conv2d", TORCH_BOX(&fastconv::cuda::pointwise_conv2d));
+  m.impl("conv2d_backward", TORCH_BOX(&fastconv::cuda::conv2d_backward));
+}

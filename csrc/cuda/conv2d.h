@@ -1,0 +1,31 @@
+// The dense convolution that several operators share. Arguments are already checked.
+#pragma once
+
+#include "common/checks.h"
+
+namespace fastconv::cuda {
+
+// activation(conv2d(input, weight) + bias [+ residual]), layout as eager's
+Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation);
+
+// Gradients of input, weight and bias, for the gradient of the activation's output; `output` is that output, and not
+// looked at without an activation. An entry outside of the mask is empty.
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output, const std::optional<Tensor>& output,
+                                                        const Tensor& input, const Tensor& weight,
+                                                        const ConvGeometry& geometry, Activation activation,
+                                                        std::array<bool, 3> mask);
+
+// The same for several 1x1 convolutions of one input; `biases` is empty or has one for each weight.
+std::vector<Tensor> convolution_group(const Tensor& input, const std::vector<Tensor>& weights,
+                                      const std::vector<Tensor>& biases, Activation activation);
+
+struct GroupGradients {
+  Tensor input;
+  std::vector<Tensor> weights, biases;
+};
+GroupGradients convolution_group_backward(const std::vector<Tensor>& grad_outputs, const std::vector<Tensor>& outputs,
+                                          const Tensor& input, const std::vector<Tensor>& weights,
+                                          Activation activation, std::array<bool, 3> mask);
+
+}  // namespace fastconv::cuda

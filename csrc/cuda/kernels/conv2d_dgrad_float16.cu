@@ -1,0 +1,2 @@
+#include "cuda/kernels/conv2d_variants.cuh"
+FASTCONV_CONV_HALF(Pass::kDgrad, "dgrad", DType::kFloat16, "fp16", Half)

@@ -1,0 +1,2 @@
+#include "cuda/kernels/conv2d_variants.cuh"
+FASTCONV_CONV_FLOAT(Pass::kDgrad, "dgrad")

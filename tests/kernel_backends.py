@@ -1,0 +1,55 @@
+"""Where the tests of GPU kernels run: their CUDA source in the emulator, and the real thing where there is a GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import emulator
+import pytest
+import torch
+
+from fastconv import backends
+from fastconv.ops import _registration
+
+CUDA = ("cuda-emulated", "cuda")
+
+
+@functools.cache
+def _add_emulated() -> str | None:
+    """Makes the emulated kernels a backend; why that is impossible, if it is."""
+    try:
+        emulator.library()
+    except (OSError, RuntimeError, SystemExit) as error:
+        return f"the emulated library was not built: {error}"
+    _registration.add_namespace("fastconv_emulated")
+    return None
+
+
+backends.add("cuda-emulated", backends.Backend("fastconv_emulated", lambda: "cpu", _add_emulated))
+
+
+def device_of(backend: str) -> torch.device:
+    """The device of a backend's tensors; skips the test where the backend cannot run."""
+    reason = backends.available()[backend]
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    return torch.device("cuda" if backend == "cuda" else "cpu")
+
+
+def emulated() -> emulator.Library:
+    """The emulator, for what only it can do; skips the test where it was not built."""
+    device_of("cuda-emulated")
+    return emulator.library()
+
+
+@contextmanager
+def true_float32() -> Iterator[None]:
+    """Inside, float32 convolutions do without TF32."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
