@@ -273,8 +273,9 @@ Quad Block::collective(const char* op, uint32_t mask, const Contribution& mine, 
   for (Collective& other : warp.collectives) {
     if (other.op == nullptr) {
       if (joined == nullptr) joined = &other;
-    } else if (other.mask & mask) {
-      if (other.mask != mask || other.op != op || other.place != place) {
+    } else if (other.mask == mask) {
+      // Of lanes whose masks only overlap, some may still be on their way: if not, there is a deadlock.
+      if (other.op != op || other.place != place) {
         give_up("divergence", place,
                 name(fiber.id) + " is at this " + op + " while lanes of its warp are in " + other.op + " at " +
                     describe(other.place));

@@ -69,7 +69,7 @@ class Emulator:
         native = ["-march=native"] if platform.machine() == "x86_64" else []
         # As nvcc does, a * b + c may become one operation.
         self.flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=fast", *native]
-        self.flags += [f"-ffile-prefix-map={ROOT}/=", f"-I{HERE}/include", f"-I{HERE}", f"-I{CSRC}"]
+        self.flags += [f"-fmacro-prefix-map={ROOT}/=", f"-I{HERE}/include", f"-I{HERE}", f"-I{CSRC}"]
         self.kernel_flags = [*self.flags, "-x", "c++", "-O2", "-gline-tables-only" if clang else "-g1"]
         self.kernel_flags += ["-Wno-unknown-pragmas", "-Wno-pass-failed" if clang else "-Wno-attributes"]
         if clang:
@@ -112,7 +112,8 @@ class Emulator:
                 yield source, f"{source.relative_to(CSRC).with_suffix('')}.o", "cpp", glue
         yield HERE / "device.cpp", "emulator/device.o", "cpp", glue
         for name in RUNTIME:
-            yield HERE / f"{name}.cpp", f"emulator/{name}.o", "cpp", [*self.flags, "-O2", "-g1"]
+            flags = [*self.flags, "-O2", "-g1", f'-DFASTCONV_EMULATOR_ROOT="{ROOT}/"']
+            yield HERE / f"{name}.cpp", f"emulator/{name}.o", "cpp", flags
         for source in sorted(CSRC.glob("cuda/kernels/*.cu")):
             yield source, f"{source.relative_to(CSRC)}.o", "kernel", self.kernel_flags
         for source in sorted(HERE.glob("*.cu")):

@@ -1,15 +1,13 @@
 // The functions of device_api.h.
-#include <cxxabi.h>
 #include <dlfcn.h>
-#include <link.h>
 
 #include <algorithm>
 #include <bit>
 #include <cstdio>
 #include <cstring>
-#include <map>
 #include <mutex>
 #include <stdexcept>
+#include <string_view>
 
 #ifdef __F16C__
 #include <immintrin.h>
@@ -258,7 +256,9 @@ std::string source_line(const void* pc) {
     pclose(pipe);
   }
   if (line.empty() || line[0] == '?') return "offset " + std::to_string(offset) + " of " + info.dli_fname;
-  return line;
+  // As __FILE__ reads, in which the compiler leaves this out
+  constexpr std::string_view kRoot = FASTCONV_EMULATOR_ROOT;
+  return line.starts_with(kRoot) ? line.substr(kRoot.size()) : line;
 }
 
 // What a report is about; of one kernel these are few.
