@@ -21,67 +21,26 @@
 // Bound by memory: x and y (or dy, y and dx) once.
 #include <algorithm>
 
+#include "cuda/kernels/depthwise_conv2d.cuh"
 #include "cuda/kernels/depthwise_conv2d.h"
-#include "cuda/kernels/scalar.cuh"
 
 namespace fastconv::cuda {
 namespace {
 
+using namespace depthwise;
+
 constexpr int kThreads = 256;
-constexpr int kTile = 4;
 constexpr int kSharedLimit = 96 * 1024;  // what every device of sm_80 and later has
 constexpr int kSharedGoal = 32 * 1024;   // leaves L1 to the pixels
 
-FASTCONV_DEVICE int flat_thread() { return static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); }
-
-// A tile of pixels: image n, row, and the number of the tile in the row
-struct TilePosition {
-  FASTCONV_DEVICE TilePosition(unsigned tile, int rows, const DepthwiseConv2dParams& p) {
-    const unsigned inner = p.rows_first ? rows : p.row_tiles, outer = p.rows_first ? p.row_tiles : rows;
-    const unsigned rest = tile / inner, a = tile - rest * inner;
-    n = static_cast<int>(rest / outer);
-    const unsigned b = rest - n * outer;
-    row = static_cast<int>(p.rows_first ? a : b);
-    column = static_cast<int>(p.rows_first ? b : a);
-  }
-  int n, row, column;
-};
-
-// The filters of `count` output channels from `first`, as [tap][count], and the bias (or zeros) behind them
-template <class T>
-FASTCONV_DEVICE void fill_filters(Compute<T>* filters, const DepthwiseConv2dParams& p, int64_t first, int count) {
-  const int taps = p.filter_height * p.filter_width, threads = static_cast<int>(blockDim.x * blockDim.y);
-  const int64_t all = int64_t{p.channels} * p.multiplier;
-  const T* weight = static_cast<const T*>(p.weight) + first * taps;
-  for (int i = flat_thread(); i < count * taps; i += threads) {
-    const int k = i / taps, tap = i - k * taps;
-    filters[tap * count + k] = first + k < all ? widen(weight[i]) : Compute<T>(0);
-  }
-  const T* bias = static_cast<const T*>(p.bias);
-  for (int k = flat_thread(); k < count; k += threads) {
-    filters[taps * count + k] = bias && first + k < all ? widen(bias[first + k]) : Compute<T>(0);
-  }
-}
-
-template <class A, int kWidth>
-FASTCONV_DEVICE void copy(const A* from, A (&to)[kWidth]) {
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) to[i] = from[i];
-}
-
-template <class A, int kWidth>
-FASTCONV_DEVICE void multiply_add(const A (&a)[kWidth], const A (&b)[kWidth], A (&sum)[kWidth]) {
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) sum[i] = fused_multiply_add(a[i], b[i], sum[i]);
-}
-
-// dy where the activation let y through, else 0
+// dy where the activation let y through, else 0; zeros where there is none
 template <class T, int kWidth>
-FASTCONV_DEVICE void load_masked(const DepthwiseConv2dParams& p, int64_t offset, Compute<T> (&grad)[kWidth]) {
-  load_wide(static_cast<const T*>(p.grad_output) + offset, grad);
+FASTCONV_DEVICE void load_masked(const DepthwiseConv2dParams& p, bool exists, int64_t offset,
+                                 Compute<T> (&grad)[kWidth]) {
+  load_wide_if(exists, static_cast<const T*>(p.grad_output) + offset, grad);
   if (p.activated) {
     Compute<T> output[kWidth];
-    load_wide(static_cast<const T*>(p.activated) + offset, output);
+    load_wide_if(exists, static_cast<const T*>(p.activated) + offset, output);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) grad[i] = passes_gradient(output[i], p.activation) ? grad[i] : Compute<T>(0);
   }
@@ -89,7 +48,6 @@ FASTCONV_DEVICE void load_masked(const DepthwiseConv2dParams& p, int64_t offset,
 
 // ---------------------------------------------------------------------------------------------- fprop
 
-// kFilter: the filter's width, for dilation 1 and this stride along the row; 0 for any
 template <class T, int kWidth, int kFilter, int kStride>
 FASTCONV_KERNEL(kThreads, 2)
 fprop(const DepthwiseConv2dParams p) {
@@ -111,46 +69,7 @@ fprop(const DepthwiseConv2dParams p) {
     const TilePosition at(static_cast<unsigned>(tile), p.out_height, p);
     const int q0 = at.column * kTile;
     A sums[kTile][kWidth];
-#pragma unroll
-    for (int q = 0; q < kTile; ++q) copy(filters + p.filter_height * p.filter_width * count, sums[q]);
-
-    const int left = q0 * p.stride_width - p.padding_width;
-    for (int r = 0; r < p.filter_height; ++r) {
-      const int h = at.row * p.stride_height - p.padding_height + r * p.dilation_height;
-      if (h < 0 || h >= p.height) continue;
-      const T* row = input + at.n * p.in.n + h * p.in.h;
-      const A* row_filters = filters + r * p.filter_width * count;
-      if constexpr (kFilter > 0) {
-        A taps[kFilter][kWidth];
-#pragma unroll
-        for (int s = 0; s < kFilter; ++s) copy(row_filters + s * count, taps[s]);
-#pragma unroll
-        for (int j = 0; j < (kTile - 1) * kStride + kFilter; ++j) {
-          const int w = left + j;
-          if (w < 0 || w >= p.width) continue;
-          A pixel[kWidth];
-          load_wide(row + w * p.in.w, pixel);
-#pragma unroll
-          for (int q = 0; q < kTile; ++q) {
-            const int s = j - q * kStride;
-            if (s >= 0 && s < kFilter) multiply_add(pixel, taps[s], sums[q]);
-          }
-        }
-      } else {
-        for (int s = 0; s < p.filter_width; ++s) {
-          A tap[kWidth];
-          copy(row_filters + s * count, tap);
-#pragma unroll
-          for (int q = 0; q < kTile; ++q) {
-            const int w = left + q * p.stride_width + s * p.dilation_width;
-            if (w < 0 || w >= p.width) continue;
-            A pixel[kWidth];
-            load_wide(row + w * p.in.w, pixel);
-            multiply_add(pixel, tap, sums[q]);
-          }
-        }
-      }
-    }
+    convolve_tile<kFilter, kStride>(p, input, filters, count, at, sums);
 
     T* out_row = output + at.n * p.out.n + at.row * p.out.h;
 #pragma unroll
@@ -209,9 +128,8 @@ dgrad(const DepthwiseConv2dParams p) {
 #pragma unroll
           for (int j = -((kFilter - 1) / kStride); j <= (kTile - 1) / kStride; ++j) {
             const int q = base + j;
-            if (q < 0 || q >= p.out_width) continue;
             A grad[kWidth];
-            load_masked<T>(p, out_row + q * p.out.w, grad);
+            load_masked<T>(p, q >= 0 && q < p.out_width, out_row + q * p.out.w, grad);
 #pragma unroll
             for (int i = 0; i < kTile; ++i) {
               const int s = i - j * kStride;
@@ -228,7 +146,7 @@ dgrad(const DepthwiseConv2dParams p) {
               const int q = before / p.stride_width;
               if (before < 0 || q * p.stride_width != before || q >= p.out_width) continue;
               A grad[kWidth];
-              load_masked<T>(p, out_row + q * p.out.w, grad);
+              load_masked<T>(p, true, out_row + q * p.out.w, grad);
               multiply_add(grad, tap, sums[i]);
             }
           }
@@ -300,8 +218,7 @@ wgrad(const DepthwiseConv2dParams p) {
       A grad[kTile][kWidth];
 #pragma unroll
       for (int q = 0; q < kTile; ++q) {
-        if (q0 + q >= p.out_width) break;
-        load_masked<T>(p, out_row + (q0 + q) * p.out.w, grad[q]);
+        load_masked<T>(p, q0 + q < p.out_width, out_row + (q0 + q) * p.out.w, grad[q]);
         if (part == 0) {
 #pragma unroll
           for (int i = 0; i < kWidth; ++i) bias_sums[i] += grad[q][i];
@@ -314,9 +231,9 @@ wgrad(const DepthwiseConv2dParams p) {
         const int left = q0 * kStride - p.padding_width;
 #pragma unroll
         for (int j = 0; j < (kTile - 1) * kStride + kFilter; ++j) {
-          if (left + j < 0 || left + j >= p.width) continue;
+          const int w = left + j;
           A pixel[kWidth];
-          load_wide(row + (left + j) * p.in.w, pixel);
+          load_wide_if(w >= 0 && w < p.width, row + w * p.in.w, pixel);
 #pragma unroll
           for (int q = 0; q < kTile; ++q) {
             const int s = j - q * kStride;
@@ -397,12 +314,12 @@ int64_t filter_bytes(const DepthwiseConv2dParams& p, Pass pass) {  // of a lane'
 }
 
 bool takes_vectors(const DepthwiseConv2dParams& p, Pass pass) {
-  const int width = 16 / element_bytes(p.dtype);
+  const int width = lane_width(p.dtype), bytes = width * element_bytes(p.dtype);
   const auto strides = [&](const ImageStrides& s) {
     return s.c == 1 && s.n % width == 0 && s.h % width == 0 && s.w % width == 0;
   };
-  const bool aligned = is_aligned(p.input) && is_aligned(p.output) && is_aligned(p.grad_output) &&
-                       is_aligned(p.activated) && is_aligned(p.grad_input);
+  const bool aligned = is_aligned(p.input, bytes) && is_aligned(p.output, bytes) && is_aligned(p.grad_output, bytes) &&
+                       is_aligned(p.activated, bytes) && is_aligned(p.grad_input, bytes);
   const bool fits = pass == Pass::kWgrad || filter_bytes(p, pass) * width <= kSharedLimit;
   return p.multiplier == 1 && p.channels % width == 0 && strides(p.in) && strides(p.out) && aligned && fits;
 }
@@ -442,11 +359,11 @@ Choice choose(const DepthwiseConv2dParams& p, Pass pass) {
   choice.filter = fast ? p.filter_width : 0;
   choice.stride = fast ? p.stride_width : 1;
   choice.info = &find_kernel(depthwise_conv2d_kernels(), name_of(vectors, choice.filter).c_str());
-  choice.vector = vectors ? 16 / element_bytes(p.dtype) : 1;
+  choice.vector = vectors ? lane_width(p.dtype) : 1;
 
   const int64_t lanes = (pass == Pass::kDgrad ? p.channels : out_channels(p)) / choice.vector;
   const int64_t lane_bytes = pass == Pass::kWgrad ? 0 : filter_bytes(p, pass) * choice.vector;
-  int64_t most = p.in.c == 1 || p.out.c == 1 ? (vectors ? 16 : 32) : 1;
+  int64_t most = p.in.c == 1 || p.out.c == 1 ? 32 : 1;
   if (lane_bytes > 0) most = std::min(most, kSharedGoal / lane_bytes);
   most = std::max<int64_t>(most, ceil_div(lanes, 65535));  // the grid's limit
   most = std::max<int64_t>(most, 1);
@@ -484,7 +401,7 @@ void for_kernel(const Choice& choice, F&& f) {
     return f(Kernel<T, kWidth, 0, 1>::get());
   };
   if (choice.vector > 1) {
-    with_width(std::integral_constant<int, kVector<T>>{});
+    with_width(std::integral_constant<int, kLane<T>>{});
   } else {
     with_width(std::integral_constant<int, 1>{});
   }
@@ -532,9 +449,11 @@ const std::vector<KernelInfo>& depthwise_conv2d_kernels() {
         for (const char* filter : kFilterNames) {
           names.push_back(std::string(pass) + (vectors ? "_nhwc" : "_any") + filter);
           const char* needs =
-              vectors ? (*filter ? "whole vectors of 16 bytes of channels, one filter for each, a filter "
+              vectors ? (*filter ? "channels side by side in whole vectors of 4 (float64: 2), aligned to these, one "
+                                   "filter for each, a filter "
                                    "of this width without dilation, stride 1 or 2 along the row"
-                                 : "whole vectors of 16 bytes of channels, one filter for each")
+                                 : "channels side by side in whole vectors of 4 (float64: 2), aligned to these, one "
+                                   "filter for each")
                       : (*filter ? "a filter of this width without dilation, stride 1 or 2 along the row" : "");
           entries.push_back({names.back().c_str(), pass, 80, {0, 0, 0}, 0, kThreads, -1, needs});
         }

@@ -60,6 +60,16 @@ FASTCONV_DEVICE void load_wide(const T* source, Compute<T> (&values)[N]) {
   for (int i = 0; i < N; ++i) values[i] = widen(vec.v[i]);
 }
 
+// The same, or zeros where there is nothing to load. A predicate of the load rather than a branch around what follows
+// lets the loads of a loop go ahead together.
+template <class T, int N>
+FASTCONV_DEVICE void load_wide_if(bool exists, const T* source, Compute<T> (&values)[N]) {
+  Vec<T, N> vec{};
+  if (exists) vec = load<N>(source);
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = widen(vec.v[i]);
+}
+
 template <class T, int N>
 FASTCONV_DEVICE void store_narrow(T* destination, const Compute<T> (&values)[N]) {
   Vec<T, N> vec;
