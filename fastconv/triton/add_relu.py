@@ -1,0 +1,73 @@
+"""Addition + ReLU and its backward, one pass each over tensors as they lie in memory."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops import _checks
+from ..ops import _conv as ops_conv
+from . import _launch, table
+from ._device import activate, index, masked, narrow
+
+
+@triton.jit(do_not_specialize=["size"])
+def add_relu_fprop(a_ptr, b_ptr, y_ptr, size, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """y = activation(a + b), BLOCK elements to a program; in float32, so that the sum is rounded once."""
+    i = index(tl.program_id(0), WIDE) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(a_ptr + i, i < size).to(tl.float32) + tl.load(b_ptr + i, i < size).to(tl.float32)
+    tl.store(y_ptr + i, narrow(activate(value, ACTIVATION), y_ptr.dtype.element_ty), i < size)
+
+
+@triton.jit(do_not_specialize=["size"])
+def add_relu_dgrad(g_ptr, z_ptr, y_ptr, size, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """y = g where the activation's output z let the value through, BLOCK elements to a program."""
+    i = index(tl.program_id(0), WIDE) * BLOCK + tl.arange(0, BLOCK)
+    grad = tl.load(g_ptr + i, i < size).to(tl.float32)
+    grad = masked(grad, tl.load(z_ptr + i, i < size).to(tl.float32), ACTIVATION)
+    tl.store(y_ptr + i, narrow(grad, y_ptr.dtype.element_ty), i < size)
+
+
+def add_relu(input: Tensor, other: Tensor, activation: str) -> Tensor:
+    """`fastconv.ops.add_relu` of one shape and dtype.
+
+    float16, bfloat16 and float32 of the same dense layout; float64, and operands that lie differently in memory (or
+    were expanded), by the aten composition, which reads any strides.
+    """
+    op = "add_relu"
+    _checks.activation(op, activation)
+    _checks.floating(op, input)
+    _checks.like_input(op, input, "other", other)
+    _checks.same_shape(op, input, "other", other)
+    output = torch.empty_like(input)
+    if input.dtype == torch.float64 or not input.stride() == other.stride() == output.stride():
+        return ops_conv.activate(input + other, activation)
+    _flat(add_relu_fprop, input, other, output, activation)
+    return output
+
+
+def add_relu_backward(grad_output: Tensor, output: Tensor, activation: str) -> Tensor:
+    """The gradient of input and of other, in the layout of `output`.
+
+    float16, bfloat16 and float32; float64 by the aten composition.
+    """
+    op = "add_relu_backward"
+    _checks.activation(op, activation)
+    _checks.floating(op, output)
+    _checks.like_input(op, output, "grad_output", grad_output)
+    _checks.same_shape(op, output, "grad_output", grad_output)
+    output, grad_input = _launch.dense(output)
+    if output.dtype == torch.float64:
+        return grad_input.copy_(ops_conv.mask(grad_output, output, activation))
+    _flat(add_relu_dgrad, _launch.with_strides_of(output, grad_output), output, grad_input, activation)
+    return grad_input
+
+
+def _flat(kernel: triton.JITFunction, first: Tensor, second: Tensor, result: Tensor, activation: str) -> None:
+    size = result.numel()
+    config = table.config("add_relu", "any")
+    wide = size > _launch.NARROW_LIMIT
+    programs = triton.cdiv(size, config["BLOCK"])
+    _launch.launch(kernel, programs, first, second, result, size, ACTIVATION=activation, WIDE=wide, **config)

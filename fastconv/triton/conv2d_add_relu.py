@@ -1,0 +1,29 @@
+"""Convolution + bias + residual + ReLU in one kernel, see `_implicit_gemm`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..ops import _checks
+from . import _conv
+
+
+def conv2d_add_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+) -> Tensor:
+    """`fastconv.ops.conv2d_add_relu`: as `conv2d_relu`, with residual [N, K, P, Q] of any strides.
+
+    float16, bfloat16 and float32; float64 by the aten composition.
+    """
+    op = "conv2d_add_relu"
+    _checks.activation(op, activation)
+    _checks.conv2d(op, input, weight, bias, residual, stride, padding, dilation, groups)
+    return _conv.convolution(input, weight, bias, residual, (stride, padding, dilation, groups), activation)

@@ -1,0 +1,29 @@
+"""Convolution + bias + ReLU in one kernel, see `_implicit_gemm`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..ops import _checks
+from . import _conv
+
+
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+) -> Tensor:
+    """`fastconv.ops.conv2d_relu`: input [N, C, H, W], weight [K, C / groups, R, S], bias [K] -> [N, K, P, Q].
+
+    float16, bfloat16 and float32; float64 by the aten composition. One filter for each channel goes to the depthwise
+    kernel.
+    """
+    op = "conv2d_relu"
+    _checks.activation(op, activation)
+    _checks.conv2d(op, input, weight, bias, None, stride, padding, dilation, groups)
+    return _conv.convolution(input, weight, bias, None, (stride, padding, dilation, groups), activation)
