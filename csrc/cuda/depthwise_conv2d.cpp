@@ -9,20 +9,22 @@
 namespace fastconv::cuda {
 namespace {
 
-ImageStrides strides_of(const Tensor& tensor) {
-  // What torch keeps for a dimension of one element means nothing, and would only look unaligned.
-  const auto stride = [&](int d) { return tensor.size(d) == 1 ? int64_t{0} : tensor.stride(d); };
-  return {stride(0), tensor.stride(1), stride(2), stride(3)};
-}
-
 int to_int(int64_t value) {
   STD_TORCH_CHECK(value <= INT32_MAX, "fastconv: got ", value,
                   " as a size or step of a depthwise convolution, needed less than 2^31; split the tensor");
   return static_cast<int>(value);
 }
 
-DepthwiseConv2dParams make_params(const Tensor& input, const Tensor& weight, const IntList& output_size,
-                                  const ConvGeometry& geometry, Activation activation) {
+}  // namespace
+
+ImageStrides image_strides(const Tensor& tensor) {
+  // What torch keeps for a dimension of one element means nothing, and would only look unaligned.
+  const auto stride = [&](int d) { return tensor.size(d) == 1 ? int64_t{0} : tensor.stride(d); };
+  return {stride(0), tensor.stride(1), stride(2), stride(3)};
+}
+
+DepthwiseConv2dParams depthwise_params(const Tensor& input, const Tensor& weight, const IntList& output_size,
+                                       const ConvGeometry& geometry, Activation activation) {
   DepthwiseConv2dParams params{};
   params.dtype = element_type(input);
   params.activation = activation;
@@ -44,11 +46,9 @@ DepthwiseConv2dParams make_params(const Tensor& input, const Tensor& weight, con
   return params;
 }
 
-}  // namespace
-
 Tensor depthwise_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                              const IntList& output_size, const ConvGeometry& geometry, Activation activation) {
-  DepthwiseConv2dParams params = make_params(input, weight, output_size, geometry, activation);
+  DepthwiseConv2dParams params = depthwise_params(input, weight, output_size, geometry, activation);
   if (!depthwise_conv2d_takes(params)) {
     const Tensor output = call<Tensor>("aten::convolution", "", input, weight, bias, geometry.stride, geometry.padding,
                                        geometry.dilation, false, IntList{0, 0}, geometry.groups);
@@ -66,8 +66,8 @@ Tensor depthwise_convolution(const Tensor& input, const Tensor& weight, const st
   params.weight = device.in(filters);
   params.bias = device.in(dense_bias);
   params.output = device.out(output);
-  params.in = strides_of(input);
-  params.out = strides_of(output);
+  params.in = image_strides(input);
+  params.out = image_strides(output);
   params.multiprocessors = device.multiprocessors();
   depthwise_conv2d_fprop(params, device.stream());
   return output;
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_convolution_backward(const Tensor& 
                                                                   const ConvGeometry& geometry, Activation activation,
                                                                   std::array<bool, 3> mask) {
   const IntList output_size(grad_output.sizes().begin(), grad_output.sizes().end());
-  DepthwiseConv2dParams params = make_params(input, weight, output_size, geometry, activation);
+  DepthwiseConv2dParams params = depthwise_params(input, weight, output_size, geometry, activation);
   const bool masked = activation != Activation::kNone;
   if (!depthwise_conv2d_takes(params)) {
     const Tensor grad = masked ? activation_backward(grad_output, *output, activation) : grad_output;
@@ -114,18 +114,18 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_convolution_backward(const Tensor& 
   Device device(input);
   params.grad_output = device.in(grad);
   params.activated = device.in(activated);
-  params.out = strides_of(grad);
+  params.out = image_strides(grad);
   params.multiprocessors = device.multiprocessors();
   if (grad_input.numel() > 0) {
     params.weight = device.in(filters);
     params.grad_input = device.out(grad_input);
-    params.in = strides_of(grad_input);
+    params.in = image_strides(grad_input);
     depthwise_conv2d_dgrad(params, device.stream());
     params.grad_input = nullptr;
   }
   if (mask[1] || mask[2]) {
     params.input = device.in(input);
-    params.in = strides_of(input);
+    params.in = image_strides(input);
     if (mask[1]) params.grad_weight = device.out(grad_weight);
     if (mask[2]) params.grad_bias = device.out(grad_bias);
     const ScalarType compute = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

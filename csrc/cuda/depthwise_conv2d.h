@@ -19,4 +19,9 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_convolution_backward(const Tensor& 
                                                                   const ConvGeometry& geometry, Activation activation,
                                                                   std::array<bool, 3> mask);
 
+// The arguments as the kernels take them, without pointers and strides
+DepthwiseConv2dParams depthwise_params(const Tensor& input, const Tensor& weight, const IntList& output_size,
+                                       const ConvGeometry& geometry, Activation activation);
+ImageStrides image_strides(const Tensor& tensor);
+
 }  // namespace fastconv::cuda

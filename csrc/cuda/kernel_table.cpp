@@ -10,12 +10,14 @@ namespace fastconv::cuda {
 const std::vector<KernelInfo>& add_relu_kernels();
 const std::vector<KernelInfo>& conv2d_kernels();
 const std::vector<KernelInfo>& depthwise_conv2d_kernels();
+const std::vector<KernelInfo>& depthwise_separable_conv2d_kernels();
 const std::vector<KernelInfo>& local_response_norm_kernels();
 
 namespace {
 
 using List = const std::vector<KernelInfo>& (*)();
-const std::vector<List> kLists = {add_relu_kernels, conv2d_kernels, depthwise_conv2d_kernels, local_response_norm_kernels};
+const std::vector<List> kLists = {add_relu_kernels, conv2d_kernels, depthwise_conv2d_kernels,
+                                 depthwise_separable_conv2d_kernels, local_response_norm_kernels};
 
 std::string quoted(const char* text) {
   std::string result = "\"";
