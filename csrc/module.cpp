@@ -37,6 +37,10 @@ PYBIND11_MODULE(_C, m) {
       },
       "Every CUDA kernel of this library, as a list of dicts (csrc/cuda/kernel_table.h); empty when built without "
       "CUDA.");
+#ifdef FASTCONV_HAVE_CUDA
+  m.def("force_kernel", &fastconv_cuda_force_kernel, py::arg("op"), py::arg("name").none(true),
+        "Lets no CUDA kernel of `op` but this one run; None gives the choice back. 1 where there is no such kernel.");
+#endif
   m.def("fingerprint", &fastconv::fingerprint, py::arg("addresses"), py::arg("sizes"),
         "A hash of samples of the memory at these addresses, which hold so many bytes.");
 }

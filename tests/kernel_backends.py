@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import emulator
 import pytest
@@ -36,6 +37,30 @@ def device_of(backend: str) -> torch.device:
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
     return torch.device("cuda" if backend == "cuda" else "cpu")
+
+
+@contextmanager
+def forced(backend: str, op: str, name: str) -> Iterator[None]:
+    """Inside, `op` (as the kernel table has it) runs this kernel on the backend."""
+    if backend == "cuda-emulated":
+        with emulated().force_kernel(op, name):
+            yield
+        return
+    from fastconv import _C
+
+    assert _C.force_kernel(op, name) == 0
+    try:
+        yield
+    finally:
+        _C.force_kernel(op, None)
+
+
+def kernel_table(backend: str) -> list[dict[str, Any]]:
+    if backend == "cuda":
+        from fastconv import _C
+
+        return _C.kernel_table()
+    return emulated().kernel_table()
 
 
 def emulated() -> emulator.Library:
