@@ -127,7 +127,9 @@ def check(backend: str, conv: Convolution, passes: tuple[str, ...] = PASSES) -> 
     output = None if conv.activation == "none" else conv.output
     found = operators.conv2d_backward(conv.grad, output, conv.input, conv.weight, *conv.geometry, conv.activation, mask)
     expected = zip(conv.backward(torch.float64), conv.backward(dtype), strict=True)
-    for what, gradient, wanted, (oracle, baseline) in zip(("dgrad", "wgrad", "bias"), found, mask, expected):
+    for what, gradient, wanted, (oracle, baseline) in zip(
+        ("dgrad", "wgrad", "bias"), found[:3], mask[:3], expected, strict=True
+    ):
         if wanted:
             assert_close_to_oracle(gradient, oracle, baseline, what=what)
 
@@ -258,7 +260,9 @@ def test_branches(backend: str, sizes: list[int], activation: str) -> None:
         return [*outputs, *gradients]
 
     found = run(torch.float16, backend)
-    for i, triple in enumerate(zip(found, run(torch.float64, "reference"), run(torch.float16, "reference"))):
+    for i, triple in enumerate(
+        zip(found, run(torch.float64, "reference"), run(torch.float16, "reference"), strict=True)
+    ):
         assert_close_to_oracle(*triple, what=f"result {i}")
 
 
