@@ -403,9 +403,7 @@ void Block::shared_read_by_warp(uint32_t offset, uint32_t bytes, const Place& pl
       continue;
     }
     cell.read_lanes = warp().lanes;
-    uint32_t least = UINT32_MAX;
-    for (int lane = 0; lane < 32; ++lane) least = std::min(least, clocks.known[lane][lane]);
-    cell.read_clock = least;
+    cell.read_clock = clocks.least;
   }
 }
 

@@ -102,6 +102,7 @@ class Emulator:
             )
             for source in sorted(HERE.glob("*.cu")):
                 objects = [f"tests/{source.stem}.cu.o", *runtime]
+                objects += [f"tests/{path.stem}.o" for path in HERE.glob(f"{source.stem}_*.cpp")]
                 ninja.build(f"lib{source.stem}.so", "link", objects, variables={"libraries": "-ldl"})
 
     def _objects(self) -> Iterator[tuple[Path, str, str, list[str]]]:
@@ -118,6 +119,8 @@ class Emulator:
             yield source, f"{source.relative_to(CSRC)}.o", "kernel", self.kernel_flags
         for source in sorted(HERE.glob("*.cu")):
             yield source, f"tests/{source.name}.o", "kernel", self.kernel_flags
+            for host in sorted(HERE.glob(f"{source.stem}_*.cpp")):
+                yield host, f"tests/{host.stem}.o", "cpp", [*self.flags, "-O1"]
 
     def build(self, target: str = "libfastconv_emulated.so", quiet: bool = False) -> Path:
         """The path of a library, up to date. Waits for another process that builds."""

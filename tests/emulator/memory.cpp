@@ -14,6 +14,7 @@ void WarpClocks::reset() {
   std::memset(known, 0, sizeof(known));
   std::memset(everyone, 0, sizeof(everyone));
   for (int lane = 0; lane < 32; ++lane) known[lane][lane] = 1;
+  least = 1;
 }
 
 void WarpClocks::sync(uint32_t mask) {
@@ -30,8 +31,10 @@ void WarpClocks::sync(uint32_t mask) {
     }
   }
   std::fill_n(everyone, 32, UINT32_MAX);
+  least = UINT32_MAX;
   for (int lane = 0; lane < 32; ++lane) {
     for (int other = 0; other < 32; ++other) everyone[other] = std::min(everyone[other], known[lane][other]);
+    least = std::min(least, known[lane][lane]);
   }
 }
 

@@ -48,6 +48,7 @@ struct Cell {
 struct WarpClocks {
   uint32_t known[32][32];  // [lane][other lane]; [lane][lane] is the lane's own time
   uint32_t everyone[32];   // the least of known[.][other]: what all lanes know
+  uint32_t least;          // of the lanes' own times
 
   void reset();
   void sync(uint32_t mask);
