@@ -20,8 +20,10 @@ LocalResponseNormParams make_params(const char* op, Device& device, const Tensor
   params.channels = static_cast<int>(channels);
   params.inner = channels > 1 ? input.stride(1) : input.numel();
   params.outer = input.numel() / (channels * params.inner);
-  params.before = static_cast<int>(std::min(size / 2, channels));
-  params.after = static_cast<int>(std::min((size - 1) / 2, channels));
+  // A window that reaches further finds nothing more. Size 5 remains 5, for which there are kernels of its own.
+  const int64_t reach = std::max<int64_t>(channels, 2);
+  params.before = static_cast<int>(std::min(size / 2, reach));
+  params.after = static_cast<int>(std::min((size - 1) / 2, reach));
   params.scale = alpha / static_cast<double>(size);
   params.beta = beta;
   params.k = k;
