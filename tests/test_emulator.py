@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("ninja", reason="the emulator is built by ninja")
 import emulator
 
-# Bug, the kind of report that names it, and whether it takes clang to see it. "wrong" is for bugs that are legal programs:
+# Bug, the kind of report that names it, whether it takes clang to see it. "wrong" is for bugs that are legal programs:
 # those the numbers must tell.
 GEMM_BUGS = [
     ("kWaitOneGroupShort", "copy not waited for", False),
@@ -61,12 +61,15 @@ SEEDS = [1, 2, 3, 4, 5]
 PITCH = 8
 
 
-@pytest.fixture(scope="module", params=["clang", "gcc"])
+BUILDS = ["clang", "gcc", pytest.param("ucontext", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=BUILDS)
 def bugs(request):
-    """Both builds: with every load and store seen, and with those that go through the headers."""
+    """Every load and store is seen, or those that go through the headers; the latter also with portable fibers."""
     if request.param == "clang" and emulator.find_clang() is None:
         pytest.skip("no clang++ that instruments loads and stores is installed here")
-    library = emulator.load("bugs", clang=request.param == "clang")
+    library = emulator.load("bugs", clang=request.param == "clang", ucontext=request.param == "ucontext")
     for name in ("run_gemm", "run_exchange"):
         getattr(library.functions, name).restype = ctypes.c_char_p
     assert library.checks_plain_accesses == (request.param == "clang")

@@ -64,9 +64,9 @@ class Library:
 
 
 @functools.cache
-def load(name: str, clang: bool = True) -> Library:
+def load(name: str, clang: bool = True, ucontext: bool = False) -> Library:
     """A library of build.py, built at first use; without clang where there is none."""
-    emulator = Emulator(find_clang() if clang else None)
+    emulator = Emulator(find_clang() if clang else None, ucontext)
     return Library(emulator.build(f"lib{name}.so", quiet=True))
 
 

@@ -58,18 +58,20 @@ def find_clang() -> str | None:
 class Emulator:
     """The flags and the objects of one way to build: with clang or without."""
 
-    def __init__(self, clang: str | None) -> None:
+    def __init__(self, clang: str | None, ucontext: bool = False) -> None:
         ninjafile, toolchain = _import_build()
         torch = toolchain.find_torch()
         self.clang = clang
         self.compiler = shlex.join(toolchain.find_compiler().command)
-        self.folder = ROOT / "build" / "emulator" / ("clang" if clang else "gcc")
+        self.folder = ROOT / "build" / "emulator" / (("clang" if clang else "gcc") + ("-ucontext" if ucontext else ""))
         self.torch_lib = torch.lib
         self.torch_flags = [ninjafile.STABLE_ABI, "-isystem", str(torch.include)]
         native = ["-march=native"] if platform.machine() == "x86_64" else []
         # As nvcc does, a * b + c may become one operation.
         self.flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=fast", *native]
         self.flags += [f"-fmacro-prefix-map={ROOT}/=", f"-I{HERE}/include", f"-I{HERE}", f"-I{CSRC}"]
+        if ucontext:
+            self.flags.append("-DFASTCONV_EMULATOR_UCONTEXT")
         self.kernel_flags = [*self.flags, "-x", "c++", "-O2", "-gline-tables-only" if clang else "-g1"]
         self.kernel_flags += ["-Wno-unknown-pragmas", "-Wno-pass-failed" if clang else "-Wno-attributes"]
         if clang:

@@ -40,7 +40,22 @@ def words(kind: str, count: int) -> np.ndarray:
     if kind == "positive floats":
         return np.exp(random.uniform(-20, 20, count)).astype(np.float32).view(np.uint32)
     if kind == "floats":
-        special = [0.0, -0.0, np.inf, -np.inf, np.nan, 6.0, -6.0, 65504.0, 65520.0, 65519.996, 6e-8, 3e-8, 6.1e-5, 1e-40]
+        special = [
+            0.0,
+            -0.0,
+            np.inf,
+            -np.inf,
+            np.nan,
+            6.0,
+            -6.0,
+            65504.0,
+            65520.0,
+            65519.996,
+            6e-8,
+            3e-8,
+            6.1e-5,
+            1e-40,
+        ]
         special += [1.0009765625, 1.00048828125, 1.00390625, 1.001953125, 1.0004883, 3.4e38, 2.0**-133]
         values = np.float32(special)
         ordinary = random.standard_normal(count) * 10.0 ** random.integers(-8, 8, count)
@@ -171,7 +186,9 @@ def main() -> int:
     else:
         print("not compared with a GPU: there is none here")
     for file in sorted(GOLDENS.glob("*.json")):
-        problems += [f"{file.name}: {line}" for line in compare(program.cases, mine, json.loads(file.read_text())["cases"])]
+        problems += [
+            f"{file.name}: {line}" for line in compare(program.cases, mine, json.loads(file.read_text())["cases"])
+        ]
         print(f"compared with {file.name}")
     print("\n".join(["DIFFERENT", *problems]) if problems else "no difference")
     return bool(problems)
