@@ -13,6 +13,7 @@ COMMANDS = {
     "explain": "what swapping a model would change, and why not the rest",
     "verify": "errors of every op beside torch's own, against float64",
     "bench": "time of networks, eager against fastconv",
+    "tune": "block sizes of the Triton kernels, measured on this GPU",
 }
 
 

@@ -51,7 +51,7 @@ def _no_cuda() -> str | None:
     return _no_gpu()
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -59,14 +59,14 @@ def _interpreted() -> bool:
 def _no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return 'triton is not installed: pip install "fastconv[triton]"'
-    return None if _interpreted() else _no_gpu()
+    return None if interpreted() else _no_gpu()
 
 
 _BACKENDS = {
     "cpu": Backend("fastconv", lambda: "cpu", lambda: _library.PROBLEM),
     "cuda": Backend("fastconv", lambda: "cuda", _no_cuda),
     "triton": Backend(
-        "fastconv_triton", lambda: "cpu" if _interpreted() else "cuda", _no_triton, module="fastconv.triton"
+        "fastconv_triton", lambda: "cpu" if interpreted() else "cuda", _no_triton, module="fastconv.triton"
     ),
     "reference": Backend(None, lambda: "", lambda: None),
 }

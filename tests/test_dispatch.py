@@ -238,7 +238,8 @@ def test_use_backend_reaches_every_op() -> None:
         assert recorder.calls
 
 
-def test_backend_errors_say_what_to_do() -> None:
+def test_backend_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x = torch.randn(2, 3)
     with pytest.raises(ValueError, match="needed one of auto, cpu, cuda, triton, reference"):
         ops.add_relu(x, x, backend="cudnn")

@@ -261,9 +261,14 @@ def conv2d_wgrad(
 # ---------------------------------------------------------------------------------------- launchers
 
 
+def _is_stem(weight: Tensor) -> bool:
+    return weight.shape[1] < STEM_CHANNELS and weight.shape[2] * weight.shape[3] > 1
+
+
 def _filter_class(weight: Tensor) -> str:
-    if weight.shape[1] < STEM_CHANNELS and weight.shape[2] * weight.shape[3] > 1:
-        return "stem"
+    """The part of a table's key that the filter decides."""
+    if weight.shape[1] % 8:
+        return "ragged"
     return "pointwise" if weight.shape[2] * weight.shape[3] == 1 else "spatial"
 
 
@@ -280,10 +285,8 @@ def fprop(
     (stride, padding, dilation, groups), (_, _, P, Q) = geometry, output.shape
     (K, C, R, S), (_, _, H, W) = weight.shape, input.shape
     pixels = output.shape[0] * P * Q
-    kind = _filter_class(weight)
-    config = table.config(
-        "conv2d_fprop", _launch.dtype_class(input), kind, _launch.width_class(K // groups), filter=(R, S)
-    )
+    classes = (_launch.dtype_class(input), _filter_class(weight), _launch.width_class(K // groups))
+    config = table.config("conv2d_fprop", *classes, filter=(R, S))
     tiles = triton.cdiv(pixels, config["BLOCK_M"]) * triton.cdiv(K // groups, config["BLOCK_N"])
     _launch.launch(
         conv2d_fprop,
@@ -293,7 +296,7 @@ def fprop(
         *input.stride(), *weight.stride(), *(output if residual is None else residual).stride(), *output.stride(),
         *stride, *padding, *dilation,
         R=R, S=S,
-        STEM=C if kind == "stem" else 0,
+        STEM=C if _is_stem(weight) else 0,
         PADDED=any(padding),
         WHOLE=C % config["BLOCK_K"] == 0,
         ACTIVATION=activation,
@@ -340,12 +343,11 @@ def wgrad(grad: Tensor, input: Tensor, grad_weight: Tensor, geometry: _launch.Ge
     """Writes the gradient of the weight into `grad_weight`, which is dense; `grad` is that before the activation."""
     (stride, padding, dilation, groups), (N, _, P, Q) = geometry, grad.shape
     (K, C, R, S), (_, _, H, W) = grad_weight.shape, input.shape
-    kind = "stem" if _filter_class(grad_weight) == "stem" else "dense"
-    config = table.config(
-        "conv2d_wgrad", _launch.dtype_class(grad), kind, _launch.width_class(K // groups), filter=(R, S)
-    )
+    stem = _is_stem(grad_weight)
+    classes = (_launch.dtype_class(grad), "ragged" if stem else "dense", _launch.width_class(K // groups))
+    config = table.config("conv2d_wgrad", *classes, filter=(R, S))
     steps = triton.cdiv(N * P * Q, config["BLOCK_K"])
-    columns = triton.cdiv(R * S * C, config["BLOCK_N"]) if kind == "stem" else R * S * triton.cdiv(C, config["BLOCK_N"])
+    columns = triton.cdiv(R * S * C, config["BLOCK_N"]) if stem else R * S * triton.cdiv(C, config["BLOCK_N"])
     tiles = triton.cdiv(K // groups, config["BLOCK_M"]) * columns * groups
     part_steps, parts = _launch.split(steps, tiles, grad.device)
     sums = grad_weight
@@ -359,7 +361,7 @@ def wgrad(grad: Tensor, input: Tensor, grad_weight: Tensor, geometry: _launch.Ge
         *grad.stride(), *input.stride(), *grad_weight.stride(),
         *stride, *padding, *dilation,
         R=R, S=S,
-        STEM=C if kind == "stem" else 0,
+        STEM=C if stem else 0,
         PADDED=any(padding),
         PRECISION=_launch.precision(),
         WIDE=_launch.wide(grad, input, grad_weight) or sums.numel() > _launch.NARROW_LIMIT,

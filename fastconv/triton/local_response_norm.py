@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import _checks
+from ..ops.local_response_norm import _window_sum as window_sum_of_aten
 from . import _launch, table
 from ._device import index, narrow
 
@@ -107,10 +108,10 @@ def local_response_norm_backward(
     x, grad_input = _launch.dense(input)
     grad = _launch.with_strides_of(x, grad_output)
     if x.dtype == torch.float64 or not _run(x, grad, grad_input, size, alpha, beta, k):
-        with torch.enable_grad():
-            leaf = _at_least_32_bits(x.detach()).requires_grad_()
-            output = F.local_response_norm(leaf, size, alpha, beta, k)
-        grad_input.copy_(torch.autograd.grad(output, leaf, grad.to(leaf.dtype))[0])
+        x, grad, scale = _at_least_32_bits(x), _at_least_32_bits(grad), alpha / size
+        d = k + scale * window_sum_of_aten(x * x, size)
+        terms = window_sum_of_aten(grad * x * d ** -(beta + 1), size, adjoint=True)
+        grad_input.copy_(grad * d**-beta - 2 * scale * beta * x * terms)
     return grad_input
 
 

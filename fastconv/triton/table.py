@@ -1,6 +1,7 @@
 """Block sizes of every kernel, by shape class.
 
-A shape class says what kind of filter (pointwise, spatial, stem), how many columns a tile has work for (narrow: up to
+A shape class says what kind of filter (pointwise, spatial; ragged: a number of channels that 16-byte loads cannot
+take, like the 3 of an image), how many columns a tile has work for (narrow: up to
 32 channels, medium: 64, wide), which operands ("16bit", "tf32", "ieee": float32 as torch's switches have it), or in
 which direction the tensors lie (pixels, channels). The batch size is no part of it: a new batch size never compiles or
 tunes anything.
@@ -36,7 +37,7 @@ def _tile(m: int, n: int, warps: int) -> Config:
 _GROUP = {"GROUP": 8}
 
 SHIPPED: Table = {
-    # rows: output pixels; columns: output channels; terms: input channels of one tap (stem: all taps')
+    # rows: output pixels; columns: output channels; terms: input channels of one tap (stems: all taps')
     "conv2d_fprop": {
         "16bit pointwise narrow": _gemm(128, 32, 64, 4, 3, **_GROUP),
         "16bit pointwise medium": _gemm(128, 64, 64, 4, 3, **_GROUP),
@@ -44,18 +45,18 @@ SHIPPED: Table = {
         "16bit spatial narrow": _gemm(128, 32, 64, 4, 3, **_GROUP),
         "16bit spatial medium": _gemm(128, 64, 64, 4, 3, **_GROUP),
         "16bit spatial wide": _gemm(64, 128, 64, 4, 3, **_GROUP),
-        "16bit stem narrow": _gemm(128, 32, 32, 4, 2, **_GROUP),
-        "16bit stem medium": _gemm(128, 64, 32, 4, 2, **_GROUP),
-        "16bit stem wide": _gemm(64, 128, 32, 4, 2, **_GROUP),
+        "16bit ragged narrow": _gemm(128, 32, 32, 4, 2, **_GROUP),
+        "16bit ragged medium": _gemm(64, 64, 32, 4, 2, **_GROUP),
+        "16bit ragged wide": _gemm(64, 64, 32, 4, 2, **_GROUP),
         "tf32 pointwise narrow": _gemm(128, 32, 32, 4, 3, **_GROUP),
         "tf32 pointwise medium": _gemm(128, 64, 32, 4, 3, **_GROUP),
         "tf32 pointwise wide": _gemm(128, 128, 32, 8, 3, **_GROUP),
         "tf32 spatial narrow": _gemm(128, 32, 32, 4, 3, **_GROUP),
         "tf32 spatial medium": _gemm(128, 64, 32, 4, 3, **_GROUP),
         "tf32 spatial wide": _gemm(128, 64, 32, 4, 3, **_GROUP),
-        "tf32 stem narrow": _gemm(128, 32, 32, 4, 2, **_GROUP),
-        "tf32 stem medium": _gemm(64, 64, 32, 4, 2, **_GROUP),
-        "tf32 stem wide": _gemm(64, 64, 32, 4, 2, **_GROUP),
+        "tf32 ragged narrow": _gemm(128, 32, 32, 4, 2, **_GROUP),
+        "tf32 ragged medium": _gemm(64, 64, 32, 4, 2, **_GROUP),
+        "tf32 ragged wide": _gemm(64, 64, 32, 4, 2, **_GROUP),
         # sums of true float32 products live in registers, one thread's worth at a time
         "ieee pointwise narrow": _gemm(64, 32, 16, 4, 2, **_GROUP),
         "ieee pointwise medium": _gemm(64, 64, 16, 4, 2, **_GROUP),
@@ -63,9 +64,9 @@ SHIPPED: Table = {
         "ieee spatial narrow": _gemm(64, 32, 16, 4, 2, **_GROUP),
         "ieee spatial medium": _gemm(64, 64, 16, 4, 2, **_GROUP),
         "ieee spatial wide": _gemm(64, 64, 16, 4, 2, **_GROUP),
-        "ieee stem narrow": _gemm(64, 32, 16, 4, 2, **_GROUP),
-        "ieee stem medium": _gemm(64, 64, 16, 4, 2, **_GROUP),
-        "ieee stem wide": _gemm(64, 64, 16, 4, 2, **_GROUP),
+        "ieee ragged narrow": _gemm(64, 32, 16, 4, 2, **_GROUP),
+        "ieee ragged medium": _gemm(64, 64, 16, 4, 2, **_GROUP),
+        "ieee ragged wide": _gemm(64, 64, 16, 4, 2, **_GROUP),
     },
     # rows: input pixels; columns: input channels; terms: output channels of one tap
     "conv2d_dgrad": {
@@ -82,41 +83,41 @@ SHIPPED: Table = {
         "tf32 spatial medium": _gemm(128, 64, 32, 4, 3, **_GROUP),
         "tf32 spatial wide": _gemm(128, 64, 32, 4, 3, **_GROUP),
         "ieee pointwise narrow": _gemm(64, 32, 16, 4, 2, **_GROUP),
-        "ieee pointwise medium": _gemm(64, 64, 16, 4, 2, **_GROUP),
-        "ieee pointwise wide": _gemm(64, 64, 16, 4, 2, **_GROUP),
+        "ieee pointwise medium": _gemm(64, 32, 16, 4, 2, **_GROUP),
+        "ieee pointwise wide": _gemm(64, 32, 16, 4, 2, **_GROUP),
         "ieee spatial narrow": _gemm(64, 32, 16, 4, 2, **_GROUP),
         "ieee spatial medium": _gemm(64, 64, 16, 4, 2, **_GROUP),
         "ieee spatial wide": _gemm(64, 64, 16, 4, 2, **_GROUP),
     },
-    # rows: output channels; columns: input channels at one tap (stem: of all taps); terms: pixels. The width is K's.
+    # rows: output channels; columns: input channels at one tap (stems: of all taps); terms: pixels. The width is K's.
     "conv2d_wgrad": {
         "16bit dense narrow": _gemm(32, 64, 64, 4, 3),
         "16bit dense medium": _gemm(64, 64, 64, 4, 3),
         "16bit dense wide": _gemm(128, 64, 64, 4, 3),
-        "16bit stem narrow": _gemm(32, 64, 32, 4, 2),
-        "16bit stem medium": _gemm(64, 64, 32, 4, 2),
-        "16bit stem wide": _gemm(128, 32, 32, 4, 2),
+        "16bit ragged narrow": _gemm(32, 64, 32, 4, 2),
+        "16bit ragged medium": _gemm(64, 64, 32, 4, 2),
+        "16bit ragged wide": _gemm(128, 32, 32, 4, 2),
         "tf32 dense narrow": _gemm(32, 64, 32, 4, 3),
         "tf32 dense medium": _gemm(64, 64, 32, 4, 3),
         "tf32 dense wide": _gemm(64, 64, 32, 4, 3),
-        "tf32 stem narrow": _gemm(32, 64, 32, 4, 2),
-        "tf32 stem medium": _gemm(64, 64, 32, 4, 2),
-        "tf32 stem wide": _gemm(64, 64, 32, 4, 2),
+        "tf32 ragged narrow": _gemm(32, 64, 32, 4, 2),
+        "tf32 ragged medium": _gemm(64, 64, 32, 4, 2),
+        "tf32 ragged wide": _gemm(64, 64, 32, 4, 2),
         "ieee dense narrow": _gemm(32, 64, 16, 4, 2),
         "ieee dense medium": _gemm(64, 64, 16, 4, 2),
         "ieee dense wide": _gemm(64, 64, 16, 4, 2),
-        "ieee stem narrow": _gemm(32, 64, 16, 4, 2),
-        "ieee stem medium": _gemm(64, 64, 16, 4, 2),
-        "ieee stem wide": _gemm(64, 64, 16, 4, 2),
+        "ieee ragged narrow": _gemm(32, 64, 16, 4, 2),
+        "ieee ragged medium": _gemm(64, 64, 16, 4, 2),
+        "ieee ragged wide": _gemm(64, 64, 16, 4, 2),
     },
     # as conv2d_fprop's pointwise; a tile never straddles two branches, so tiles are no wider than branches are
     "pointwise_group": {
         "16bit narrow": _gemm(128, 32, 64, 4, 3),
-        "16bit medium": _gemm(128, 64, 64, 4, 3),
-        "16bit wide": _gemm(128, 64, 64, 4, 3),
+        "16bit medium": _gemm(64, 64, 64, 4, 3),
+        "16bit wide": _gemm(64, 64, 64, 4, 3),
         "tf32 narrow": _gemm(128, 32, 32, 4, 3),
-        "tf32 medium": _gemm(128, 64, 32, 4, 3),
-        "tf32 wide": _gemm(128, 64, 32, 4, 3),
+        "tf32 medium": _gemm(64, 64, 32, 4, 3),
+        "tf32 wide": _gemm(64, 64, 32, 4, 3),
         "ieee narrow": _gemm(64, 32, 16, 4, 2),
         "ieee medium": _gemm(64, 64, 16, 4, 2),
         "ieee wide": _gemm(64, 64, 16, 4, 2),
@@ -124,11 +125,11 @@ SHIPPED: Table = {
     # columns: output channels, as many as registers allow: the depthwise part is computed once for each tile of them
     "depthwise_separable_fprop": {
         "16bit narrow": _gemm(64, 32, 32, 4, 2),
-        "16bit medium": _gemm(64, 64, 32, 4, 2),
-        "16bit wide": _gemm(64, 128, 32, 4, 2),
+        "16bit medium": _gemm(64, 64, 32, 8, 2),
+        "16bit wide": _gemm(64, 128, 32, 8, 2),
         "tf32 narrow": _gemm(64, 32, 32, 4, 2),
-        "tf32 medium": _gemm(64, 64, 32, 4, 2),
-        "tf32 wide": _gemm(64, 128, 32, 4, 2),
+        "tf32 medium": _gemm(64, 64, 32, 8, 2),
+        "tf32 wide": _gemm(64, 64, 32, 8, 2),
         "ieee narrow": _gemm(64, 32, 16, 4, 2),
         "ieee medium": _gemm(64, 64, 16, 4, 2),
         "ieee wide": _gemm(64, 64, 16, 4, 2),

@@ -1,0 +1,518 @@
+"""The Triton kernels: the numerics and dispatch suites on backend "triton", and what only these kernels have.
+
+Without a GPU they run in Triton's interpreter (tests/conftest.py turns it on), which executes one program after the
+other in numpy: results are checked as everywhere else, races and miscompilations are not. All combinations of case,
+dtype and layout are marked slow; two of each case run always.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, LAYOUTS, Case, named, run, tensors
+from kernel_backends import true_float32
+from torch import Tensor
+
+import fastconv
+from fastconv import backends, models, ops
+from fastconv._numerics import assert_close_to_oracle, poisoned_outputs
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+import test_autograd
+import test_dispatch
+import test_op_numerics as numerics
+from swap_models import tensors as swapped_tensors
+
+HERE = Path(__file__).parent
+FIRST = [next(iter(named(op))) for op in ops.__all__]
+HALVES = (torch.float16, torch.bfloat16)
+
+# Minutes of interpretation: as many taps as pixels, each tap a step of the depthwise kernels.
+LONG = {"depthwise_conv2d-large_filter", "conv2d_relu-stem11x11"}
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[torch.device]:
+    """Everything here runs on this backend; float32 without TF32, which the interpreter does not have."""
+    reason = backends.available()["triton"]
+    if reason is not None:
+        pytest.skip(reason)
+    with fastconv.use_backend("triton"), true_float32():
+        yield torch.device("cpu" if backends.interpreted() else "cuda")
+
+
+def combinations() -> list[Any]:
+    """Each case in float32 and one layout, in float16 and the other; first cases in bfloat16; the others are slow."""
+    found = []
+    for case in CASES:
+        for dtype in (torch.float32, *HALVES):
+            for layout in LAYOUTS:
+                always = str(case) not in LONG and (dtype, layout) in (
+                    (torch.float32, "contiguous"),
+                    (torch.float16, "channels_last"),
+                    *([(torch.bfloat16, "channels_last")] if case in FIRST else []),
+                )
+                marks = () if always else pytest.mark.slow
+                found.append(pytest.param(case, dtype, layout, id=f"{case}-{dtype}-{layout}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("case", "dtype", "layout"), combinations())
+def test_forward(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> None:
+    numerics.test_forward(case, dtype, layout, device)
+
+
+@pytest.mark.parametrize(("case", "dtype", "layout"), combinations())
+def test_backward(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> None:
+    numerics.test_backward(case, dtype, layout, device)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_float64_is_the_aten_composition(case: Case, device: torch.device) -> None:
+    numerics.test_forward(case, torch.float64, "contiguous", device)
+    numerics.test_backward(case, torch.float64, "channels_last", device)
+
+
+@pytest.mark.parametrize("make", [numerics.expanded, numerics.transposed, numerics.sliced])
+@pytest.mark.parametrize("case", [case for case in FIRST if len(case.shapes["input"]) == 4], ids=str)
+def test_odd_gradients(case: Case, make: Any, device: torch.device) -> None:
+    numerics.test_odd_gradients(case, "channels_last", make, device)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_non_contiguous_inputs(case: Case, device: torch.device) -> None:
+    numerics.test_non_contiguous_inputs(case, torch.float32, device)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_special_values_through_activations(dtype: torch.dtype, activation: str) -> None:
+    numerics.test_special_values_through_activations(dtype, activation)
+
+
+@pytest.mark.parametrize("op", numerics.CONV_OPS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_special_values_through_convolutions(op: str, value: float) -> None:
+    numerics.test_special_values_through_convolutions(op, torch.float32, value)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_special_values_through_lrn(value: float) -> None:
+    numerics.test_special_values_through_lrn(torch.float16, "channels_last", value)
+
+
+# ----------------------------------------------------------------------------- what these kernels have
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def judge(op: str, arguments: dict[str, Any], *, grad: bool = True) -> None:
+    """Forward and, for gradients that do not hang on a rounding error, backward by the policy."""
+    case = Case(op, "own", {}, "")
+    leaves = [t.requires_grad_(grad) for t in tensors(arguments)]
+    with poisoned_outputs():
+        outputs = run(op, arguments)
+    exact = numerics.mapped(arguments, lambda t: t.detach().double().requires_grad_(grad))
+    oracles, baselines = run(op, exact, backend="reference"), run(op, arguments, backend="reference")
+    for output, oracle, baseline in zip(outputs, oracles, baselines, strict=True):
+        assert_close_to_oracle(output.detach(), oracle.detach(), baseline.detach(), what=str(case))
+    if grad:
+        grads = [torch.randn_like(output) for output in outputs]
+        with poisoned_outputs():
+            found = torch.autograd.grad(outputs, leaves, grads)
+        expected = torch.autograd.grad(oracles, tensors(exact), [g.double() for g in grads])
+        baselines = torch.autograd.grad(baselines, leaves, grads)
+        for one, oracle, baseline in zip(found, expected, baselines, strict=True):
+            assert_close_to_oracle(one, oracle, baseline, what=f"{op}, gradient of {tuple(one.shape)}")
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 2), (4, 6), (2, 1)], ids=str)
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 2), (4, 3), (3, 4)], ids=str)
+def test_dgrad_phases(stride: tuple[int, int], dilation: tuple[int, int]) -> None:
+    """Stride and dilation with and without common factors, strides beyond the filter, several groups."""
+    arguments = {"input": random(1, 6, 15, 13), "weight": random(4, 3, 3, 2) * 0.3, "bias": random(4)}
+    options = {"stride": stride, "dilation": dilation, "padding": (4, 2), "groups": 2, "activation": "none"}
+    judge("conv2d_relu", {**arguments, **options})
+
+
+def test_more_channels_than_a_tile() -> None:
+    """Several tiles in every direction, none of them full."""
+    arguments = {"input": random(2, 70, 9, 8), "weight": random(150, 70, 3, 3) * 0.04, "bias": random(150)}
+    judge("conv2d_relu", {**arguments, "padding": 1, "activation": "none"})
+    pointwise = {"input": random(3, 130, 7, 7), "weight": random(140, 130, 1, 1) * 0.1, "bias": random(140)}
+    judge("pointwise_conv2d", pointwise)
+
+
+def test_more_branches_than_a_launch_takes() -> None:
+    weights = [random(k, 20, 1, 1) * 0.2 for k in (33, 1, 65, 8, 16, 70)]
+    judge("pointwise_conv2d_group", {"input": random(2, 20, 5, 6), "weights": weights})
+
+
+@pytest.mark.parametrize("outputs", [200, 600])
+def test_separable_with_many_output_channels(outputs: int) -> None:
+    """More columns than a tile has, and more tiles of them than the fused kernel takes."""
+    judge(
+        "depthwise_separable_conv2d",
+        {
+            "input": random(1, 40, 6, 7),
+            "depthwise_weight": random(40, 1, 3, 3) * 0.5,
+            "pointwise_weight": random(outputs, 40, 1, 1) * 0.2,
+            "padding": 1,
+        },
+        grad=False,
+    )
+
+
+@pytest.mark.parametrize(("channels", "size"), [(300, 5), (200, 40), (5, 9), (1, 3)])
+def test_lrn_tiles_of_channels(channels: int, size: int) -> None:
+    """Tiles with a halo on both sides; windows wider than a halo may be; a single channel."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        input = random(2, channels, 3, 2).contiguous(memory_format=layout)
+        judge("local_response_norm", {"input": input, "size": size, "alpha": 0.8, "beta": 0.75, "k": 1.5})
+
+
+def test_channel_slices_in_place() -> None:
+    """An Inception module's concatenation without a copy: read from a slice, written into slices."""
+    from fastconv.triton.pointwise_conv2d import pointwise_conv2d
+    from fastconv.triton.pointwise_conv2d_group import pointwise_conv2d_group
+
+    wide = random(2, 40, 5, 6).contiguous(memory_format=torch.channels_last)
+    input = wide[:, 8:28]
+    weights, biases = [random(k, 20, 1, 1) for k in (12, 7)], [random(12), random(7)]
+    expected = [F.relu(F.conv2d(input, w, b)) for w, b in zip(weights, biases, strict=True)]
+    for layout in (torch.channels_last, torch.contiguous_format):
+        joined = torch.full((2, 30, 5, 6), torch.nan).contiguous(memory_format=layout)
+        pointwise_conv2d_group(input, weights, biases, "relu", outputs=[joined[:, :12], joined[:, 12:19]])
+        pointwise_conv2d(input, weights[1], biases[1], None, [1, 1], "relu", output=joined[:, 20:27])
+        torch.testing.assert_close(joined[:, :19], torch.cat(expected, 1))
+        torch.testing.assert_close(joined[:, 20:27], expected[1])
+        assert joined[:, 19].isnan().all()
+        assert joined[:, 27:].isnan().all()
+
+
+def test_wide_indices_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 64-bit variants, which tensors past 2^31 elements take, on a small tensor."""
+    from fastconv.triton import _launch
+
+    case = named("conv2d_relu")[1]
+    others = [named(op)[0] for op in ("depthwise_separable_conv2d", "pointwise_conv2d_group", "local_response_norm")]
+    for chosen in (case, *others):
+        arguments = chosen.arguments(requires_grad=True)
+        expected = numerics.gradients(chosen, arguments, [torch.ones_like(o) for o in run(chosen.op, arguments)])
+        monkeypatch.setattr(_launch, "wide", lambda *tensors: True)
+        found = numerics.gradients(chosen, arguments, [torch.ones_like(o) for o in run(chosen.op, arguments)])
+        monkeypatch.undo()
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_when_indices_are_wide() -> None:
+    from fastconv.triton import _launch
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    assert not _launch.wide(meta(2**10, 2**10, 2**10))
+    assert _launch.wide(meta(2**11, 2**10, 2**10))
+    assert _launch.wide(meta(2**10, 2, 2**11, 2**10)[:, 0])
+
+
+def test_same_bits_every_time() -> None:
+    """Weight and bias gradients are sums of parts, added in a fixed order."""
+    arguments = {"input": random(4, 8, 15, 15), "weight": random(8, 8, 3, 3), "bias": random(8)}
+    leaves = [t.requires_grad_() for t in arguments.values()]
+    first, second = (
+        torch.autograd.grad(ops.conv2d_relu(**arguments, activation="none").square().sum(), leaves) for _ in range(2)
+    )
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_reductions_are_split() -> None:
+    from fastconv.triton import _launch
+
+    part_steps, parts = _launch.split(100, 2, torch.device("cpu"))
+    assert parts > 1
+    assert (parts - 1) * part_steps < 100 <= parts * part_steps
+    assert _launch.split(3, 1, torch.device("cpu")) == (3, 1)
+    assert _launch.split(0, 1, torch.device("cpu")) == (1, 0)
+
+
+def test_tf32_follows_torchs_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastconv.triton import _launch
+
+    for value in ("tf32", "ieee", "none"):
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", value)
+        assert _launch.precision() == ("tf32" if value == "tf32" else "ieee")
+
+
+# -------------------------------------------------------------------------------------- the table
+
+
+def test_no_more_than_four_warps_for_large_filters() -> None:
+    from fastconv.triton import table
+
+    for kernel in ("conv2d_fprop", "conv2d_dgrad", "conv2d_wgrad"):
+        for entry in table.SHIPPED[kernel]:
+            assert table.config(kernel, entry, filter=(3, 3))["num_warps"] <= 4
+    assert any(entry["num_warps"] == 8 for entry in table.SHIPPED["conv2d_fprop"].values())
+
+
+def test_a_table_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts on the GPU that it was measured on; one that does not fit is an error that names the file."""
+    from fastconv.triton import table
+
+    path = tmp_path / "table.json"
+    monkeypatch.setenv("FASTCONV_TRITON_TABLE", str(path))
+    monkeypatch.setattr(table, "device_name", lambda: "NVIDIA Test")
+
+    def read() -> table.Config:
+        table.user_entries.cache_clear()
+        table._find.cache_clear()
+        return table.config("add_relu", "any")
+
+    try:
+        shipped = read()
+        chosen = {**shipped, "BLOCK": 64}
+        table.write({"add_relu": {"any": chosen}}, {"gpu": "NVIDIA Test"}, path)
+        assert read() == chosen
+        table.write({"add_relu": {"any": chosen}}, {"gpu": "another"}, path)
+        assert read() == shipped
+        table.write({"add_relu": {"any": {"BLOCK_M": 1}}}, {"gpu": "NVIDIA Test"}, path)
+        with pytest.raises(RuntimeError, match="unknown entry 'add_relu', 'any'"):
+            read()
+        path.write_text("[]")
+        with pytest.raises(RuntimeError, match="is not a table that"):
+            read()
+    finally:
+        monkeypatch.undo()
+        table.user_entries.cache_clear()
+        table._find.cache_clear()
+
+
+def test_tune_needs_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, "-m", "fastconv", "tune"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "tune measures on a GPU" in done.stderr
+
+
+# ----------------------------------------------------------------------------------- registration
+
+
+def test_schemas_are_those_of_the_library() -> None:
+    from fastconv.triton._schemas import SCHEMAS
+
+    text = (HERE.parent / "csrc" / "schemas.cpp").read_text()
+    found = {}
+    for strings in re.findall(r'm\.def\(((?:\s*"[^"]*")+)\)', text):
+        name, rest = "".join(re.findall(r'"([^"]*)"', strings)).split("(", 1)
+        found[name] = f"({rest}"
+    assert found == SCHEMAS
+    for name in SCHEMAS:
+        schema = getattr(torch.ops.fastconv_triton, name).default._schema
+        assert str(schema).removeprefix("fastconv_triton::") == name + str(schema).split(name, 1)[1]
+
+
+def test_importing_fastconv_leaves_triton_alone() -> None:
+    code = "import sys, fastconv; print('triton' in sys.modules, 'fastconv.triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_without_triton() -> None:
+    """The package imports and says what is missing and how to get it."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import torch, fastconv
+print(fastconv.backends.available()["triton"])
+try:
+    fastconv.ops.add_relu(torch.ones(1), torch.ones(1), backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count('triton is not installed: pip install "fastconv[triton]"') == 2
+
+
+class Recorder(test_dispatch.Recorder):
+    """The calls of the Triton operators."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "fastconv_triton":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.small], ids=str)
+def test_opcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_dispatch, "Recorder", Recorder)
+    with Recorder() as recorder:
+        outputs = run(case.op, case.arguments(requires_grad=True))
+        torch.autograd.backward(outputs, [torch.randn_like(output) for output in outputs])
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(leaf(v) for v in value)
+        return value.detach().clone().requires_grad_() if isinstance(value, Tensor) else value
+
+    assert recorder.calls[0][0].name() == f"fastconv_triton::{case.op}"
+    for function, args in recorder.calls:
+        torch.library.opcheck(function, leaf(args))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_compile_fullgraph(case: Case, dynamic: bool) -> None:
+    test_dispatch.test_compile_fullgraph(case, dynamic)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_export_is_one_node(case: Case) -> None:
+    module = test_dispatch.Call(case)
+    program = torch.export.export(module, (module.input,))
+    called = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert [name for name in called if "getitem" not in name] == [f"fastconv_triton.{case.op}.default"]
+    torch.testing.assert_close(program.module()(module.input), module(module.input))
+
+
+@pytest.mark.parametrize("cast_to", HALVES, ids=str)
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_autocast_dtypes_are_eagers(case: Case, cast_to: torch.dtype) -> None:
+    test_dispatch.test_autocast_dtypes_are_eagers(case, torch.float32, cast_to, "triton")
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_autocast_under_compile(case: Case) -> None:
+    test_dispatch.test_autocast_under_compile(case)
+
+
+@pytest.mark.parametrize("which", ["input", "everything"])
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_vmap(case: Case, which: str) -> None:
+    test_dispatch.test_vmap(case, which)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_second_derivatives(case: Case) -> None:
+    """float64 by differences, float32 against the reference."""
+    test_autograd.test_gradgradcheck(case)
+
+    def second(backend: str) -> tuple[Tensor, ...]:
+        arguments = case.arguments(seed=1, requires_grad=True)
+        leaves = tensors(arguments)
+        total = sum(output.square().sum() for output in run(case.op, arguments, backend=backend))
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    torch.testing.assert_close(second("triton"), second("reference"), rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------- networks
+
+
+def slim(model: torch.nn.Module, image: Tensor) -> torch.nn.Module:
+    """The network with an eighth of its channels, and linear layers that take what an image of this size leaves."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.Conv2d):
+                channels = [c if c == 3 else c // 8 for c in (child.in_channels, child.out_channels)]
+                groups = channels[0] if child.groups == child.in_channels else child.groups
+                sizes = (child.kernel_size, child.stride, child.padding, child.dilation)
+                setattr(module, name, torch.nn.Conv2d(*channels, *sizes, groups, child.bias is not None))
+            elif isinstance(child, torch.nn.BatchNorm2d):
+                setattr(module, name, torch.nn.BatchNorm2d(child.num_features // 8))
+            elif isinstance(child, torch.nn.Linear):
+                setattr(module, name, torch.nn.LazyLinear(max(child.out_features // 8, 10)))
+            elif isinstance(child, torch.nn.Dropout):
+                child.p = 0.0
+    model(image)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"), [("alexnet2012", 67), ("vgg16", 32), ("googlenet", 112), ("resnet50", 33), ("xception", 71)]
+)
+def test_swapped_networks(name: str, size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of a step of training, and inference, against the reference.
+
+    In training a convolution with a batch norm behind it is eager's; inference folds it.
+    """
+    from fastconv.triton import _launch
+
+    launched: dict[str, int] = {}
+
+    def launch(kernel: Any, *args: Any, **meta: Any) -> None:
+        launched[kernel.__name__] = launched.get(kernel.__name__, 0) + 1
+        original(kernel, *args, **meta)
+
+    original = _launch.launch
+    monkeypatch.setattr(_launch, "launch", launch)
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, size, size).to(device, memory_format=torch.channels_last)
+    fast = fastconv.swap(slim(models.build(name, num_classes=10).to(device), image))
+
+    def step(backend: str) -> list[Tensor]:
+        with fastconv.use_backend(backend):
+            outputs = swapped_tensors(fast.train()(image))
+            gradients = torch.autograd.grad(sum(o.square().mean() for o in outputs), list(fast.parameters()))
+            with torch.no_grad():
+                return [*(o.detach() for o in outputs), *gradients, *swapped_tensors(fast.eval()(image))]
+
+    found = step("triton")
+    assert launched.keys() >= {"add_relu_dgrad" if name == "resnet50" else "conv2d_wgrad", "conv2d_fprop"}, launched
+    for index, (one, other) in enumerate(zip(found, step("reference"), strict=True)):
+        distance = float((one - other).norm() / other.norm().clamp(min=1e-6))
+        assert distance < 1e-3, f"result {index} of shape {tuple(one.shape)}: {distance}"
+
+
+# ---------------------------------------------------------------------------------------- compiler
+
+# Shared memory a block may have: 163 KiB on sm_80, 227 KiB on sm_90 and sm_100, but 99 KiB on the smaller cards of
+# each generation (sm_86, sm_89, sm_120), which the table is for, too.
+MOST_SHARED = 99 * 1024
+MATRIX_KERNELS = {"conv2d_fprop", "conv2d_dgrad", "conv2d_wgrad", "pointwise_group", "depthwise_separable_fprop"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_every_entry_of_the_table_compiles(architecture: int) -> None:
+    """To machine code, without a GPU: no spills, shared memory within bounds, tensor cores in use."""
+    from fastconv.triton import table
+
+    done = subprocess.run(
+        [sys.executable, HERE / "triton_compile.py", str(architecture)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    compiled = {(k["kernel"], k["entry"]) for k in kernels}
+    assert compiled == {(kernel, entry) for kernel, rows in table.SHIPPED.items() for entry in rows}
+    for kernel in kernels:
+        assert kernel["STACK"] == kernel["LOCAL"] == 0, f"spills: {kernel}"
+        assert kernel["shared"] <= MOST_SHARED, kernel
+        if kernel["kernel"] in MATRIX_KERNELS and not kernel["entry"].startswith("ieee"):
+            assert kernel["tensor_core"], f"no tensor cores: {kernel}"
