@@ -67,7 +67,7 @@ class Library:
 def load(name: str, clang: bool = True, ucontext: bool = False) -> Library:
     """A library of build.py, built at first use; without clang where there is none."""
     emulator = Emulator(find_clang() if clang else None, ucontext)
-    return Library(emulator.build(f"lib{name}.so", quiet=True))
+    return Library(emulator.build(name, quiet=True))
 
 
 @functools.cache

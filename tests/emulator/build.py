@@ -19,9 +19,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-# .ci/run also runs the tests beside an installed package, where there is no csrc/ next to them.
-ROOT = Path(os.environ.get("FASTCONV_SOURCE", HERE.parent.parent)).resolve()
+# .ci/run also runs the tests from a copy, beside an installed package: what was built for the checkout serves again.
+ROOT = Path(os.environ.get("FASTCONV_SOURCE", Path(__file__).resolve().parents[2])).resolve()
+HERE = ROOT / "tests" / "emulator"
 CSRC = ROOT / "csrc"
 
 # The runtime alone, for kernels that do not come from csrc.
@@ -64,6 +64,8 @@ class Emulator:
         self.clang = clang
         self.compiler = shlex.join(toolchain.find_compiler().command)
         self.folder = ROOT / "build" / "emulator" / (("clang" if clang else "gcc") + ("-ucontext" if ucontext else ""))
+        # Kernels know nothing of torch and are shared by all versions of it.
+        self.torch_folder = f"torch{torch.version}"
         self.torch_lib = torch.lib
         self.torch_flags = [ninjafile.STABLE_ABI, "-isystem", str(torch.include)]
         native = ["-march=native"] if platform.machine() == "x86_64" else []
@@ -97,7 +99,7 @@ class Emulator:
             runtime = [f"emulator/{name}.o" for name in RUNTIME]
             torch = ["-L" + str(self.torch_lib), "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ldl"]
             ninja.build(
-                "libfastconv_emulated.so",
+                f"{self.torch_folder}/libfastconv_emulated.so",
                 "link",
                 [output for _, output, _, _ in self._objects() if not output.startswith("tests/")],
                 variables={"libraries": shlex.join(torch)},
@@ -112,10 +114,10 @@ class Emulator:
         glue = [*self.flags, "-O1", *self.torch_flags, "-DFASTCONV_LIBRARY=fastconv_emulated"]
         for source in [CSRC / "schemas.cpp", *sorted(CSRC.glob("common/*.cpp")), *sorted(CSRC.glob("cuda/*.cpp"))]:
             if source != CSRC / "cuda/device.cpp":
-                yield source, f"{source.relative_to(CSRC).with_suffix('')}.o", "cpp", glue
-        yield HERE / "device.cpp", "emulator/device.o", "cpp", glue
+                yield source, f"{self.torch_folder}/{source.relative_to(CSRC).with_suffix('')}.o", "cpp", glue
+        yield HERE / "device.cpp", f"{self.torch_folder}/emulator/device.o", "cpp", glue
         for name in RUNTIME:
-            flags = [*self.flags, "-O2", "-g1", f'-DFASTCONV_EMULATOR_ROOT="{ROOT}/"']
+            flags = [*self.flags, "-O3", "-g1", f'-DFASTCONV_EMULATOR_ROOT="{ROOT}/"']
             yield HERE / f"{name}.cpp", f"emulator/{name}.o", "cpp", flags
         for source in sorted(CSRC.glob("cuda/kernels/*.cu")):
             yield source, f"{source.relative_to(CSRC)}.o", "kernel", self.kernel_flags
@@ -124,8 +126,9 @@ class Emulator:
             for host in sorted(HERE.glob(f"{source.stem}_*.cpp")):
                 yield host, f"tests/{host.stem}.o", "cpp", [*self.flags, "-O1"]
 
-    def build(self, target: str = "libfastconv_emulated.so", quiet: bool = False) -> Path:
+    def build(self, name: str = "fastconv_emulated", quiet: bool = False) -> Path:
         """The path of a library, up to date. Waits for another process that builds."""
+        target = f"{self.torch_folder}/lib{name}.so" if name == "fastconv_emulated" else f"lib{name}.so"
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

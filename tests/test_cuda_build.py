@@ -1,0 +1,116 @@
+"""The machine code of the CUDA kernels, as far as one can judge it without a GPU."""
+
+import importlib.util
+import json
+import re
+import subprocess
+
+import pytest
+
+pytest.importorskip("ninja", reason="the build's own requirements are not installed here")
+import cuda_objects
+from emulator.build import _import_build
+
+from fastconv import _library
+
+# Disassembling takes a while.
+pytestmark = pytest.mark.slow
+
+# Later GPUs compile the library's PTX when they load it: here, ptxas does.
+LATER = ["sm_100", "sm_120"]
+# Kernels that may keep something in local memory, and why
+LOCAL_MEMORY: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    """That there is something to look at, and that it is what csrc says now."""
+    if not _library.LOADED:
+        pytest.skip("the library is not built here")
+    from fastconv import _C
+
+    if not _C.kernel_table():
+        pytest.skip(f"the library has no CUDA kernels: {_C.build_info()['cuda']}")
+    if cuda_objects.find_cuobjdump() is None:
+        pytest.skip("cuobjdump is not installed here; it comes with the CUDA toolkit and with Triton")
+    ninjafile, _ = _import_build()
+    if ninjafile.CSRC.is_dir() and _C.build_info()["source_hash"] != ninjafile.source_hash():
+        pytest.skip("the library is older than csrc; build it again")
+
+
+def is_tensor_core(name: str) -> bool:
+    return re.search(r"\bHalfMath<|\bTf32Math\b|mma|separable", name) is not None
+
+
+def test_every_architecture_has_the_same_kernels():
+    kernels = cuda_objects.kernels()
+    assert {"sm_80", "sm_90a"} <= kernels.keys()
+    assert len({frozenset(each) for each in kernels.values()}) == 1
+
+
+def test_no_local_memory():
+    spilled = {
+        f"{arch}: {name}": kernel.stack
+        for arch, each in cuda_objects.kernels().items()
+        for name, kernel in each.items()
+        if kernel.stack and name not in LOCAL_MEMORY
+    }
+    assert spilled == {}
+
+
+def test_no_static_shared_memory():
+    assert not any(kernel.shared for each in cuda_objects.kernels().values() for kernel in each.values())
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_tensor_core_kernels_have_their_instructions(arch):
+    """mma became HMMA, cp.async LDGSTS and ldmatrix LDSM; what has none of them was not meant to."""
+    found = cuda_objects.instructions(arch)
+    assert found.keys() == cuda_objects.kernels()[arch].keys()
+    with_mma = {name for name, words in found.items() if any(word.startswith("HMMA.") for word in words)}
+    assert with_mma, "no kernel uses the tensor cores"
+    assert with_mma == {name for name in found if is_tensor_core(name)}
+    for name in with_mma:
+        kinds = {word.partition(".")[0] for word in found[name]}
+        assert {"LDGSTS", "LDSM"} <= kinds or "Tf32Math" in name, name
+        assert "LDGSTS" in kinds, name
+    assert any("HMMA.1688.F32.TF32" in words for words in found.values()), "no kernel uses TF32"
+    for name, words in found.items():
+        local = {word for word in words if word.partition(".")[0] in ("LDL", "STL")}
+        assert not local or name in LOCAL_MEMORY, (name, local)
+
+
+def test_resources_are_those_recorded():
+    recorded = json.loads(cuda_objects.RECORD.read_text())
+    if recorded["nvcc"] != cuda_objects.nvcc_version():
+        pytest.skip(f"recorded with nvcc {recorded['nvcc']}, built with {cuda_objects.nvcc_version()}")
+    changed = cuda_objects.differences(recorded, cuda_objects.measured())
+    assert changed == [], "python tests/cuda_objects.py --write records what is meant"
+
+
+def test_a_changed_resource_is_noticed():
+    now = cuda_objects.measured()
+    other = json.loads(json.dumps(now))
+    name = next(iter(other["code"]["sm_80"]))
+    other["code"]["sm_80"][name] += 1
+    gone = next(iter(other["code"]["sm_90a"]))
+    del other["code"]["sm_90a"][gone]
+    assert [line.partition(":")[0] for line in cuda_objects.differences(other, now)] == ["sm_80", "sm_90a"]
+
+
+@pytest.mark.parametrize("arch", LATER)
+def test_ptx_compiles_for_later_gpus(arch, tmp_path):
+    cuda = _import_build()[1].find_cuda()
+    ptxas = cuda and cuda.include.parent / "bin/ptxas"
+    if not ptxas or not ptxas.is_file():
+        triton = importlib.util.find_spec("triton")
+        pytest.skip(f"there is no ptxas of the CUDA toolkit on this machine{' (Triton has its own)' if triton else ''}")
+    files = cuda_objects.ptx(tmp_path)
+    assert files
+    for file in files:
+        result = subprocess.run(
+            [ptxas, f"-arch={arch}", "-v", "-o", tmp_path / "out.cubin", file], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        stores = re.findall(r"(\d+) bytes spill stores", result.stderr)
+        assert not any(map(int, stores)), result.stderr
