@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _library
+from .. import _library, backends
 from .fused import FusedConv, FusedSeparable, fold, output_shape
 
 if _library.LOADED:
@@ -94,12 +94,14 @@ class PreparedSeparable(FusedSeparable):
         depthwise, pointwise = self.depthwise.ready, self.pointwise.ready
         if depthwise is None or pointwise is None or torch.compiler.is_compiling():
             return super().__call__(input)
-        if self._pays(input):
+        if isinstance(depthwise, _Folded) or self._pays(input):
             return self.call(input, depthwise.weights, pointwise.weights)
         return pointwise(depthwise(input, None), None)
 
     def _pays(self, input: Tensor) -> bool:
-        """The kernel is for channels_last, packs the 1x1 weight on every call, and wants to keep it in the cache.
+        """Whether the CPU's kernel is faster than oneDNN's convolutions.
+
+        It is for channels_last, packs the 1x1 weight on every call, and wants to keep it in the cache.
 
         Measured on Zen 3 with two threads, MobileNet-v2's and Xception's layers: 1.2 to 1.4 times as fast as
         oneDNN's two convolutions and the activation between them while it fits, 0.9 times when it does not.
@@ -114,7 +116,7 @@ class PreparedSeparable(FusedSeparable):
         )
 
     def kernel(self, input: Tensor) -> str:
-        if self._pays(input):
+        if isinstance(self.depthwise.ready, _Folded) or self._pays(input):
             return super().kernel(input)
         return f"{self.depthwise.kernel(input)}; then 1x1 likewise"
 
@@ -182,6 +184,7 @@ class PreparedConvs:
             list(map(operator.attrgetter("dtype"), tensors)),
             [conv.settings() for conv in self._convs],
             torch._C._get_mkldnn_enabled(),
+            backends.current(),
         ]
         if tensors and tensors[0].device.type == "cpu":
             state.append(_C.fingerprint(addresses, sizes))
@@ -212,7 +215,8 @@ def _numeric_padding(conv: nn.Conv2d) -> list[int] | None:
 
 def _prepare(source: PreparedConv) -> _Folded | _OneDNN:
     weight = source.conv.weight
-    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
+    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if weight.device.type == "cpu" and onednn and backends.current() in ("auto", "cpu"):
         compute, padding = _compute_dtype(weight.dtype), _numeric_padding(source.conv)
         if compute is not None and padding is not None:
             return _OneDNN(source, compute, padding)
