@@ -313,11 +313,48 @@ def test_tune_needs_a_gpu() -> None:
     assert "tune measures on a GPU" in done.stderr
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("warps", [4, 8])
+@pytest.mark.parametrize("taps", [1, 3, 5])
+def test_eight_warps(
+    taps: int, warps: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `_launch.guarded` guards against, on the real compiler: every entry of the table, and twice its warps."""
+    if device.type != "cuda":
+        pytest.skip("a miscompilation shows on a GPU only")
+    from fastconv.triton import table
+
+    monkeypatch.setattr(
+        table,
+        "config",
+        lambda kernel, *classes, filter=(1, 1): {**table._find(kernel, " ".join(classes)), "num_warps": warps},
+    )
+    for channels in (32, 64, 256):
+        arguments = {
+            "input": random(4, channels, 28, 28, dtype=dtype, device=device),
+            "weight": random(channels, channels, taps, taps, dtype=dtype, device=device) / (taps * channels**0.5),
+        }
+        judge("conv2d_relu", {**arguments, "padding": taps // 2, "activation": "none"})
+
+
+def test_tensors_past_32_bits(device: torch.device) -> None:
+    """More than 2^31 elements, on a GPU with the memory for them."""
+    if device.type != "cuda" or torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs a GPU with 20 GiB of free memory")
+    input = torch.randn(1, 1, 1, 2**31 + 2**12, dtype=torch.float16, device=device)
+    found = ops.add_relu(input, input)
+    assert torch.equal(found[..., -5000:], ops.add_relu(input[..., -5000:], input[..., -5000:]))
+    image = input[0, 0, 0, : 2**31 + 2**11].view(1, 1, 2**20 + 1, 2**11)
+    weight = torch.randn(16, 1, 1, 1, dtype=torch.float16, device=device)
+    rows = ops.conv2d_relu(image, weight, None, (2**10, 1))
+    torch.testing.assert_close(rows[:, :, -1:], ops.conv2d_relu(image[:, :, -1:], weight))
+
+
 # ----------------------------------------------------------------------------------- registration
 
 
 def test_schemas_are_those_of_the_library() -> None:
-    from fastconv.triton._schemas import SCHEMAS
+    from fastconv.ops._schemas import SCHEMAS
 
     text = (HERE.parent / "csrc" / "schemas.cpp").read_text()
     found = {}
@@ -353,6 +390,26 @@ except RuntimeError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.count('triton is not installed: pip install "fastconv[triton]"') == 2
+
+
+def test_cuda_key_of_the_public_operators() -> None:
+    """Without CUDA kernels in the library, or without the library, Triton's are those of ``torch.ops.fastconv``."""
+    code = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch, fastconv
+from fastconv.ops import _cuda_by_triton, _schemas
+_cuda_by_triton.register("fastconv_test", define=True)
+for name in _schemas.SCHEMAS:
+    for key in ("CUDA", "Meta", "Autograd"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastconv_test::{name}", key), (name, key)
+x = torch.empty(2, 3, device="meta")
+assert torch.ops.fastconv_test.add_relu(x, x, "relu").shape == x.shape
+assert torch._C._dispatch_has_kernel_for_dispatch_key("fastconv::add_relu", "CUDA")
+print("fastconv.triton" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False"], done.stderr
 
 
 class Recorder(test_dispatch.Recorder):

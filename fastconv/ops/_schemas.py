@@ -1,4 +1,4 @@
-"""The operators' schemas for the namespace that is defined in Python.
+"""The operators' schemas, for the namespaces that are defined in Python.
 
 csrc/schemas.cpp has the same and says what they mean; it is not there to be read where the package is installed, and an
 install may lack the library. tests/test_triton.py holds the two together.

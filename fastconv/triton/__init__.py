@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ..ops import _registration
+from ..ops._schemas import SCHEMAS
 from . import _launch
 from ._conv import conv2d_backward
-from ._schemas import SCHEMAS
 from .add_relu import add_relu, add_relu_backward
 from .conv2d_add_relu import conv2d_add_relu
 from .conv2d_relu import conv2d_relu

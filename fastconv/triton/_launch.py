@@ -41,8 +41,8 @@ def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
 def guarded(config: dict[str, int], taps: int) -> dict[str, int]:
     """At most 4 warps for filters larger than 1x1.
 
-    A flat loop over taps and channels has been seen to miscompile with 8 warps. tests/test_triton_gpu.py tries that on
-    a GPU; the guard goes when it has passed there on every supported version.
+    A flat loop over taps and channels has been seen to miscompile with 8 warps. test_eight_warps in
+    tests/test_triton.py tries that on a GPU; the guard goes when it has passed there on every supported version.
     """
     return {**config, "num_warps": min(config["num_warps"], 4)} if taps > 1 else config
 
