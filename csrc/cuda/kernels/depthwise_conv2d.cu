@@ -32,6 +32,7 @@ using namespace depthwise;
 constexpr int kThreads = 256;
 constexpr int kSharedLimit = 96 * 1024;  // what every device of sm_80 and later has
 constexpr int kSharedGoal = 32 * 1024;   // leaves L1 to the pixels
+constexpr int kMaxChannelBlocks = 65535;
 
 // dy where the activation let y through, else 0; zeros where there is none
 template <class T, int kWidth>
@@ -365,7 +366,7 @@ Choice choose(const DepthwiseConv2dParams& p, Pass pass) {
   const int64_t lane_bytes = pass == Pass::kWgrad ? 0 : filter_bytes(p, pass) * choice.vector;
   int64_t most = p.in.c == 1 || p.out.c == 1 ? 32 : 1;
   if (lane_bytes > 0) most = std::min(most, kSharedGoal / lane_bytes);
-  most = std::max<int64_t>(most, ceil_div(lanes, 65535));  // the grid's limit
+  most = std::max<int64_t>(most, ceil_div(lanes, kMaxChannelBlocks));
   most = std::max<int64_t>(most, 1);
   choice.channel_blocks = static_cast<int>(ceil_div(lanes, most));
   const int64_t x = ceil_div(lanes, choice.channel_blocks);
@@ -469,8 +470,9 @@ bool depthwise_conv2d_takes(const DepthwiseConv2dParams& p) {
     const int64_t row_tiles = ceil_div(int64_t{std::max(p.width, p.out_width)} + 1, kTile);
     if (int64_t{p.batch} * rows * row_tiles >= INT32_MAX) return false;
   }
-  return out_channels(p) < INT32_MAX && filter_bytes(p, Pass::kFprop) <= kSharedLimit &&
-         filter_bytes(p, Pass::kDgrad) * ceil_div(p.channels, 65535) <= kSharedLimit;
+  return out_channels(p) < INT32_MAX &&
+         filter_bytes(p, Pass::kFprop) * ceil_div(out_channels(p), kMaxChannelBlocks) <= kSharedLimit &&
+         filter_bytes(p, Pass::kDgrad) * ceil_div(p.channels, kMaxChannelBlocks) <= kSharedLimit;
 }
 
 void depthwise_conv2d_fprop(const DepthwiseConv2dParams& params, Stream stream) {

@@ -77,20 +77,27 @@ struct PlanePosition {
   int first, last;  // channels to compute: first ... last - 1
 };
 
-// The oldest row drops out, channel `channel` comes in: zeros where there is none.
+// How many channels are loaded before the first of them is used. The stores between would otherwise keep the loads
+// back, and a thread of single elements has too few of them under way.
+template <int kWidth>
+constexpr int kAhead = kWidth > 1 ? 2 : 4;
+
+// A row of channel `channel`: zeros where there is none.
 template <class T, int kWidth>
-FASTCONV_DEVICE void slide(Compute<T> (&window)[kWindow][kWidth], const T* x, int channel,
-                           const LocalResponseNormParams& p) {
+FASTCONV_DEVICE Vec<T, kWidth> load_row(const T* rows, int channel, const LocalResponseNormParams& p) {
+  Vec<T, kWidth> row{};
+  if (channel >= 0 && channel < p.channels) row = load<kWidth>(rows + channel * p.inner);
+  return row;
+}
+
+// The oldest row drops out, the new one comes in.
+template <class T, int kWidth>
+FASTCONV_DEVICE void slide(Compute<T> (&window)[kWindow][kWidth], const Vec<T, kWidth>& row) {
 #pragma unroll
-  for (int w = 0; w + 1 < kWindow; ++w) {
+  for (int i = 0; i < kWidth; ++i) {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) window[w][i] = window[w + 1][i];
-  }
-  if (channel >= 0 && channel < p.channels) {
-    load_wide(x + channel * p.inner, window[kWindow - 1]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) window[kWindow - 1][i] = 0;
+    for (int w = 0; w + 1 < kWindow; ++w) window[w][i] = window[w + 1][i];
+    window[kWindow - 1][i] = widen(row.v[i]);
   }
 }
 
@@ -116,17 +123,24 @@ fprop_planes(const LocalResponseNormParams p) {
   T* y = static_cast<T*>(p.output) + at.offset;
   A window[kWindow][kWidth];
 #pragma unroll
-  for (int c = -kReach; c < kReach; ++c) slide<T>(window, x, at.first + c, p);
-#pragma unroll 5
-  for (int c = at.first; c < at.last; ++c) {
-    slide<T>(window, x, c + kReach, p);
-    A out[kWidth];
+  for (int c = -kReach; c < kReach; ++c) slide(window, load_row<T, kWidth>(x, at.first + c, p));
+  for (int begin = at.first; begin < at.last; begin += kAhead<kWidth>) {
+    Vec<T, kWidth> rows[kAhead<kWidth>];
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      const A d = fused_multiply_add(of.scale, sum_window<true>(window, i), of.k);
-      out[i] = over_power<T>(window[kReach][i], d, of);
+    for (int a = 0; a < kAhead<kWidth>; ++a) rows[a] = load_row<T, kWidth>(x, begin + a + kReach, p);
+#pragma unroll
+    for (int a = 0; a < kAhead<kWidth>; ++a) {
+      const int c = begin + a;
+      if (c >= at.last) break;
+      slide(window, rows[a]);
+      A out[kWidth];
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        const A d = fused_multiply_add(of.scale, sum_window<true>(window, i), of.k);
+        out[i] = over_power<T>(window[kReach][i], d, of);
+      }
+      store_narrow(y + c * p.inner, out);
     }
-    store_narrow(y + c * p.inner, out);
   }
 }
 
@@ -145,37 +159,46 @@ dgrad_planes(const LocalResponseNormParams p) {
   A terms[kWindow][kWidth];      // t of j - 4 ... j
   A scaled[kReach + 1][kWidth];  // g / d^beta of j - 2 ... j
 #pragma unroll
-  for (int c = -2 * kReach; c < 0; ++c) slide<T>(window, x, at.first + c, p);
-#pragma unroll 5
-  for (int j = at.first - kReach; j < at.last + kReach; ++j) {
-    slide<T>(window, x, j + kReach, p);
-    A grad[kWidth];
-    const bool exists = j >= 0 && j < p.channels;
-    if (exists) load_wide(g + j * p.inner, grad);
+  for (int c = -2 * kReach; c < 0; ++c) slide(window, load_row<T, kWidth>(x, at.first + c, p));
+  const int end = at.last + kReach;
+  for (int begin = at.first - kReach; begin < end; begin += kAhead<kWidth>) {
+    Vec<T, kWidth> rows[kAhead<kWidth>], grads[kAhead<kWidth>];
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
+    for (int a = 0; a < kAhead<kWidth>; ++a) {
+      rows[a] = load_row<T, kWidth>(x, begin + a + kReach, p);
+      grads[a] = load_row<T, kWidth>(g, begin + a, p);
+    }
 #pragma unroll
-      for (int w = 0; w + 1 < kWindow; ++w) terms[w][i] = terms[w + 1][i];
+    for (int a = 0; a < kAhead<kWidth>; ++a) {
+      const int j = begin + a;
+      if (j >= end) break;
+      slide(window, rows[a]);
+      const bool exists = j >= 0 && j < p.channels;
 #pragma unroll
-      for (int w = 0; w < kReach; ++w) scaled[w][i] = scaled[w + 1][i];
-      A q = 0, t = 0;
-      if (exists) {
-        const A d = fused_multiply_add(of.scale, sum_window<true>(window, i), of.k);
-        q = over_power<T>(grad[i], d, of);
-        t = q * window[kReach][i] / d;
+      for (int i = 0; i < kWidth; ++i) {
+#pragma unroll
+        for (int w = 0; w + 1 < kWindow; ++w) terms[w][i] = terms[w + 1][i];
+#pragma unroll
+        for (int w = 0; w < kReach; ++w) scaled[w][i] = scaled[w + 1][i];
+        A q = 0, t = 0;
+        if (exists) {
+          const A d = fused_multiply_add(of.scale, sum_window<true>(window, i), of.k);
+          q = over_power<T>(widen(grads[a].v[i]), d, of);
+          t = q * window[kReach][i] / d;
+        }
+        terms[kWindow - 1][i] = t;
+        scaled[kReach][i] = q;
       }
-      terms[kWindow - 1][i] = t;
-      scaled[kReach][i] = q;
-    }
-    // The last t that channel j - 2 needs has just come.
-    const int c = j - kReach;
-    if (c < at.first) continue;
-    A out[kWidth];
+      // The last t that channel j - 2 needs has just come.
+      const int c = j - kReach;
+      if (c < at.first) continue;
+      A out[kWidth];
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      out[i] = scaled[0][i] - of.slope * window[0][i] * sum_window<false>(terms, i);
+      for (int i = 0; i < kWidth; ++i) {
+        out[i] = scaled[0][i] - of.slope * window[0][i] * sum_window<false>(terms, i);
+      }
+      store_narrow(dx + c * p.inner, out);
     }
-    store_narrow(dx + c * p.inner, out);
   }
 }
 
