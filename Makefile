@@ -7,11 +7,12 @@ PY := .venv/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard _build/*.py) $(shell find csrc -type f)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test check style bench clean
+.PHONY: help demo test check style bench gpu-check clean
 help:
 	@echo "make demo    networks on real photographs and digits, reference against fastconv"
 	@echo "make test    the test suite"
 	@echo "make bench   the benchmarks"
+	@echo "make gpu-check OUT=folder   builds, proves and times the GPU kernels, in ten minutes"
 	@echo "make check   formatting, lint and types: only looks"
 	@echo "make style   formatting and lint: fixes"
 	@echo "make clean   removes everything that was built or installed here"
@@ -24,6 +25,10 @@ test: .venv/built
 
 bench: .venv/built
 	$(PY) -m pytest benchmarks $(ARGS)
+
+# Without .venv: it runs in the python3 whose torch knows the GPU.
+gpu-check:
+	$(if $(wildcard .venv/built),$(PY),$(PYTHON)) benchmarks/gpu_check.py $(or $(OUT),gpu-check)
 
 check: .venv/built
 	$(PY) -m ruff format --check .

@@ -30,7 +30,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastconv
-from fastconv import models
+from fastconv import backends, models
 from fastconv._numerics import BASELINE_FACTOR
 from fastconv._report import Table, environment
 from fastconv.verify import DTYPES
@@ -41,7 +41,14 @@ CONTIGUOUS = "eager contiguous"
 CHANNELS_LAST = "eager channels_last"
 LRN_ONLY = "only LRN swapped"
 SWAPPED = "fastconv"
-IN_INFERENCE = (CONTIGUOUS, CHANNELS_LAST, SWAPPED)
+COMPILED = "torch.compile"
+EAGER_GRAPH = "eager graph"  # channels_last, replayed as a CUDA graph
+SWAPPED_GRAPH = "fastconv graph"
+IN_INFERENCE = {
+    "cpu": (CONTIGUOUS, CHANNELS_LAST, SWAPPED),
+    "cuda": (CONTIGUOUS, CHANNELS_LAST, EAGER_GRAPH, COMPILED, SWAPPED, SWAPPED_GRAPH),
+}
+OURS = (SWAPPED, SWAPPED_GRAPH)
 IN_TRAINING = (CHANNELS_LAST, CONTIGUOUS, LRN_ONLY, SWAPPED)
 
 FEWEST_RUNS, MOST_RUNS = 3, 50
@@ -145,6 +152,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for training, in fp32; default: alexnet2012",
     )
     parser.add_argument("--train-batch", type=int, default=128, help="default: 128")
+    parser.add_argument("--device", default="cpu", type=torch.device, help="default: cpu; training is timed there only")
+    parser.add_argument("--backend", default="auto", choices=backends.names(), help="of fastconv; default: auto")
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--minutes", type=float, default=6.0, help="to aim at; default: 6")
     parser.add_argument(
@@ -167,6 +176,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"fastconv bench: got network {name!r}, needed one of {known}", file=sys.stderr)
             return 2
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
     rows: list[Row] = []
     try:
         for row in _measure(args):
@@ -190,7 +200,8 @@ def _measure(args: argparse.Namespace) -> Iterator[Row]:
     pace = Pace()
     for name in args.networks:
         print(f"{name}, inference ...", file=sys.stderr, flush=True)
-        yield from infer(name, args.dtypes, sorted(args.batches), budget, pace, args.longest)
+        with backends.use_backend(args.backend):
+            yield from infer(name, args.device, args.dtypes, sorted(args.batches), budget, pace, args.longest)
     for name in args.train:
         print(f"{name}, training ...", file=sys.stderr, flush=True)
         yield train(name, args.train_batch, budget)
@@ -221,8 +232,10 @@ def prepare(who: str, model: nn.Module) -> nn.Module:
     """The model as this contender runs it; it may be changed."""
     if who != CONTIGUOUS:
         model = model.to(memory_format=torch.channels_last)
-    if who == SWAPPED:
+    if who in OURS:
         return fastconv.swap(model)
+    if who == COMPILED:
+        return torch.compile(model)
     for module in model.modules():
         if type(module) is nn.LocalResponseNorm:
             module.__class__ = fastconv.nn.LocalResponseNorm if who == LRN_ONLY else EagerLRN
@@ -266,6 +279,7 @@ class Pace:
 @torch.no_grad()
 def infer(
     network: str,
+    device: torch.device,
     dtypes: Sequence[str],
     batches: Sequence[int],
     budget: Budget,
@@ -290,42 +304,46 @@ def infer(
     with FlopCounterMode(display=False) as counter:
         copy.deepcopy(model).to("meta")(torch.empty(1, *shape, device="meta"))
     image_flop = counter.get_total_flops()
-    all_images = torch.randn(batches[-1], *shape)
+    model.to(device)
+    all_images = torch.randn(batches[-1], *shape).to(device)
 
     for dtype in dtypes:
         typed = copy.deepcopy(model).to(DTYPES[dtype])
         images = all_images.to(DTYPES[dtype])
         ends = images[:: max(1, len(images) - 1)]  # the first and the last
         oracle = copy.deepcopy(typed).double()(ends.double())
-        contenders = {who: prepare(who, copy.deepcopy(typed)) for who in IN_INFERENCE}
+        contenders = {who: prepare(who, copy.deepcopy(typed)) for who in IN_INFERENCE[device.type]}
         baseline = contenders[CHANNELS_LAST](_laid_out(CHANNELS_LAST, ends))
         allowed = BASELINE_FACTOR * _error(baseline, oracle) + torch.finfo(DTYPES[dtype]).eps
         for batch in batches:
             row = Row(network, "inference", dtype, batch, allowed_error=allowed)
             calls = {}
             for who, contender in contenders.items():
-                may_be_slow = dtype != "fp32" and who != SWAPPED
+                may_be_slow = dtype != "fp32" and who not in OURS and device.type == "cpu"
                 at_least = pace.seconds(who, dtype, image_flop * batch)
                 if may_be_slow and at_least > longest:
                     row.results[who] = Result(note=f"left out: at least {at_least:.0f} s")
                     continue
                 call = functools.partial(contender, _laid_out(who, images[:batch]))
-                if who == SWAPPED:
+                if who in OURS:
                     call()  # packs the weights
+                if who in (EAGER_GRAPH, SWAPPED_GRAPH):
+                    call = captured(call)
                 start = time.perf_counter()
                 output = call()
+                synchronize(device.type)
                 seconds = time.perf_counter() - start
                 pace.saw(who, dtype, image_flop * batch, seconds)
                 scores = output[[0, -1]] if 1 < batch == len(images) else output[:1]
                 error = _error(scores, oracle[: len(scores)])
                 row.results[who] = Result(error=error)
-                if who == SWAPPED and not error <= allowed:
+                if who in OURS and not error <= allowed:
                     row.results[who].note = f"WRONG: error {error:.1e}, allowed {allowed:.1e}"
                 elif may_be_slow and seconds > longest:
                     row.results[who].seconds.append(seconds)
                 else:
                     calls[who] = call
-            take_turns(calls, row.results, budget.next_row())
+            take_turns(calls, row.results, budget.next_row(), device.type)
             for who in calls:
                 pace.saw(who, dtype, image_flop * batch, min(row.results[who].seconds))
             yield row
@@ -335,7 +353,32 @@ def _error(output: Tensor, oracle: Tensor) -> float:
     return float((output.double() - oracle).abs().max() / oracle.abs().max())
 
 
-def take_turns(calls: Mapping[str, Callable[[], Any]], results: dict[str, Result], allowance: float) -> None:
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The call as a CUDA graph, which returns the same tensor every time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # allocations and choices that must not be captured
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], Any]], results: dict[str, Result], allowance: float, device: str = "cpu"
+) -> None:
     """Times the calls one after the other, again and again.
 
     Each runs at least FEWEST_RUNS times, then until it had its share of the allowance (seconds).
@@ -348,8 +391,10 @@ def take_turns(calls: Mapping[str, Callable[[], Any]], results: dict[str, Result
 
     while active := [who for who in calls if goes_on(who)]:
         for who in active:
+            synchronize(device)
             start = time.perf_counter()
             calls[who]()
+            synchronize(device)
             results[who].seconds.append(time.perf_counter() - start)
 
 
@@ -462,10 +507,11 @@ def _kib(status: Path, name: str) -> int:
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """For inference and for training, as far as there are rows."""
+    contenders = list(dict.fromkeys(who for row in rows if row.mode == "inference" for who in row.results))
     inference = Table(
         "Inference: median ms (20th to 80th percentile), and how many times as fast fastconv is",
         [
-            *("network", "dtype", "batch", *IN_INFERENCE),
+            *("network", "dtype", "batch", *contenders),
             *("over contiguous", "over channels_last", "error", "eager's error"),
         ],
     )
@@ -483,7 +529,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
             table.add(
                 [
                     *(row.network, row.dtype, str(row.batch)),
-                    *(_milliseconds(row.results[who]) for who in IN_INFERENCE),
+                    *(_milliseconds(row.results[who]) for who in contenders),
                     *map(_times, speedups),
                     *(_error_of(row.results[who]) for who in (SWAPPED, CHANNELS_LAST)),
                 ],

@@ -164,3 +164,25 @@ def test_a_wrong_result_gets_no_time(tmp_path):
     assert "1 failed, 1 passed" in process.stdout
     (table,) = (line for line in process.stdout.splitlines() if "benchmark 'add_relu" in line)
     assert "1 tests" in table
+
+
+def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
+    """A dry run does what it can and shows the rest."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: make gpu-check")
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "gpu_check.py"),
+        str(tmp_path),
+        "--only",
+        "info",
+        "time-ops-cuda",
+    ]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {name: step["outcome"] for name, step in summary.items()} == {
+        "info": "passed",
+        "time-ops-cuda": "needs a GPU",
+    }
+    assert "backends" in (tmp_path / "info.txt").read_text()
