@@ -17,7 +17,7 @@ namespace {
 
 using List = const std::vector<KernelInfo>& (*)();
 const std::vector<List> kLists = {add_relu_kernels, conv2d_kernels, depthwise_conv2d_kernels,
-                                 depthwise_separable_conv2d_kernels, local_response_norm_kernels};
+                                  depthwise_separable_conv2d_kernels, local_response_norm_kernels};
 
 std::string quoted(const char* text) {
   std::string result = "\"";
