@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from fastconv import ops, use_backend
 from fastconv._numerics import assert_close_to_oracle, away_from_kinks, poisoned_outputs
 
 
-@pytest.fixture(params=["auto", *CUDA])
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Where the tensors of a test go, which runs on the backend that belongs to it."""
     found = device_of(request.param)
@@ -23,13 +24,27 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield found
 
 
+BACKENDS = ("auto", *CUDA)
+# The emulator takes its time: these run always, the others when slow tests do.
+EMULATED = {(torch.float32, "contiguous"), (torch.float16, "channels_last"), (torch.bfloat16, "contiguous")}
+
+
+def combinations(dtypes: Sequence[torch.dtype] = DTYPES, layouts: Sequence[str] = LAYOUTS) -> pytest.MarkDecorator:
+    """Backend, dtype and layout."""
+    found = []
+    for backend, dtype, layout in itertools.product(BACKENDS, dtypes, layouts):
+        slow = backend == "cuda-emulated" and (dtype, layout) not in EMULATED
+        name = f"{backend}-{str(dtype).removeprefix('torch.')}-{layout}"
+        found.append(pytest.param(backend, dtype, layout, marks=pytest.mark.slow if slow else (), id=name))
+    return pytest.mark.parametrize(("device", "dtype", "layout"), found, indirect=["device"])
+
+
 def border(case: Case, output: Tensor) -> int | None:
     """Convolutions are judged on their border and their interior apart."""
     return 1 if case.op in CONV_OPS and output.dim() >= 3 else None
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@combinations()
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> None:
     arguments = case.arguments(dtype, layout, device=device)
@@ -104,8 +119,7 @@ def check_gradients(case: Case, arguments: dict[str, Any], grads: list[Tensor]) 
         assert_close_to_oracle(gradient, oracle, baseline, what=what, border=ring)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@combinations()
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> None:
     arguments = arguments_off_the_kinks(case, dtype, layout, device)
@@ -130,21 +144,21 @@ def sliced(output: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("make", [expanded, transposed, channels_last, sliced])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@combinations([torch.float32])
 @pytest.mark.parametrize(
     "case",
     [case for case in CASES if len(case.shapes["input"]) == 4 and case.shapes["input"][0]],
     ids=str,
 )
-def test_odd_gradients(case: Case, layout: str, make: Any, device: torch.device) -> None:
+def test_odd_gradients(case: Case, dtype: torch.dtype, layout: str, make: Any, device: torch.device) -> None:
     """`.sum()` sends expanded gradients, other consumers send any layout."""
-    arguments = arguments_off_the_kinks(case, torch.float32, layout, device)
+    arguments = arguments_off_the_kinks(case, dtype, layout, device)
     check_gradients(case, arguments, [make(output) for output in run(case.op, arguments)])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@combinations([torch.float32, torch.bfloat16], ["contiguous"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_non_contiguous_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+def test_non_contiguous_inputs(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> None:
     def strided(tensor: Tensor) -> Tensor:
         if tensor.dim() == 0:
             return tensor
@@ -152,7 +166,7 @@ def test_non_contiguous_inputs(case: Case, dtype: torch.dtype, device: torch.dev
         wide[..., ::2] = tensor
         return wide[..., ::2]
 
-    arguments = case.arguments(dtype, device=device)
+    arguments = case.arguments(dtype, layout, device=device)
     outputs = run(case.op, mapped(arguments, strided))
     for output, expected in zip(outputs, run(case.op, arguments), strict=True):
         torch.testing.assert_close(output, expected)

@@ -3,7 +3,8 @@
 // The kernels read and write images pixel by pixel, with the channels of a pixel side by side: channels_last, or a
 // channel slice of it, is taken as it lies. A contiguous input of at most kFewChannels channels, such as the
 // photographs before a network's first layer, is read and its result written as they lie, too; wider contiguous images
-// are copied to channels_last first, and results back. float64 and empty batches go through aten.
+// are copied to channels_last first, and results back. float64 and empty
+// batches go through aten, except for depthwise convolutions.
 #include "cuda/conv2d.h"
 
 #include <limits>
@@ -190,6 +191,13 @@ bool is_depthwise(const Tensor& input, const ConvGeometry& geometry) {
 
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation) {
+  const IntList size = conv2d_output_size(input, weight, geometry);
+  if (is_depthwise(input, geometry)) {
+    const Activation first = residual ? Activation::kNone : activation;
+    Tensor output = depthwise_convolution(input, weight, bias, size, geometry, first);
+    if (residual) add_activation_inplace(output, *residual, activation);
+    return output;
+  }
   if (!has_kernels(input)) {
     Tensor output = call<Tensor>("aten::convolution", "", input, weight, bias, geometry.stride, geometry.padding,
                                  geometry.dilation, false, IntList{0, 0}, geometry.groups);
@@ -200,13 +208,6 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
     }
     return output;
   }
-  const IntList size = conv2d_output_size(input, weight, geometry);
-  if (is_depthwise(input, geometry)) {
-    const Activation first = residual ? Activation::kNone : activation;
-    Tensor output = depthwise_convolution(input, weight, bias, size, geometry, first);
-    if (residual) add_activation_inplace(output, *residual, activation);
-    return output;
-  }
   return launch_forward(input, {{weight, bias, residual}}, {size}, geometry, activation)[0];
 }
 
@@ -214,6 +215,9 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
                                                         const Tensor& input, const Tensor& weight,
                                                         const ConvGeometry& geometry, Activation activation,
                                                         std::array<bool, 3> mask) {
+  if (is_depthwise(input, geometry)) {
+    return depthwise_convolution_backward(grad_output, output, input, weight, geometry, activation, mask);
+  }
   if (!has_kernels(input)) {
     const Tensor grad =
         activation == Activation::kNone ? grad_output : activation_backward(grad_output, *output, activation);
@@ -223,9 +227,6 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
         torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
     return {mask[0] ? grad_input : empty_gradient(input), mask[1] ? grad_weight : empty_gradient(input),
             mask[2] ? grad_bias : empty_gradient(input)};
-  }
-  if (is_depthwise(input, geometry)) {
-    return depthwise_convolution_backward(grad_output, output, input, weight, geometry, activation, mask);
   }
   std::vector<Tensor> outputs;
   if (output) outputs.push_back(*output);
