@@ -53,8 +53,8 @@ def depthwise_tile(
     if UNROLL:
         for r in tl.static_range(R):
             for s in tl.static_range(S):
-                sums = add_tap(sums, x_ptr, x_pixel, w_ptr, h0, w0, inside, in_channels, r, s,
-                               H, W, x_h, x_w, w_r, w_s, dilation_h, dilation_w, PADDED)  # fmt: skip
+                sums = add_tap(sums, x_ptr, x_pixel, w_ptr, h0, w0, inside, in_channels, index(r, WIDE),
+                               index(s, WIDE), H, W, x_h, x_w, w_r, w_s, dilation_h, dilation_w, PADDED)  # fmt: skip
     else:
         for tap in range(R * S):
             sums = add_tap(sums, x_ptr, x_pixel, w_ptr, h0, w0, inside, in_channels, index(tap // S, WIDE),

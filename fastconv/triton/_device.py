@@ -51,7 +51,7 @@ def masked(grad, output, ACTIVATION: tl.constexpr):
 def index(value, WIDE: tl.constexpr):
     """An index in 64 bits where an offset made of it may pass 2^31."""
     if WIDE:
-        return value.to(tl.int64)
+        return tl.cast(value, tl.int64)
     return value
 
 
