@@ -154,7 +154,10 @@ def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 if __name__ == "__main__":
     if "--write" in sys.argv[1:]:
-        RECORD.write_text(json.dumps(measured(), indent=1) + "\n")
+        # A line for each kernel
+        text = json.dumps(measured(), indent=1)
+        text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+        RECORD.write_text(text + "\n")
         print(f"recorded in {RECORD}")
     else:
         changed = differences(json.loads(RECORD.read_text()), measured())
