@@ -5,7 +5,7 @@ ARGS ?=
 
 PY := .venv/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard _build/*.py) $(shell find csrc -type f)
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test check style bench gpu-check clean
 help:
