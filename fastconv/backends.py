@@ -152,10 +152,22 @@ def _require(name: str) -> None:
         raise ValueError(
             f"fastconv: got backend {name!r}, needed one of {', '.join(names())}; see `python -m fastconv info`"
         )
-    reason = backend.problem()
+    reason = _prepare(name)
     if reason is not None:
         raise RuntimeError(
             f"fastconv: got backend '{name}', which cannot run here: {reason}; leave the backend to 'auto'"
         )
-    if backend.module is not None:
+
+
+def _prepare(name: str) -> str | None:
+    """Imports what defines the backend's operators; or says why it cannot run."""
+    backend = _BACKENDS[name]
+    reason = backend.problem()
+    if reason is None and backend.module is not None:
         importlib.import_module(backend.module)
+    return reason
+
+
+# What torch.compiler.assume_constant_result does, without importing Dynamo: it calls the function while it traces,
+# instead of tracing an import.
+_prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -145,6 +145,7 @@ def main(architecture: int) -> None:
                     "function": kernel.fn.__name__,
                     **entries,
                     "dtype": str(args[0].dtype),
+                    "wide": meta.get("WIDE", False),
                     "num_warps": meta["num_warps"],
                     "shared": compiled.metadata.shared,
                     "tensor_core": instructions,
@@ -162,6 +163,15 @@ def main(architecture: int) -> None:
         torch.backends.cudnn.conv.fp32_precision = precision or "none"
         for call in [*convolutions(dtype), *others(dtype)]:
             call()
+    # 64-bit offsets, which tensors of more than 2^31 elements take: one kernel of each kind
+    _launch.wide, narrow = (lambda *tensors: True), _launch.wide
+    for call in [
+        *list(convolutions(torch.float16))[3:5],
+        *list(others(torch.float16))[3:5],
+        *list(others(torch.float16))[-9:],
+    ]:
+        call()
+    _launch.wide = narrow
     # bfloat16 shares float16's entries; one kernel of each kind
     for call in [*list(convolutions(torch.bfloat16))[-2:], *list(others(torch.bfloat16))[:2]]:
         call()

@@ -103,7 +103,7 @@ SHIPPED: Table = {
         "tf32 ragged narrow": _gemm(32, 64, 32, 4, 2),
         "tf32 ragged medium": _gemm(64, 64, 32, 4, 2),
         "tf32 ragged wide": _gemm(64, 64, 32, 4, 2),
-        "ieee dense narrow": _gemm(32, 64, 16, 4, 2),
+        "ieee dense narrow": _gemm(32, 32, 16, 4, 2),
         "ieee dense medium": _gemm(64, 64, 16, 4, 2),
         "ieee dense wide": _gemm(64, 64, 16, 4, 2),
         "ieee ragged narrow": _gemm(32, 64, 16, 4, 2),
