@@ -67,13 +67,28 @@ bool has_vectors(const void* data, const Strides& strides, int channels, int vec
          is_multiple(strides.h, vector) && is_multiple(strides.w, vector);
 }
 
+// The pixels of one axis that meet the filter at positions r with r * dilation = index modulo the stride, and these.
+Phase phase(int index, int stride, int padding, int dilation, int filter, int pixels) {
+  Phase found{((index - padding) % stride + stride) % stride, stride, 0, 0, 1, 0};
+  found.pixels = found.first_pixel < pixels ? static_cast<int>(ceil_div(pixels - found.first_pixel, stride)) : 0;
+  for (int r = 0; r < filter; ++r) {
+    if (int64_t{r} * dilation % stride != index) continue;
+    if (found.positions == 0) found.first_position = r;
+    if (found.positions == 1) found.step_position = r - found.first_position;
+    ++found.positions;
+  }
+  return found;
+}
+
 // The GEMM's extents, the branches' places in it and the constants of its index arithmetic; what depends on the kernel
-// comes with `for_variant`.
-ConvParams parameters(Pass pass, const ConvArguments& arg) {
+// is added before the launch.
+ConvParams parameters(Pass pass, const ConvArguments& arg, const Phase& rows, const Phase& columns) {
   ConvParams p{};
   p.arg = arg;
+  p.rows = rows, p.columns = columns;
   p.c_group = arg.c / arg.groups;
-  const int positions = arg.r * arg.s, pixels = arg.p * arg.q;
+  const bool phased = pass == Pass::kDgrad;
+  const int positions = phased ? rows.positions * columns.positions : arg.r * arg.s, pixels = arg.p * arg.q;
   int filters = 0;
   for (int i = 0; i < arg.branches; ++i) {
     p.k_group[i] = arg.branch[i].k / arg.groups;
@@ -82,13 +97,30 @@ ConvParams parameters(Pass pass, const ConvArguments& arg) {
     filters += p.k_group[i];
   }
   p.begin[arg.branches] = pass == Pass::kDgrad ? filters * positions : filters;
-  p.extent_a = pass == Pass::kFprop ? arg.n * pixels : pass == Pass::kDgrad ? arg.n * arg.h * arg.w : filters;
+  p.extent_a = pass == Pass::kFprop ? arg.n * pixels : phased ? arg.n * rows.pixels * columns.pixels : filters;
   p.extent_b = pass == Pass::kFprop ? filters : pass == Pass::kDgrad ? p.c_group : positions * p.c_group;
   p.depth = pass == Pass::kFprop ? positions * p.c_group : pass == Pass::kDgrad ? positions * filters : arg.n * pixels;
-  p.by_q = Divider(arg.q), p.by_pixels = Divider(pixels), p.by_w = Divider(arg.w), p.by_hw = Divider(arg.h * arg.w);
-  p.by_s = Divider(arg.s), p.by_c = Divider(p.c_group);
+  p.by_q = Divider(arg.q), p.by_pixels = Divider(pixels);
+  p.by_columns = Divider(columns.pixels), p.by_phase = Divider(rows.pixels * columns.pixels);
+  p.by_s = Divider(std::max(phased ? columns.positions : arg.s, 1)), p.by_c = Divider(p.c_group);
   p.by_stride_h = Divider(arg.stride_h), p.by_stride_w = Divider(arg.stride_w);
   return p;
+}
+
+// One GEMM, or in dgrad one for each phase that has pixels. The deepest comes first.
+std::vector<ConvParams> parameters(Pass pass, const ConvArguments& arg) {
+  std::vector<ConvParams> found;
+  const int stride_h = pass == Pass::kDgrad ? arg.stride_h : 1, stride_w = pass == Pass::kDgrad ? arg.stride_w : 1;
+  for (int h = 0; h < stride_h; ++h) {
+    const Phase rows = phase(h, stride_h, arg.pad_h, arg.dilation_h, arg.r, arg.h);
+    for (int w = 0; w < stride_w; ++w) {
+      const Phase columns = phase(w, stride_w, arg.pad_w, arg.dilation_w, arg.s, arg.w);
+      if (rows.pixels > 0 && columns.pixels > 0) found.push_back(parameters(pass, arg, rows, columns));
+    }
+  }
+  std::sort(found.begin(), found.end(),
+                   [](const ConvParams& a, const ConvParams& b) { return a.depth > b.depth; });
+  return found;
 }
 
 bool takes_vectors(Pass pass, const ConvParams& p, int vector) {
@@ -171,13 +203,30 @@ const ConvVariant& choose(Pass pass, const ConvParams& p, int multiprocessors) {
                            " was forced, for another dtype");
 }
 
+void launch_one(Pass pass, const ConvVariant& variant, ConvParams& p, int splits, float* workspace, Stream stream) {
+  const int tiles = tile_count(pass, p, variant, p.tile_begin, &p.tiles_b);
+  p.by_tiles_b = Divider(p.tiles_b);
+  p.splits = splits, p.by_splits = Divider(splits), p.workspace = workspace;
+  const int tile_depth = variant.info.tile[2];
+  p.split_depth = static_cast<int>(ceil_div(ceil_div(p.depth, tile_depth), splits)) * tile_depth;
+  p.wide = writes_wide(pass, p, p.arg.dtype == DType::kFloat32 ? 4 : 8);
+  variant.run(variant.info, p, dim3(tiles, 1, static_cast<unsigned>(p.arg.groups * splits)), stream);
+  if (splits > 1) {
+    const int64_t rows = int64_t{p.arg.groups} * p.extent_a;
+    const int64_t elements = rows * p.extent_b + (pass == Pass::kWgrad ? rows : 0);
+    const KernelInfo info = reduce_info(pass);
+    reduce(pass, p.arg.dtype, info, p, dim3(static_cast<unsigned>(ceil_div(elements, kReduceThreads))), stream);
+  }
+}
+
 constexpr int kFewestTilesDeep = 4;  // for a split to be worth its reduction
 constexpr int kMostSplits = 64;
 
 }  // namespace
 
 ConvPlan plan_conv2d(Pass pass, const ConvArguments& arguments, int multiprocessors) {
-  const ConvParams p = parameters(pass, arguments);
+  const std::vector<ConvParams> all = parameters(pass, arguments);
+  const ConvParams& p = all[0];
   const ConvVariant& variant = choose(pass, p, multiprocessors);
   int tile_begin[kMaxBranches + 1], tiles_b;
   const int64_t blocks = int64_t{tile_count(pass, p, variant, tile_begin, &tiles_b)} * arguments.groups;
@@ -191,32 +240,22 @@ ConvPlan plan_conv2d(Pass pass, const ConvArguments& arguments, int multiprocess
   if (splits > 1) {
     const int64_t each = ceil_div(deep, splits);
     plan.splits = static_cast<int>(ceil_div(deep, each));
-    plan.workspace = plan.splits * int64_t{arguments.groups} * p.extent_a * (p.extent_b + 1);
+    for (const ConvParams& one : all) {
+      const int64_t parts = plan.splits * int64_t{arguments.groups} * one.extent_a * (one.extent_b + 1);
+      plan.workspace = std::max(plan.workspace, parts);
+    }
   }
   return plan;
 }
 
 void launch_conv2d(Pass pass, const ConvArguments& arguments, const ConvPlan& plan, float* workspace, Stream stream) {
   const ConvVariant& variant = find_variant(pass, arguments.dtype, *plan.kernel);
-  ConvParams p = parameters(pass, arguments);
-  const int tiles = tile_count(pass, p, variant, p.tile_begin, &p.tiles_b);
-  p.by_tiles_b = Divider(p.tiles_b);
-  p.splits = plan.splits, p.by_splits = Divider(plan.splits), p.workspace = workspace;
-  const int tile_depth = variant.info.tile[2];
-  p.split_depth = static_cast<int>(ceil_div(ceil_div(p.depth, tile_depth), plan.splits)) * tile_depth;
-  p.wide = writes_wide(pass, p, arguments.dtype == DType::kFloat32 ? 4 : 8);
   const int64_t layers = int64_t{arguments.groups} * plan.splits;
   if (layers > 65535) {
     throw std::runtime_error("fastconv: got " + std::to_string(arguments.groups) +
                              " groups, needed at most 65535 for the CUDA kernels");
   }
-  variant.run(variant.info, p, dim3(tiles, 1, static_cast<unsigned>(layers)), stream);
-  if (plan.splits > 1) {
-    const int64_t rows = int64_t{arguments.groups} * p.extent_a;
-    const int64_t elements = rows * p.extent_b + (pass == Pass::kWgrad ? rows : 0);
-    const KernelInfo info = reduce_info(pass);
-    reduce(pass, arguments.dtype, info, p, dim3(static_cast<unsigned>(ceil_div(elements, kReduceThreads))), stream);
-  }
+  for (ConvParams& p : parameters(pass, arguments)) launch_one(pass, variant, p, plan.splits, workspace, stream);
 }
 
 const std::vector<KernelInfo>& conv2d_kernels() {

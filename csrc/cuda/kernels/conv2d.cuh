@@ -2,7 +2,7 @@
 //
 //            extent a                 extent b                depth
 //   fprop    output pixels            filters                 filter positions x channels
-//   dgrad    input pixels             channels                filter positions x filters
+//   dgrad    input pixels of a phase  channels                filter positions of the phase x filters
 //   wgrad    filters                  positions x channels    output pixels
 //
 // No matrix is ever built: a `Source` says for each pair of coordinates where the element lies, or that it is padding.
@@ -38,8 +38,16 @@ struct Divider {
   }
 };
 
+// One phase of dgrad along one axis: with a stride, only every stride-th input pixel meets the same filter positions. A
+// GEMM for each phase has no zeros to multiply with. Without a stride there is one phase, which is everything.
+struct Phase {
+  int first_pixel, step_pixel, pixels;           // of the input
+  int first_position, step_position, positions;  // in the filter
+};
+
 struct ConvParams {
   ConvArguments arg;
+  Phase rows, columns;                  // in dgrad
   int c_group;                          // channels of a group
   int k_group[kMaxBranches];            // filters of a group, in each branch
   int begin[kMaxBranches + 1];          // of each branch along the dimension that the branches share: filters of a
@@ -50,7 +58,7 @@ struct ConvParams {
   bool wide;                            // whether results can be written by 16 bytes
   float* workspace;                     // [splits, groups, extent_a, extent_b], then [splits, groups * extent_a]
   Divider by_tiles_b, by_q, by_pixels;  // of the output; by_pixels: p * q
-  Divider by_w, by_hw;                  // of the input
+  Divider by_columns, by_phase;         // of the input, in a phase
   Divider by_s, by_c, by_stride_h, by_stride_w;
   Divider by_k[kMaxBranches], by_splits;
 };
@@ -152,7 +160,9 @@ FASTCONV_DEVICE FilterTap filter_tap(const ConvParams& p, int index) {
   while (index >= p.begin[branch + 1]) ++branch;
   FilterTap t{branch, 0, 0, 0};
   const int position = p.by_k[branch].divide(index - p.begin[branch], t.k);
-  t.r = p.by_s.divide(position, t.s);
+  const int row = p.by_s.divide(position, t.s);
+  t.r = p.rows.first_position + row * p.rows.step_position;
+  t.s = p.columns.first_position + t.s * p.columns.step_position;
   return t;
 }
 
@@ -173,10 +183,11 @@ struct InputPixelsByFilters {
   FASTCONV_DEVICE InputPixelsByFilters(const ConvParams& params, int g) : p(params), group(g) {}
   FASTCONV_DEVICE Extent extent(int index) const {
     if (index >= p.extent_a) return {0, kOutside, kOutside};
-    int hw, w;
-    const int n = p.by_hw.divide(index, hw);
-    const int h = p.by_w.divide(hw, w);
-    return {n, h + p.arg.pad_h, w + p.arg.pad_w};
+    int inner, column;
+    const int n = p.by_phase.divide(index, inner);
+    const int row = p.by_columns.divide(inner, column);
+    return {n, p.rows.first_pixel + row * p.rows.step_pixel + p.arg.pad_h,
+            p.columns.first_pixel + column * p.columns.step_pixel + p.arg.pad_w};
   }
   FASTCONV_DEVICE Depth depth(int index) const {
     const FilterTap t = filter_tap(p, index);
@@ -189,9 +200,8 @@ struct InputPixelsByFilters {
   FASTCONV_DEVICE const T* address(const Extent& e, const Depth& d) const {
     const int h = e.h - d.h, w = e.w - d.w;
     if (d.grad == nullptr || h < 0 || w < 0) return nullptr;
-    int between_h, between_w;
-    const int row = p.by_stride_h.divide(h, between_h), column = p.by_stride_w.divide(w, between_w);
-    if (between_h != 0 || between_w != 0 || row >= p.arg.p || column >= p.arg.q) return nullptr;
+    const int row = p.by_stride_h.quotient(h), column = p.by_stride_w.quotient(w);  // the phase leaves no remainder
+    if (row >= p.arg.p || column >= p.arg.q) return nullptr;
     return d.grad + (e.n * d.y->n + row * d.y->h + column * d.y->w);
   }
   FASTCONV_DEVICE const T* anywhere() const { return static_cast<const T*>(p.arg.branch[0].grad_output); }
@@ -495,11 +505,15 @@ FASTCONV_DEVICE int64_t row_offset(const ConvParams& p, const ConvBranch& branch
   if constexpr (kPass == Pass::kWgrad) {
     return (int64_t{group} * p.k_group[branch_index] + a) * p.extent_b;
   } else {
-    const bool forward = kPass == Pass::kFprop;
-    const Strides& strides = forward ? branch.y : p.arg.x;
+    constexpr bool kForward = kPass == Pass::kFprop;
+    const Strides& strides = kForward ? branch.y : p.arg.x;
     int inner, column;
-    const int n = (forward ? p.by_pixels : p.by_hw).divide(a, inner);
-    const int row = (forward ? p.by_q : p.by_w).divide(inner, column);
+    const int n = (kForward ? p.by_pixels : p.by_phase).divide(a, inner);
+    int row = (kForward ? p.by_q : p.by_columns).divide(inner, column);
+    if constexpr (!kForward) {
+      row = p.rows.first_pixel + row * p.rows.step_pixel;
+      column = p.columns.first_pixel + column * p.columns.step_pixel;
+    }
     return n * strides.n + row * strides.h + column * strides.w;
   }
 }
