@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -235,7 +235,7 @@ def prepare(who: str, model: nn.Module) -> nn.Module:
     if who in OURS:
         return fastconv.swap(model)
     if who == COMPILED:
-        return torch.compile(model)
+        return cast(nn.Module, torch.compile(model))
     for module in model.modules():
         if type(module) is nn.LocalResponseNorm:
             module.__class__ = fastconv.nn.LocalResponseNorm if who == LRN_ONLY else EagerLRN
@@ -324,7 +324,7 @@ def infer(
                 if may_be_slow and at_least > longest:
                     row.results[who] = Result(note=f"left out: at least {at_least:.0f} s")
                     continue
-                call = functools.partial(contender, _laid_out(who, images[:batch]))
+                call: Callable[[], Tensor] = functools.partial(contender, _laid_out(who, images[:batch]))
                 if who in OURS:
                     call()  # packs the weights
                 if who in (EAGER_GRAPH, SWAPPED_GRAPH):

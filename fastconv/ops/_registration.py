@@ -197,7 +197,7 @@ def _vmap_rule(op: Callable[..., Any], fold_batch: Sequence[int]) -> Callable[..
 
 def _allow_tf32() -> bool:
     """Whether float32 convolutions may round their factors to TF32, by torch's switches for cuDNN."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 # The library's glue asks for it: the stable ABI does not know torch's switches.
