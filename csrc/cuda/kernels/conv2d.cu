@@ -118,8 +118,7 @@ std::vector<ConvParams> parameters(Pass pass, const ConvArguments& arg) {
       if (rows.pixels > 0 && columns.pixels > 0) found.push_back(parameters(pass, arg, rows, columns));
     }
   }
-  std::sort(found.begin(), found.end(),
-                   [](const ConvParams& a, const ConvParams& b) { return a.depth > b.depth; });
+  std::sort(found.begin(), found.end(), [](const ConvParams& a, const ConvParams& b) { return a.depth > b.depth; });
   return found;
 }
 
