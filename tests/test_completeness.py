@@ -36,6 +36,22 @@ def test_kernels(operator: str, key: str) -> None:
     assert has_kernel(operator, key)
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_cuda_kernels(operator: str) -> None:
+    """Of the sources, as the library may have been built without a CUDA toolkit."""
+    glue = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cpp"))
+    assert f'm.impl("{operator}"' in glue
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_triton_kernels(operator: str) -> None:
+    pytest.importorskip("triton")
+    from fastconv import triton
+
+    assert operator in triton.OPERATORS
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastconv_triton::{operator}", "CUDA")
+
+
 @pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA"])
 @pytest.mark.parametrize("op", ops.__all__)
 def test_autocast(op: str, key: str) -> None:
