@@ -158,7 +158,9 @@ def main(architecture: int) -> None:
     original, table.config = table.config, remember
     _launch.launch = compile_only
     _launch.processors = lambda device: 132
-    _launch.convolution_layout = lambda input, weight, geometry: torch.channels_last
+    _launch.convolution_layout = lambda input, weight, geometry: (
+        torch.channels_last if input.stride(1) == 1 else torch.contiguous_format
+    )
     for dtype, precision in ((torch.float16, ""), (torch.float32, "tf32"), (torch.float32, "ieee")):
         torch.backends.cudnn.conv.fp32_precision = precision or "none"
         for call in [*convolutions(dtype), *others(dtype)]:
