@@ -535,7 +535,10 @@ def test_swapped_networks(name: str, size: int, device: torch.device, monkeypatc
     image = torch.randn(2, 3, size, size).to(device, memory_format=torch.channels_last)
     fast = fastconv.swap(slim(models.build(name, num_classes=10).to(device), image))
 
+    state = {name: value.clone() for name, value in fast.state_dict().items()}
+
     def step(backend: str) -> list[Tensor]:
+        fast.load_state_dict(state)  # running statistics as they were
         with fastconv.use_backend(backend):
             outputs = swapped_tensors(fast.train()(image))
             gradients = torch.autograd.grad(sum(o.square().mean() for o in outputs), list(fast.parameters()))
