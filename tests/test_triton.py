@@ -2,7 +2,7 @@
 
 Without a GPU they run in Triton's interpreter (tests/conftest.py turns it on), which executes one program after the
 other in numpy: results are checked as everywhere else, races and miscompilations are not. All combinations of case,
-dtype and layout are marked slow; two of each case run always.
+dtype and layout are marked slow; one or three of each case run always.
 """
 
 from __future__ import annotations
@@ -59,15 +59,14 @@ def device() -> Iterator[torch.device]:
 
 
 def combinations() -> list[Any]:
-    """Each case in float32 and one layout, in float16 and the other; first cases in bfloat16; the others are slow."""
+    """Each case in float32 and one layout, first cases in 16 bits and the other layout, too; the rest is slow."""
     found = []
     for case in CASES:
         for dtype in (torch.float32, *HALVES):
             for layout in LAYOUTS:
                 always = str(case) not in LONG and (dtype, layout) in (
                     (torch.float32, "contiguous"),
-                    (torch.float16, "channels_last"),
-                    *([(torch.bfloat16, "channels_last")] if case in FIRST else []),
+                    *([(half, "channels_last") for half in HALVES] if case in FIRST else []),
                 )
                 marks = () if always else pytest.mark.slow
                 found.append(pytest.param(case, dtype, layout, id=f"{case}-{dtype}-{layout}", marks=marks))
