@@ -7,6 +7,7 @@
 // through aten::convolution.
 #include "cpu/conv2d.h"
 
+#include "common/conv2d_operators.h"
 #include "cpu/activation.h"
 
 namespace fastconv::cpu {
@@ -129,31 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
 
 namespace {
 
-Tensor conv2d_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntList stride,
-                   IntList padding, IntList dilation, int64_t groups, std::string activation) {
-  constexpr auto kOp = "fastconv::conv2d_relu";
-  const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
-  check_conv2d(kOp, input, weight, bias, std::nullopt, geometry);
-  return convolution(input, weight, bias, std::nullopt, geometry, parse_activation(kOp, activation));
-}
-
-Tensor conv2d_add_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                       const Tensor& residual, IntList stride, IntList padding, IntList dilation, int64_t groups,
-                       std::string activation) {
-  constexpr auto kOp = "fastconv::conv2d_add_relu";
-  const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
-  check_conv2d(kOp, input, weight, bias, residual, geometry);
-  return convolution(input, weight, bias, residual, geometry, parse_activation(kOp, activation));
-}
-
-Tensor pointwise_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                        const std::optional<Tensor>& residual, IntList stride, std::string activation) {
-  constexpr auto kOp = "fastconv::pointwise_conv2d";
-  const ConvGeometry geometry{std::move(stride), {0, 0}, {1, 1}, 1};
-  check_pointwise_weight(kOp, "weight", weight);
-  check_conv2d(kOp, input, weight, bias, residual, geometry);
-  return convolution(input, weight, bias, residual, geometry, parse_activation(kOp, activation));
-}
+using Operators = Conv2dOperators<convolution>;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad_output,
                                                            const std::optional<Tensor>& output, const Tensor& input,
@@ -179,8 +156,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad_ou
 }  // namespace fastconv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
-  m.impl("conv2d_relu", TORCH_BOX(&fastconv::cpu::conv2d_relu));
-  m.impl("conv2d_add_relu", TORCH_BOX(&fastconv::cpu::conv2d_add_relu));
-  m.impl("pointwise_conv2d", TORCH_BOX(&fastconv::cpu::pointwise_conv2d));
+  m.impl("conv2d_relu", TORCH_BOX(&fastconv::cpu::Operators::conv2d_relu));
+  m.impl("conv2d_add_relu", TORCH_BOX(&fastconv::cpu::Operators::conv2d_add_relu));
+  m.impl("pointwise_conv2d", TORCH_BOX(&fastconv::cpu::Operators::pointwise_conv2d));
   m.impl("conv2d_backward", TORCH_BOX(&fastconv::cpu::conv2d_backward));
 }

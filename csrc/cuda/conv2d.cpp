@@ -9,6 +9,7 @@
 
 #include <limits>
 
+#include "common/conv2d_operators.h"
 #include "common/layout.h"
 #include "cuda/activation.h"
 #include "cuda/depthwise_conv2d.h"
@@ -289,31 +290,7 @@ GroupGradients convolution_group_backward(const std::vector<Tensor>& grad_output
 
 namespace {
 
-Tensor conv2d_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntList stride,
-                   IntList padding, IntList dilation, int64_t groups, std::string activation) {
-  constexpr auto kOp = "fastconv::conv2d_relu";
-  const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
-  check_conv2d(kOp, input, weight, bias, std::nullopt, geometry);
-  return convolution(input, weight, bias, std::nullopt, geometry, parse_activation(kOp, activation));
-}
-
-Tensor conv2d_add_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                       const Tensor& residual, IntList stride, IntList padding, IntList dilation, int64_t groups,
-                       std::string activation) {
-  constexpr auto kOp = "fastconv::conv2d_add_relu";
-  const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
-  check_conv2d(kOp, input, weight, bias, residual, geometry);
-  return convolution(input, weight, bias, residual, geometry, parse_activation(kOp, activation));
-}
-
-Tensor pointwise_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                        const std::optional<Tensor>& residual, IntList stride, std::string activation) {
-  constexpr auto kOp = "fastconv::pointwise_conv2d";
-  const ConvGeometry geometry{std::move(stride), {0, 0}, {1, 1}, 1};
-  check_pointwise_weight(kOp, "weight", weight);
-  check_conv2d(kOp, input, weight, bias, residual, geometry);
-  return convolution(input, weight, bias, residual, geometry, parse_activation(kOp, activation));
-}
+using Operators = Conv2dOperators<convolution>;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad_output,
                                                            const std::optional<Tensor>& output, const Tensor& input,
@@ -344,8 +321,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad_ou
 }  // namespace fastconv::cuda
 
 FASTCONV_CUDA_LIBRARY(m) {
-  m.impl("conv2d_relu", TORCH_BOX(&fastconv::cuda::conv2d_relu));
-  m.impl("conv2d_add_relu", TORCH_BOX(&fastconv::cuda::conv2d_add_relu));
-  m.impl("pointwise_conv2d", TORCH_BOX(&fastconv::cuda::pointwise_conv2d));
+  m.impl("conv2d_relu", TORCH_BOX(&fastconv::cuda::Operators::conv2d_relu));
+  m.impl("conv2d_add_relu", TORCH_BOX(&fastconv::cuda::Operators::conv2d_add_relu));
+  m.impl("pointwise_conv2d", TORCH_BOX(&fastconv::cuda::Operators::pointwise_conv2d));
   m.impl("conv2d_backward", TORCH_BOX(&fastconv::cuda::conv2d_backward));
 }
