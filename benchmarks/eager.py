@@ -79,7 +79,8 @@ def add_relu(input: Tensor, other: Tensor) -> Tensor:
     return F.relu_(input + other)
 
 
-def local_response_norm(input: Tensor, **options: Any) -> Tensor:
+def local_response_norm(input: Tensor, *, activation: str = "none", **options: Any) -> Tensor:
+    input = {"none": lambda value: value, "relu": F.relu}[activation](input)
     if input.device.type == "cpu" and input.dtype in (torch.bfloat16, torch.float16):
         # aten has no such kernel; this is what the users of one write.
         return F.local_response_norm(input.float(), **options).to(input.dtype)

@@ -103,8 +103,10 @@ def _add(name: str, channels: int, side: int, why: str) -> Layer:
     return Layer("add_relu", name, {"input": shape, "other": shape}, why=why)
 
 
-def _lrn(name: str, channels: int, side: int, k: float, why: str) -> Layer:
-    options = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": k}
+def _lrn(name: str, channels: int, side: int, k: float, why: str, activation: str = "none") -> Layer:
+    options: dict[str, Any] = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": k}
+    if activation != "none":
+        options["activation"] = activation
     return Layer("local_response_norm", name, {"input": (1, channels, side, side)}, options, why=why)
 
 
@@ -348,6 +350,7 @@ LAYERS = (
     # -------------------------------------------------------------------- local_response_norm
     _lrn("alexnet2012/features.2", 96, 55, 2.0, "the first LRN ever, and the larger of AlexNet's"),
     _lrn("alexnet2012/features.6", 256, 27, 2.0, "many channels, odd number of pixels"),
+    _lrn("alexnet2012/features.2+relu", 96, 55, 2.0, "with the ReLU before it", activation="relu"),
     _lrn("googlenet/stem.5", 192, 56, 1.0, "the largest of GoogLeNet"),
     _lrn("vgg_a_lrn/features.2", 64, 224, 1.0, "the largest of the zoo, beyond every cache"),
 )

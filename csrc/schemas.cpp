@@ -72,10 +72,9 @@ FASTCONV_DEFINE_LIBRARY(FASTCONV_LIBRARY, m) {
   // value through
   m.def("add_relu_backward(Tensor grad_output, Tensor output, str activation) -> Tensor");
 
-  // input / (k + alpha / size * sum of squares over `size` neighbouring channels) ^ beta
-  m.def("local_response_norm(Tensor input, SymInt size, float alpha, float beta, float k) -> Tensor");
+  // a / (k + alpha / size * sum of squares of a over `size` neighbouring channels) ^ beta, a = activation(input)
+  m.def("local_response_norm(Tensor input, SymInt size, float alpha, float beta, float k, str activation) -> Tensor");
   m.def(
-      "local_response_norm_backward(Tensor grad_output, Tensor input, SymInt size, float alpha, "
-      "float beta, "
-      "float k) -> Tensor");
+      "local_response_norm_backward(Tensor grad_output, Tensor input, SymInt size, float alpha, float beta, "
+      "float k, str activation) -> Tensor");
 }

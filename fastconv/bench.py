@@ -237,8 +237,10 @@ def prepare(who: str, model: nn.Module) -> nn.Module:
     if who == COMPILED:
         return cast(nn.Module, torch.compile(model))
     for module in model.modules():
-        if type(module) is nn.LocalResponseNorm:
-            module.__class__ = fastconv.nn.LocalResponseNorm if who == LRN_ONLY else EagerLRN
+        for name, child in module.named_children():
+            if type(child) is nn.LocalResponseNorm:
+                lrn = fastconv.nn.LocalResponseNorm if who == LRN_ONLY else EagerLRN
+                setattr(module, name, lrn(child.size, child.alpha, child.beta, child.k))
     return model
 
 

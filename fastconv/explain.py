@@ -152,11 +152,10 @@ def _choices(program: Program) -> Iterator[tuple[str, str, Choice]]:
     for group in program.findings.groups:
         call = calls.get(id(group))
         op = "" if call is None else call.op()
-        yield (
-            _path(group.nodes[0]),
-            group.pattern,
-            Choice(group.pattern if op else "", op, group.reason),
-        )
+        path = _path(group.layer)
+        yield path, group.pattern, Choice(group.pattern if op else "", op, group.reason)
+        if group.pointwise is not None:
+            yield _path(group.pointwise.layer), group.pattern, Choice(f"with {path}", op)
 
 
 def _path(node: fx.Node) -> str:
@@ -191,7 +190,7 @@ class _Recorder(fx.Interpreter):
         output = super().call_function(target, args, kwargs)
         if target in self._calls:
             shapes = " -> ".join(str(tuple(t.shape)) for t in (args[0], output))
-            path = _path(self._calls[target].nodes[0])
+            path = _path(self._calls[target].layer)
             self.kernels.append(Kernel(path, shapes, target.kernel(args[0])))
         return output
 

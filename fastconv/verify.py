@@ -60,7 +60,9 @@ class Layer:
 
     @property
     def activation(self) -> str:
-        """The last activation."""
+        """The last activation that takes what was rounded; an LRN's takes the input."""
+        if self.op == "local_response_norm":
+            return "none"
         default = "relu" if self.op.endswith("relu") else "none"
         return self.options.get(self._activation_argument, default)
 
@@ -202,7 +204,7 @@ LAYERS = (
         "local_response_norm",
         "AlexNet norm1",
         {"input": (1, 96, 55, 55)},
-        {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0},
+        {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0, "activation": "relu"},
     ),
     Layer(
         "local_response_norm",

@@ -508,6 +508,20 @@ CASES: list[Case] = [
         "[N, C, D, H, W]",
         {"size": 3, "alpha": 0.3},
     ),
+    Case(
+        "local_response_norm",
+        "relu",
+        {"input": (2, 6, 4, 4)},
+        "the convolution's activation in the same pass",
+        {"size": 5, "alpha": 0.8, "beta": 0.75, "k": 2.0, "activation": "relu"},
+    ),
+    Case(
+        "local_response_norm",
+        "relu6_even",
+        {"input": (2, 7, 3, 5)},
+        "both bounds, a window that is not symmetric",
+        {"size": 4, "alpha": 0.5, "beta": 0.6, "k": 0.5, "activation": "relu6"},
+    ),
     Case("local_response_norm", "empty", {"input": (0, 5, 4, 4)}, "a batch of none", {"size": 3}),
 ]
 

@@ -224,14 +224,16 @@ def test_pairs_of_layouts(backend: str, name: str) -> None:
 # ------------------------------------------------------------------------------------------------ local_response_norm
 
 
-def check_lrn(backend: str, input: Tensor, grad: Tensor, *options: float, what: str = "local_response_norm") -> None:
+def check_lrn(input: Tensor, grad: Tensor, *options: float, activation: str, what: str) -> None:
     leaf = input.detach().requires_grad_()
     exact = input.detach().double().requires_grad_()
     base = input.detach().requires_grad_()
     with poisoned_outputs():
-        output = ops.local_response_norm(leaf, *options)
+        output = ops.local_response_norm(leaf, *options, activation=activation)
         (found,) = torch.autograd.grad(output, leaf, grad)
-    oracle, baseline = (ops.local_response_norm(x, *options, backend="reference") for x in (exact, base))
+    oracle, baseline = (
+        ops.local_response_norm(x, *options, activation=activation, backend="reference") for x in (exact, base)
+    )
     assert_close_to_oracle(output, oracle, baseline, what=what)
     triple = found, *torch.autograd.grad(oracle, exact, grad.double()), *torch.autograd.grad(baseline, base, grad)
     assert_close_to_oracle(*triple, what=f"gradient of {what}")
@@ -254,12 +256,14 @@ def test_every_lrn_kernel(backend: str, rest: str, dtype: torch.dtype) -> None:
     layout, shapes, sizes = LRN[rest]
     passes = [f"local_response_norm_{kind}" for kind in ("fprop", "dgrad")]
     with forced(backend, passes[0], f"{passes[0]}_{rest}"), forced(backend, passes[1], f"{passes[1]}_{rest}"):
-        for shape, size, beta in itertools.product(shapes, sizes, (0.75, 0.6)):
+        combinations = itertools.product(shapes, sizes, (0.75, 0.6))
+        for (shape, size, beta), activation in zip(combinations, itertools.cycle(ACTIVATIONS), strict=False):
             input = random(backend, *shape, dtype=dtype, layout=layout, scale=3)
             grad = random(backend, *shape, dtype=dtype, layout=layout, seed=1)
             if rest in ("nhwc", "nchw"):
                 input = among_nan(input)
-            check_lrn(backend, input, grad, size, 0.5, beta, 0.5, what=f"{shape}, size {size}, beta {beta}")
+            what = f"{shape}, size {size}, beta {beta}, {activation}"
+            check_lrn(input, grad, size, 0.5, beta, 0.5, activation=activation, what=what)
 
 
 @pytest.mark.parametrize("name", ["strided", "transposed", "three dimensions", "channels_last_3d", "a huge window"])
@@ -288,9 +292,9 @@ def test_lrn_of_other_tensors(backend: str, name: str) -> None:
 @layouts
 @dtypes
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
-@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize(("size", "activation"), [(4, "none"), (5, "none"), (5, "relu")])
 def test_an_odd_value_stays_in_its_windows(
-    backend: str, size: int, value: float, dtype: torch.dtype, layout: str
+    backend: str, size: int, activation: str, value: float, dtype: torch.dtype, layout: str
 ) -> None:
     input = random(backend, 2, 37, 3, 5, dtype=dtype, layout=layout)
     odd = input.clone(memory_format=torch.preserve_format)
@@ -298,9 +302,9 @@ def test_an_odd_value_stays_in_its_windows(
     outputs, gradients = [], []
     for x in (input, odd):
         leaf = x.requires_grad_()
-        outputs.append(ops.local_response_norm(leaf, size, alpha=0.5))
+        outputs.append(ops.local_response_norm(leaf, size, alpha=0.5, activation=activation))
         gradients += torch.autograd.grad(outputs[-1], leaf, torch.ones_like(outputs[-1]))
-    expected = ops.local_response_norm(odd, size, alpha=0.5, backend="reference")
+    expected = ops.local_response_norm(odd, size, alpha=0.5, activation=activation, backend="reference")
     assert torch.equal(outputs[1].isnan(), expected.isnan())
     touched, reached = torch.zeros_like(input, dtype=torch.bool), torch.zeros_like(input, dtype=torch.bool)
     # channel c sums over c - size // 2 ... c + (size - 1) // 2; a gradient over what c is in, too
@@ -354,7 +358,7 @@ def test_a_forced_kernel_that_does_not_fit(backend: str, op: str) -> None:
         "local_response_norm_fprop": ("nhwc", lambda: ops.local_response_norm(x, 5)),
         "local_response_norm_dgrad": (
             "nchw",
-            lambda: operators(backend).local_response_norm_backward(x, x, 3, 1, 1, 1),
+            lambda: operators(backend).local_response_norm_backward(x, x, 3, 1, 1, 1, "none"),
         ),
     }
     rest, call = calls[op]
@@ -370,8 +374,8 @@ def test_the_same_bits_in_any_order() -> None:
         library.seed(seed)
         results.append(
             [
-                torch.ops.fastconv_emulated.local_response_norm(x, 5, 0.5, 0.75, 1.0),
-                torch.ops.fastconv_emulated.local_response_norm_backward(x, x, 4, 0.5, 0.75, 1.0),
+                torch.ops.fastconv_emulated.local_response_norm(x, 5, 0.5, 0.75, 1.0, "relu"),
+                torch.ops.fastconv_emulated.local_response_norm_backward(x, x, 4, 0.5, 0.75, 1.0, "relu"),
                 torch.ops.fastconv_emulated.add_relu(x, x, "relu"),
             ]
         )

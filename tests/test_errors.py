@@ -238,6 +238,11 @@ TABLE = [
     ),
     Bad(
         "local_response_norm",
+        {"activation": "gelu"},
+        "got activation 'gelu', needed 'none', 'relu' or 'relu6'; apply other activations after the op",
+    ),
+    Bad(
+        "local_response_norm",
         {"input": t(2, 6, 3, dtype=torch.uint8)},
         "got input of dtype uint8, needed float32, float64, bfloat16 or float16; convert it with input.float()",
     ),

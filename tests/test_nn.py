@@ -141,10 +141,12 @@ def test_local_response_norm() -> None:
     assert isinstance(fast, torch.nn.LocalResponseNorm)
     assert str(fast) == str(plain)
     torch.testing.assert_close(fast(X), plain(X))
+    activated = nn.LocalResponseNorm(*arguments, activation="relu6")
+    torch.testing.assert_close(activated(9 * X), plain(torch.nn.functional.relu6(9 * X)))
 
 
 def test_representations_name_the_activation() -> None:
-    for module in (CONVS["Conv2dReLU_reflect"][0](), nn.AddReLU("relu6")):
+    for module in (CONVS["Conv2dReLU_reflect"][0](), nn.AddReLU("relu6"), nn.LocalResponseNorm(5, activation="relu6")):
         assert "activation='relu6'" in repr(module)
 
 

@@ -324,6 +324,46 @@ def test_local_response_norm():
     agree(fast, model, features())
 
 
+LRNS = {
+    "ReLU in place": (lambda y: F.local_response_norm(F.relu(y, inplace=True), 3, 0.4), "relu + lrn"),
+    "ReLU6": (lambda y: F.local_response_norm(F.relu6(y), size=3, alpha=0.4, k=2.0), "relu6 + lrn"),
+    "the input by name": (lambda y: F.local_response_norm(input=y.relu(), size=3), "relu + lrn"),
+    "another activation": (lambda y: F.local_response_norm(F.gelu(y), 3, 0.4), "lrn"),
+    "read before": (lambda y: F.local_response_norm(F.relu(y), 3, 0.4) + y, "lrn"),
+    "read between": (lambda y: F.local_response_norm(z := F.relu(y), 3, 0.4) + z, "lrn"),
+    "a view of what is read": (lambda y: F.local_response_norm(y.flatten(2).relu_(), 3).mean() + y, "lrn"),
+}
+
+
+@pytest.mark.parametrize(("norm", "pattern"), LRNS.values(), ids=LRNS)
+def test_activations_before_lrn(norm, pattern):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = ConvBN(3, 6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return norm(self.conv(x))
+
+    model = seeded(Net()).eval()
+    fast = swap(model)
+    choices = [str(row.inference) for row in explain(fast).rows if "lrn" in row.inference.pattern]
+    assert choices == [f"{pattern} -> local_response_norm"]
+    agree(fast, model, image() * 4)
+    agree_in_training(model, image() * 4)
+    agree_in_training(model.train(), image() * 4)
+
+
+def test_an_activation_that_overwrites_the_callers_tensor():
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.local_response_norm(F.relu_(x), 3)
+
+    x, y = image(), image()
+    torch.testing.assert_close(swap(Net())(x), Net()(y))
+    assert torch.equal(x, y)
+
+
 GEOMETRIES = {
     "5x3": {"kernel_size": (5, 3), "stride": (2, 1), "padding": (1, 2)},
     "dilated": {"kernel_size": 3, "dilation": 2, "padding": 2},

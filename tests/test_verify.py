@@ -57,9 +57,9 @@ def test_one_wrong_element_fails(where, capsys, monkeypatch):
         return output if backend == "reference" else Wrong.apply(output, where)
 
     monkeypatch.setattr(ops, "local_response_norm", wrong)
-    assert main([*COMMAND, "--seed", "7"]) == 1
+    assert main([*COMMAND, "--seed", "3"]) == 1  # with which the ReLU before the LRN lets that element pass
     printed = capsys.readouterr().out
-    assert "seed 7" in printed
+    assert "seed 3" in printed
     failures = printed[printed.index("\nFAILED") :]
     assert f"FAILED local_response_norm, AlexNet norm1, fp32, contiguous, {where}: all:" in failures
     assert "at (0, 1, 2, 3): 1 of 290400 elements beyond the bound" in failures

@@ -101,10 +101,10 @@ def others(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
             y = parts((8, 96, 28, 28), layout=layout, dtype=dtype)
             yield lambda x=x, w=w, g=geometry: ft.depthwise_conv2d(x, w, vector(96), *g, "relu")
             yield lambda x=x, w=w, y=y, g=geometry: ft.conv2d_backward(y, y, x, w, *g, 96, "relu", [True] * 4)
-        yield lambda x=x: ft.local_response_norm(x, 5, 1e-4, 0.75, 2.0)
-        yield lambda x=x: ft.local_response_norm_backward(x, x, 5, 1e-4, 0.75, 2.0)
+        yield lambda x=x: ft.local_response_norm(x, 5, 1e-4, 0.75, 2.0, "relu")
+        yield lambda x=x: ft.local_response_norm_backward(x, x, 5, 1e-4, 0.75, 2.0, "relu")
         deep = parts((8, 1000, 7, 7), layout=layout, dtype=dtype)
-        yield lambda x=deep: ft.local_response_norm_backward(x, x, 5, 1e-4, 0.6, 2.0)
+        yield lambda x=deep: ft.local_response_norm_backward(x, x, 5, 1e-4, 0.6, 2.0, "none")
     yield lambda x=x: ft.add_relu(x, x, "relu")
     yield lambda x=x: ft.add_relu_backward(x, x, "relu")
 

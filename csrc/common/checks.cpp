@@ -205,11 +205,12 @@ int64_t check_depthwise_weight(const char* op, const char* name, const Tensor& i
   return channels;
 }
 
-void check_local_response_norm(const char* op, const Tensor& input, int64_t size) {
+Activation check_local_response_norm(const char* op, const Tensor& input, int64_t size, const std::string& activation) {
   STD_TORCH_CHECK(input.dim() >= 3, op, ": got input of shape ", shape(input),
                   ", needed at least 3 dimensions (N, C, ...); reshape it");
   check_floating(op, input);
   STD_TORCH_CHECK(size >= 1, op, ": got size ", size, ", needed at least 1; pass the number of channels to sum over");
+  return parse_activation(op, activation);
 }
 
 void check_output_mask(const char* op, const std::vector<bool>& output_mask, size_t entries) {

@@ -43,7 +43,7 @@ void check_pointwise_group_backward(const char* op, const std::vector<Tensor>& g
 // Weight [C * multiplier, 1, R, S]: one filter set for each of the input's channels. Returns C, the
 // groups.
 int64_t check_depthwise_weight(const char* op, const char* name, const Tensor& input, const Tensor& weight);
-void check_local_response_norm(const char* op, const Tensor& input, int64_t size);
+Activation check_local_response_norm(const char* op, const Tensor& input, int64_t size, const std::string& activation);
 void check_output_mask(const char* op, const std::vector<bool>& output_mask, size_t entries);
 
 }  // namespace fastconv

@@ -11,7 +11,7 @@ namespace fastconv::cuda {
 namespace {
 
 LocalResponseNormParams make_params(const char* op, Device& device, const Tensor& input, int64_t size, double alpha,
-                                    double beta, double k) {
+                                    double beta, double k, Activation activation) {
   const int64_t channels = input.size(1);
   STD_TORCH_CHECK(channels <= INT32_MAX, op, ": got ", channels, " channels, needed fewer than 2^31; split the tensor");
   LocalResponseNormParams params{};
@@ -27,27 +27,29 @@ LocalResponseNormParams make_params(const char* op, Device& device, const Tensor
   params.scale = alpha / static_cast<double>(size);
   params.beta = beta;
   params.k = k;
+  params.activation = activation;
   params.multiprocessors = device.multiprocessors();
   return params;
 }
 
-Tensor local_response_norm(const Tensor& input, int64_t size, double alpha, double beta, double k) {
+Tensor local_response_norm(const Tensor& input, int64_t size, double alpha, double beta, double k,
+                           std::string activation) {
   constexpr auto kOp = "fastconv::local_response_norm";
-  check_local_response_norm(kOp, input, size);
+  const Activation kind = check_local_response_norm(kOp, input, size, activation);
   const Tensor x = to_dense(input);
   const Tensor output = x.is_contiguous() ? torch::stable::new_empty(x, x.sizes()) : torch::stable::empty_like(x);
   if (x.numel() == 0) return output;
   Device device(x);
-  LocalResponseNormParams params = make_params(kOp, device, x, size, alpha, beta, k);
+  LocalResponseNormParams params = make_params(kOp, device, x, size, alpha, beta, k, kind);
   params.output = device.out(output);
   local_response_norm_fprop(params, device.stream());
   return output;
 }
 
 Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha,
-                                    double beta, double k) {
+                                    double beta, double k, std::string activation) {
   constexpr auto kOp = "fastconv::local_response_norm_backward";
-  check_local_response_norm(kOp, input, size);
+  const Activation kind = check_local_response_norm(kOp, input, size, activation);
   check_like_input(kOp, input, "grad_output", grad_output);
   check_same_shape(kOp, input, "grad_output", grad_output);
   const Tensor x = to_dense(input);
@@ -55,7 +57,7 @@ Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& inp
   if (x.numel() == 0) return grad_input;
   const Tensor grad = with_layout_of(x, grad_output);
   Device device(x);
-  LocalResponseNormParams params = make_params(kOp, device, x, size, alpha, beta, k);
+  LocalResponseNormParams params = make_params(kOp, device, x, size, alpha, beta, k, kind);
   params.grad_output = device.in(grad);
   params.output = device.out(grad_input);
   std::optional<Tensor> workspace;

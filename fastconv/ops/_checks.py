@@ -206,7 +206,7 @@ def group(op: str, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -
         )
 
 
-def local_response_norm(op: str, input: Tensor, size: int) -> None:
+def local_response_norm(op: str, input: Tensor, size: int, kind: str) -> None:
     if input.dim() < 3:
         fail(
             op,
@@ -217,3 +217,4 @@ def local_response_norm(op: str, input: Tensor, size: int) -> None:
     floating(op, input)
     if size < 1:
         fail(op, f"size {size}", "at least 1", "pass the number of channels to sum over")
+    activation(op, kind)

@@ -43,8 +43,8 @@ SCHEMAS: dict[str, str] = {
     ),
     "add_relu": "(Tensor input, Tensor other, str activation) -> Tensor",
     "add_relu_backward": "(Tensor grad_output, Tensor output, str activation) -> Tensor",
-    "local_response_norm": "(Tensor input, SymInt size, float alpha, float beta, float k) -> Tensor",
+    "local_response_norm": "(Tensor input, SymInt size, float alpha, float beta, float k, str activation) -> Tensor",
     "local_response_norm_backward": (
-        "(Tensor grad_output, Tensor input, SymInt size, float alpha, float beta, float k) -> Tensor"
+        "(Tensor grad_output, Tensor input, SymInt size, float alpha, float beta, float k, str activation) -> Tensor"
     ),
 }

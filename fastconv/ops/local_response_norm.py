@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _conv
 from ._registration import Operator, PublicOperator, cast
 
 _NAME = "local_response_norm"
@@ -22,13 +22,15 @@ def local_response_norm(
     beta: float = 0.75,
     k: float = 1.0,
     *,
+    activation: str = "none",
     backend: str | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.local_response_norm`` in one pass each way, with nothing saved but the
-    input.
+    """``torch.nn.functional.local_response_norm`` of ``activation(input)`` in one pass each way,
+    with nothing saved but the input.
 
-    b_c = a_c / (k + alpha / size * sum over j of a_j^2) ^ beta, where j runs over the `size`
-    channels from c - size // 2 to c + (size - 1) // 2, as far as they exist. Differentiable twice.
+    b_c = a_c / (k + alpha / size * sum over j of a_j^2) ^ beta, where a is activation(input) and j
+    runs over the `size` channels from c - size // 2 to c + (size - 1) // 2, as far as they exist.
+    Differentiable twice.
 
     Args:
         input: [N, C, ...], at least 3 dimensions; float32, float64, bfloat16 or float16, in any
@@ -38,6 +40,9 @@ def local_response_norm(
             ``alpha=size * paper``.
         beta: exponent.
         k: additive constant.
+        activation: ``"none"``, ``"relu"`` or ``"relu6"``. Between a convolution and its LRN the
+            activation costs least here: the values are read anyway, and the convolution's backward
+            needs no mask.
         backend: see :func:`fastconv.use_backend`.
 
     Returns:
@@ -51,21 +56,19 @@ def local_response_norm(
     Source: Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural
     Networks", section 3.3.
     """
-    return _operator.run(backend, input, size, float(alpha), float(beta), float(k))
+    return _operator.run(backend, input, size, float(alpha), float(beta), float(k), activation)
 
 
-def _reference(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    _checks.local_response_norm(_NAME, input, size)
-    if input.dtype in (
-        torch.bfloat16,
-        torch.float16,
-    ):  # squares overflow, and aten has no CPU kernel
-        return F.local_response_norm(input.float(), size, alpha, beta, k).to(input.dtype)
-    return F.local_response_norm(input, size, alpha, beta, k)
+def _reference(input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str) -> Tensor:
+    _checks.local_response_norm(_NAME, input, size, activation)
+    a = _conv.activate(input, activation)
+    if a.dtype in (torch.bfloat16, torch.float16):  # squares overflow, and aten has no CPU kernel
+        return F.local_response_norm(a.float(), size, alpha, beta, k).to(a.dtype)
+    return F.local_response_norm(a, size, alpha, beta, k)
 
 
-def _fake(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    _checks.local_response_norm(_NAME, input, size)
+def _fake(input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str) -> Tensor:
+    _checks.local_response_norm(_NAME, input, size, activation)
     return torch.empty_like(input)
 
 
@@ -78,7 +81,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is not None:
         grad = _backward_operator(ctx.namespace, grad, *ctx.saved_tensors, *ctx.options)
-    return grad, *[None] * 4
+    return grad, *[None] * 5
 
 
 def _autocast_float32(function: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Tensor:
@@ -89,9 +92,11 @@ def _autocast_float32(function: Callable[..., Any], device: str, args: tuple[Any
 # ----------------------------------------------------------------------------------------- backward
 
 
-def _fake_backward(grad_output: Tensor, input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+def _fake_backward(
+    grad_output: Tensor, input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str
+) -> Tensor:
     op = "local_response_norm_backward"
-    _checks.local_response_norm(op, input, size)
+    _checks.local_response_norm(op, input, size, activation)
     _checks.like_input(op, input, "grad_output", grad_output)
     _checks.same_shape(op, input, "grad_output", grad_output)
     return torch.empty_like(input)
@@ -107,10 +112,12 @@ def _double_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
     gg.
 
     S sums over the window of a channel, S' over the channels whose window holds it; a is alpha /
-    size.
+    size. Here x is the activation's output, whose mask lets gg in and the input's derivative out.
     """
-    g, x = ctx.saved_tensors
-    size, alpha, beta, k = ctx.options
+    g, input = ctx.saved_tensors
+    size, alpha, beta, k, activation = ctx.options
+    x = _conv.activate(input, activation)
+    gg = _conv.mask(gg, x, activation)
     a = alpha / size
     c = 2 * a * beta
     d = k + a * _window_sum(x * x, size)
@@ -120,7 +127,7 @@ def _double_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
     for_grad = gg * p - c * x * q * v
     for_d = c * (beta + 1) * g * x * v * q / d - beta * gg * g * q
     for_input = 2 * a * x * _window_sum(for_d, size, adjoint=True) - c * (gg * u + g * q * v)
-    return for_grad, for_input, *[None] * 4
+    return for_grad, _conv.mask(for_input, x, activation), *[None] * 5
 
 
 def _window_sum(values: Tensor, size: int, *, adjoint: bool = False) -> Tensor:

@@ -137,17 +137,28 @@ class FusedAdd:
 
 
 class FusedLRN:
-    """local_response_norm, with the settings of the module or, without one, of the call"""
+    """local_response_norm of activation(input).
 
-    def __init__(self, module: nn.LocalResponseNorm | None) -> None:
+    Args:
+        module: the layer, or None for a call of the function.
+        settings, named: that call's arguments beside the input.
+        activation: what comes before it.
+    """
+
+    def __init__(
+        self, module: nn.LocalResponseNorm | None, settings: Any, named: dict[str, Any], activation: str
+    ) -> None:
         self.module = module
+        self.settings = settings
+        self.named = named
+        self.activation = activation
         self.__name__ = "fused_lrn"
 
-    def __call__(self, input: Tensor, *settings: Any, **named: Any) -> Tensor:
-        module = self.module
+    def __call__(self, input: Tensor) -> Tensor:
+        module, settings = self.module, self.settings
         if module is not None:
             settings = (module.size, module.alpha, module.beta, module.k)
-        return ops.local_response_norm(input, *settings, **named)
+        return ops.local_response_norm(input, *settings, **self.named, activation=self.activation)
 
     def op(self) -> str:
         return "local_response_norm"

@@ -40,6 +40,11 @@ class Group:
     def pattern(self) -> str:
         return " + ".join(self.parts)
 
+    @property
+    def layer(self) -> fx.Node:
+        """The node that the group goes by: the LRN's, else the first."""
+        return self.nodes[-1] if self.parts[-1] == "lrn" else self.nodes[0]
+
     def reads(self) -> list[tuple[fx.Node, fx.Node]]:
         """The values that come from outside, each with the node that reads it."""
         return [(value, node) for node in self.nodes for value in node.all_input_nodes if value not in self.nodes]
@@ -84,10 +89,12 @@ class _Finder:
         self.fold = fold
         self.effects = Effects(graph, modules)
         self.calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-        self.taken: set[fx.Node] = set()
+        self.taken: dict[fx.Node, str] = {}  # what is in a group, with the reason that this gives to others
 
     def find(self) -> Findings:
         found = Findings()
+        # Before the convolutions, as an activation costs less in the LRN after it.
+        found.groups += [self._normalization(node) for node in self.graph.nodes if self._lrn(node)]
         # Of two convolutions whose results are added, the later one takes the addition.
         for node in reversed(self.graph.nodes):
             if node.op == "call_function" and node.target in _FUNCTIONAL:
@@ -100,9 +107,9 @@ class _Finder:
             else:
                 found.groups.append(self._grow(node))
         for node in self.graph.nodes:
-            group = None if node in self.taken else self._without_conv(node)
+            group = None if node in self.taken else self._sum(node)
             if group is not None:
-                self.taken.update(group.nodes)
+                self._take(group, "another addition takes it")
                 found.groups.append(group)
         found.groups = self._separable(found.groups)
         found.groups.sort(key=lambda group: self.effects.order[group.nodes[0]])
@@ -138,8 +145,11 @@ class _Finder:
         group = Group([node], ["conv"], conv=self.modules[node.target])
         for step in (self._take_bn, self._take_add, self._take_activation, self._take_pool):
             step(group)
-        self.taken.update(group.nodes)
+        self._take(group, "another convolution takes the addition")
         return group
+
+    def _take(self, group: Group, reason: str) -> None:
+        self.taken.update(dict.fromkeys(group.nodes, reason))
 
     def _only_reader(self, group: Group) -> fx.Node | None:
         """The one node that reads the group's result, if the group may grow by it."""
@@ -149,7 +159,7 @@ class _Finder:
             return None
         (reader,) = readers
         if reader in self.taken:
-            group.reason = "another convolution takes the addition"
+            group.reason = self.taken[reader]
             return None
         if any(self.effects.is_written(value, node, reader) for value, node in group.reads()):
             group.reason = "its input may be overwritten before the next step"
@@ -242,9 +252,17 @@ class _Finder:
         """Whether eager's gradient survives that the result is overwritten: it comes from the input."""
         return self.effects.of[node] is Effect.NEW and self.effects.is_ever_written(node)
 
-    def _without_conv(self, node: fx.Node) -> Group | None:
-        if self._lrn(node):
-            return Group([node], ["lrn"])
+    def _normalization(self, node: fx.Node) -> Group:
+        """An LRN, with the activation before it if nobody else reads what goes into that, or what comes out."""
+        group = Group([node], ["lrn"])
+        (value,) = node.all_input_nodes
+        activation = self._activation(value)
+        if activation is not None and len(value.users) == 1 and self.effects.is_private(value.all_input_nodes[0]):
+            group = Group([value, node], [activation, "lrn"], activation=activation)
+        self._take(group, "the LRN takes the activation")
+        return group
+
+    def _sum(self, node: fx.Node) -> Group | None:
         operands = _addition(node)
         if operands is None or not all(isinstance(value, fx.Node) for value in operands):
             return None
@@ -255,6 +273,8 @@ class _Finder:
         return group if group.is_fused and len(group.nodes) > 1 else None
 
     def _lrn(self, node: fx.Node) -> bool:
+        if len(node.all_input_nodes) != 1:
+            return False
         if node.op == "call_function":
             return node.target is F.local_response_norm
         return type(self._module(node)) is nn.LocalResponseNorm and self.effects.of[node] is Effect.NEW

@@ -94,9 +94,10 @@ class Program:
         self.forward = self.module.forward
 
     def _call(self, group: patterns.Group, modules: dict[str, nn.Module]) -> Any:
-        node = group.nodes[0]
-        if group.parts == ["lrn"]:
-            return FusedLRN(modules[node.target] if node.op == "call_module" else None)
+        if group.parts[-1] == "lrn":
+            node = group.layer
+            named = {name: value for name, value in node.kwargs.items() if name != "input"}
+            return FusedLRN(modules.get(node.target), node.args[1:], named, group.activation)
         if group.conv is None:
             return FusedAdd(group.activation)
         if not self._fold and not group.is_fused:
@@ -122,11 +123,8 @@ def _drop_identities(graph: fx.Graph, root: nn.Module) -> None:
 
 def _replace(graph: fx.Graph, group: patterns.Group, copies: dict[fx.Node, fx.Node], call: Any) -> None:
     last = copies[group.nodes[-1]]
-    args, kwargs = tuple(copies[value] for value, _ in group.reads()), {}
-    if group.parts == ["lrn"]:
-        args, kwargs = last.args, last.kwargs
     with graph.inserting_before(last):
-        fused = graph.call_function(call, args, kwargs)
+        fused = graph.call_function(call, tuple(copies[value] for value, _ in group.reads()))
     last.replace_all_uses_with(fused)
     for node in reversed(group.nodes):
         graph.erase_node(copies[node])

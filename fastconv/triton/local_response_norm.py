@@ -3,6 +3,8 @@
     d[c] = k + scale * sum over the window of c  x[j]^2,      y[c] = x[c] * d[c]^-beta
     dx[c] = g[c] * d[c]^-beta - 2 scale beta x[c] * sum over windows that hold c  g[j] x[j] d[j]^-(beta + 1)
 
+x is the input, or what an activation makes of it as it is loaded; the gradient then passes where x lets it.
+
 A program owns a tile of pixels x channels and loads it once. The windows' sums then come from the tile itself: it is
 shifted by one channel after the other (`tl.gather`) and added up, in float32. A running sum that lets the last channel
 go would need fewer additions; but rounding errors pile up in it, and an Inf or NaN would never leave it.
@@ -19,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import _checks
+from ..ops import _conv as ops_conv
 from ..ops.local_response_norm import _window_sum as window_sum_of_aten
 from . import _launch, table
-from ._device import index, narrow
+from ._device import activate, index, masked, narrow
 
 
 @triton.jit
@@ -56,6 +59,7 @@ def local_response_norm_kernel(
     x_ptr, g_ptr, y_ptr,
     pixels, C, inner, before, after, halo, scale, beta, k,
     BETA: tl.constexpr,  # beta, if there is a short cut for it, else None
+    ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Forward, or with a gradient g the backward, for BLOCK_M pixels and BLOCK_N channels, of which `halo` at either
@@ -67,7 +71,7 @@ def local_response_norm_kernel(
     channel = tl.program_id(0) % columns * owned - halo + lane
     offset = (m // inner * (C * inner) + m % inner)[:, None] + (index(channel, WIDE) * inner)[None, :]
     inside = (m < pixels)[:, None] & ((channel >= 0) & (channel < C))[None, :]
-    x = tl.load(x_ptr + offset, inside, 0.0).to(tl.float32)
+    x = activate(tl.load(x_ptr + offset, inside, 0.0).to(tl.float32), ACTIVATION)
     d = k + scale * window_sum(x * x, channel, C, lane, before, after, BLOCK_M, BLOCK_N)
     power = inverse_power(d, beta, BETA)
     if g_ptr is None:
@@ -76,7 +80,7 @@ def local_response_norm_kernel(
         grad = tl.load(g_ptr + offset, inside, 0.0).to(tl.float32)
         # channel j is in the window of c from `before` below it, so c collects from `before` above itself
         terms = window_sum(grad * x * (power / d), channel, C, lane, after, before, BLOCK_M, BLOCK_N)
-        result = grad * power - 2 * scale * beta * x * terms
+        result = masked(grad * power - 2 * scale * beta * x * terms, x, ACTIVATION)
     inside = inside & ((lane >= halo) & (lane < BLOCK_N - halo))[None, :]
     tl.store(y_ptr + offset, narrow(result, y_ptr.dtype.element_ty), inside)
 
@@ -85,33 +89,35 @@ def local_response_norm_kernel(
 _MOST_CHANNELS = 4096
 
 
-def local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+def local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str) -> Tensor:
     """`fastconv.ops.local_response_norm`: input [N, C, ...] -> the same shape, dtype and layout.
 
     float16, bfloat16 and float32; float64, and windows of more than 1024 channels, by the aten composition.
     """
-    _checks.local_response_norm("local_response_norm", input, size)
+    _checks.local_response_norm("local_response_norm", input, size, activation)
     x, output = _launch.dense(input)
-    if x.dtype == torch.float64 or not _run(x, None, output, size, alpha, beta, k):
-        output.copy_(F.local_response_norm(_at_least_32_bits(x), size, alpha, beta, k))
+    if x.dtype == torch.float64 or not _run(x, None, output, size, alpha, beta, k, activation):
+        x = ops_conv.activate(_at_least_32_bits(x), activation)
+        output.copy_(F.local_response_norm(x, size, alpha, beta, k))
     return output
 
 
 def local_response_norm_backward(
-    grad_output: Tensor, input: Tensor, size: int, alpha: float, beta: float, k: float
+    grad_output: Tensor, input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str
 ) -> Tensor:
     """The gradient of the input, in its layout; dtypes as for `local_response_norm`."""
     op = "local_response_norm_backward"
-    _checks.local_response_norm(op, input, size)
+    _checks.local_response_norm(op, input, size, activation)
     _checks.like_input(op, input, "grad_output", grad_output)
     _checks.same_shape(op, input, "grad_output", grad_output)
     x, grad_input = _launch.dense(input)
     grad = _launch.with_strides_of(x, grad_output)
-    if x.dtype == torch.float64 or not _run(x, grad, grad_input, size, alpha, beta, k):
+    if x.dtype == torch.float64 or not _run(x, grad, grad_input, size, alpha, beta, k, activation):
         x, grad, scale = _at_least_32_bits(x), _at_least_32_bits(grad), alpha / size
+        x = ops_conv.activate(x, activation)
         d = k + scale * window_sum_of_aten(x * x, size)
         terms = window_sum_of_aten(grad * x * d ** -(beta + 1), size, adjoint=True)
-        grad_input.copy_(grad * d**-beta - 2 * scale * beta * x * terms)
+        grad_input.copy_(ops_conv.mask(grad * d**-beta - 2 * scale * beta * x * terms, x, activation))
     return grad_input
 
 
@@ -119,7 +125,9 @@ def _at_least_32_bits(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _run(x: Tensor, grad: Tensor | None, result: Tensor, size: int, alpha: float, beta: float, k: float) -> bool:
+def _run(
+    x: Tensor, grad: Tensor | None, result: Tensor, size: int, alpha: float, beta: float, k: float, activation: str
+) -> bool:
     """Whether the kernel took it."""
     if x.numel() == 0:
         return True
@@ -146,6 +154,7 @@ def _run(x: Tensor, grad: Tensor | None, result: Tensor, size: int, alpha: float
         x, grad, result,
         pixels, channels, inner, before, after, halo, alpha / size, float(beta), float(k),
         BETA=beta if beta in (0.5, 0.75, 1.0) else None,
+        ACTIVATION=activation,
         WIDE=_launch.wide(x),
         BLOCK_M=rows, BLOCK_N=block,
         **config,

@@ -18,6 +18,7 @@ struct LocalResponseNormParams {
   double scale;  // alpha / size
   double beta;
   double k;
+  Activation activation;  // of the input, before all else
 };
 
 // Both work on the positions begin ... end - 1 of outer * inner, all channels of each. Any split

@@ -4,8 +4,9 @@
 //   dx_i = g_i / d_i^beta - 2 alpha beta / size * x_i * sum over {j: i in the window of j} of t_j
 //   t_j = g_j x_j / (d_j^beta d_j)
 //
-// Nothing but x is needed for the gradient. Every sum is taken afresh from its own terms: a running one would let a NaN
-// or a cancellation leak out of its window.
+// x is the input, or what an activation makes of it while it is loaded; dx is then 0 where x lets no gradient pass.
+// Nothing but the input is needed for the gradient. Every sum is taken afresh from its own terms: a running one would
+// let a NaN or a cancellation leak out of its window.
 //
 // planes: size 5, channels some stride apart (NCHW). A thread owns a vector of pixels and slides along the channels
 // with
@@ -41,10 +42,18 @@ struct Coefficients {
         k(static_cast<A>(p.k)),
         beta(static_cast<A>(p.beta)),
         slope(static_cast<A>(2 * p.scale * p.beta)),
-        three_quarters(p.beta == 0.75) {}
+        three_quarters(p.beta == 0.75),
+        activation(p.activation) {}
   A scale, k, beta, slope;
   bool three_quarters;
+  Activation activation;
 };
+
+// dx from its two terms, of which the second lacks a factor
+template <class A>
+FASTCONV_DEVICE A gradient(A scaled, A x, A sum, const Coefficients<A>& of) {
+  return passes_gradient(x, of.activation) ? scaled - of.slope * x * sum : A(0);
+}
 
 // v / d^beta for any d as pow() has it. For 16-bit results two approximate roots do; float32 takes exact ones, and
 // divides.
@@ -90,14 +99,14 @@ FASTCONV_DEVICE Vec<T, kWidth> load_row(const T* rows, int channel, const LocalR
   return row;
 }
 
-// The oldest row drops out, the new one comes in.
+// The oldest row drops out, the new one comes in, activated.
 template <class T, int kWidth>
-FASTCONV_DEVICE void slide(Compute<T> (&window)[kWindow][kWidth], const Vec<T, kWidth>& row) {
+FASTCONV_DEVICE void slide(Compute<T> (&window)[kWindow][kWidth], const Vec<T, kWidth>& row, Activation activation) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
 #pragma unroll
     for (int w = 0; w + 1 < kWindow; ++w) window[w][i] = window[w + 1][i];
-    window[kWindow - 1][i] = widen(row.v[i]);
+    window[kWindow - 1][i] = activate(widen(row.v[i]), activation);
   }
 }
 
@@ -123,7 +132,7 @@ fprop_planes(const LocalResponseNormParams p) {
   T* y = static_cast<T*>(p.output) + at.offset;
   A window[kWindow][kWidth];
 #pragma unroll
-  for (int c = -kReach; c < kReach; ++c) slide(window, load_row<T, kWidth>(x, at.first + c, p));
+  for (int c = -kReach; c < kReach; ++c) slide(window, load_row<T, kWidth>(x, at.first + c, p), p.activation);
   for (int begin = at.first; begin < at.last; begin += kAhead<kWidth>) {
     Vec<T, kWidth> rows[kAhead<kWidth>];
 #pragma unroll
@@ -132,7 +141,7 @@ fprop_planes(const LocalResponseNormParams p) {
     for (int a = 0; a < kAhead<kWidth>; ++a) {
       const int c = begin + a;
       if (c >= at.last) break;
-      slide(window, rows[a]);
+      slide(window, rows[a], p.activation);
       A out[kWidth];
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
@@ -159,7 +168,7 @@ dgrad_planes(const LocalResponseNormParams p) {
   A terms[kWindow][kWidth];      // t of j - 4 ... j
   A scaled[kReach + 1][kWidth];  // g / d^beta of j - 2 ... j
 #pragma unroll
-  for (int c = -2 * kReach; c < 0; ++c) slide(window, load_row<T, kWidth>(x, at.first + c, p));
+  for (int c = -2 * kReach; c < 0; ++c) slide(window, load_row<T, kWidth>(x, at.first + c, p), p.activation);
   const int end = at.last + kReach;
   for (int begin = at.first - kReach; begin < end; begin += kAhead<kWidth>) {
     Vec<T, kWidth> rows[kAhead<kWidth>], grads[kAhead<kWidth>];
@@ -172,7 +181,7 @@ dgrad_planes(const LocalResponseNormParams p) {
     for (int a = 0; a < kAhead<kWidth>; ++a) {
       const int j = begin + a;
       if (j >= end) break;
-      slide(window, rows[a]);
+      slide(window, rows[a], p.activation);
       const bool exists = j >= 0 && j < p.channels;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
@@ -195,7 +204,7 @@ dgrad_planes(const LocalResponseNormParams p) {
       A out[kWidth];
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        out[i] = scaled[0][i] - of.slope * window[0][i] * sum_window<false>(terms, i);
+        out[i] = gradient(scaled[0][i], window[0][i], sum_window<false>(terms, i), of);
       }
       store_narrow(dx + c * p.inner, out);
     }
@@ -221,22 +230,20 @@ struct RowTile {
 
 // x of the channels first - before ... first + tile + after - 1 into `row`; own: this thread's part of the tile
 template <class T, int kWidth>
-FASTCONV_DEVICE void fill_row(Compute<T>* row, Compute<T> (&own)[kWidth], const T* x, const RowTile& at, int before,
-                              int after, int channels) {
+FASTCONV_DEVICE void fill_row(Compute<T>* row, Compute<T> (&own)[kWidth], const T* input, const RowTile& at, int before,
+                              int after, const LocalResponseNormParams& p) {
   const int c = at.first + static_cast<int>(threadIdx.x) * kWidth;
-  if (at.inside && c < channels) {
-    load_wide(x + c, own);
-  } else {
+  load_wide_if(at.inside && c < p.channels, input + c, own);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) own[i] = 0;
+  for (int i = 0; i < kWidth; ++i) {
+    own[i] = activate(own[i], p.activation);
+    row[slot(before + c - at.first + i)] = own[i];
   }
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) row[slot(before + c - at.first + i)] = own[i];
   for (int h = threadIdx.x; h < before + after; h += blockDim.x) {
     const int position = h < before ? h : h + at.tile;
     const int channel = at.first - before + position;
-    const bool exists = at.inside && channel >= 0 && channel < channels;
-    row[slot(position)] = exists ? widen(x[channel]) : Compute<T>(0);
+    const bool exists = at.inside && channel >= 0 && channel < p.channels;
+    row[slot(position)] = exists ? activate(widen(input[channel]), p.activation) : Compute<T>(0);
   }
 }
 
@@ -280,7 +287,7 @@ fprop_rows(const LocalResponseNormParams p) {
   A* row = dynamic_smem<A>() + threadIdx.y * row_words(p.before + at.tile + p.after);
   const T* x = static_cast<const T*>(p.input) + at.pixel * p.channels;
   A own[kWidth];
-  fill_row(row, own, x, at, p.before, p.after, p.channels);
+  fill_row(row, own, x, at, p.before, p.after, p);
   __syncthreads();
   const int offset = static_cast<int>(threadIdx.x) * kWidth;
   if (!at.inside || at.first + offset >= p.channels) return;
@@ -311,7 +318,7 @@ dgrad_rows(const LocalResponseNormParams p) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) scaled[i] = 0;
   if (inside) load_wide(g + at.first + offset, scaled);
-  fill_row(x_row, own, x, at, halo, halo, p.channels);
+  fill_row(x_row, own, x, at, halo, halo, p);
   __syncthreads();
 
   const Coefficients<A> of(p);
@@ -347,7 +354,7 @@ dgrad_rows(const LocalResponseNormParams p) {
   if (!inside) return;
   sum_row<false, kSize>(t_row, offset, window, sums);
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) own[i] = scaled[i] - of.slope * own[i] * sums[i];
+  for (int i = 0; i < kWidth; ++i) own[i] = gradient(scaled[i], own[i], sums[i], of);
   store_narrow(static_cast<T*>(p.output) + start + at.first + offset, own);
 }
 
@@ -365,16 +372,21 @@ struct WidePosition {
   bool inside;
 };
 
+// x of the element `offset` further
+template <class T>
+FASTCONV_DEVICE Compute<T> wide_x(const LocalResponseNormParams& p, const WidePosition& at, int64_t offset = 0) {
+  return activate(widen(static_cast<const T*>(p.input)[at.index + offset]), p.activation);
+}
+
 // d of the element at
 template <class T>
 FASTCONV_DEVICE Compute<T> wide_denominator(const LocalResponseNormParams& p, const WidePosition& at,
                                             const Coefficients<Compute<T>>& of) {
-  const T* x = static_cast<const T*>(p.input) + at.index;
   const int first = at.channel < p.before ? -at.channel : -p.before;
   const int last = at.channel + p.after < p.channels ? p.after : p.channels - 1 - at.channel;
   Compute<T> sum = 0;
   for (int c = first; c <= last; ++c) {
-    const Compute<T> v = widen(x[c * p.inner]);
+    const Compute<T> v = wide_x<T>(p, at, c * p.inner);
     sum = fused_multiply_add(v, v, sum);
   }
   return fused_multiply_add(of.scale, sum, of.k);
@@ -387,8 +399,7 @@ fprop_wide(const LocalResponseNormParams p) {
   if (!at.inside) return;
   const Coefficients<Compute<T>> of(p);
   const Compute<T> d = wide_denominator<T>(p, at, of);
-  const Compute<T> v = widen(static_cast<const T*>(p.input)[at.index]);
-  static_cast<T*>(p.output)[at.index] = narrow<T>(over_power<T>(v, d, of));
+  static_cast<T*>(p.output)[at.index] = narrow<T>(over_power<T>(wide_x<T>(p, at), d, of));
 }
 
 // t into the workspace
@@ -400,8 +411,7 @@ dgrad_wide_terms(const LocalResponseNormParams p) {
   const Coefficients<Compute<T>> of(p);
   const Compute<T> d = wide_denominator<T>(p, at, of);
   const Compute<T> q = over_power<T>(widen(static_cast<const T*>(p.grad_output)[at.index]), d, of);
-  const Compute<T> v = widen(static_cast<const T*>(p.input)[at.index]);
-  static_cast<Compute<T>*>(p.workspace)[at.index] = q * v / d;
+  static_cast<Compute<T>*>(p.workspace)[at.index] = q * wide_x<T>(p, at) / d;
 }
 
 template <class T>
@@ -418,8 +428,7 @@ dgrad_wide_sums(const LocalResponseNormParams p) {
   const int last = at.channel + p.before < p.channels ? p.before : p.channels - 1 - at.channel;
   A sum = 0;
   for (int c = first; c <= last; ++c) sum += t[c * p.inner];
-  const A v = widen(static_cast<const T*>(p.input)[at.index]);
-  static_cast<T*>(p.output)[at.index] = narrow<T>(q - of.slope * v * sum);
+  static_cast<T*>(p.output)[at.index] = narrow<T>(gradient(q, wide_x<T>(p, at), sum, of));
 }
 
 // ------------------------------------------------------------------------------------------- launchers

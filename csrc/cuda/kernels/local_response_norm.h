@@ -19,6 +19,7 @@ struct LocalResponseNormParams {
   double scale;  // alpha / size
   double beta;
   double k;
+  Activation activation;  // of the input, before all else
   int multiprocessors;
   int channels_per_block;  // the launcher fills this in
 };
