@@ -10,6 +10,7 @@ from typing import Any
 import emulator
 import pytest
 import torch
+from torch import Tensor
 
 from fastconv import backends
 from fastconv.ops import _registration
@@ -67,6 +68,12 @@ def emulated() -> emulator.Library:
     """The emulator, for what only it can do; skips the test where it was not built."""
     device_of("cuda-emulated")
     return emulator.library()
+
+
+def as_tf32(tensor: Tensor) -> Tensor:
+    """Rounded to the 10 bits of mantissa that the tensor cores read, ties away from zero."""
+    bits = tensor.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_backends import CUDA, device_of, emulated, forced, kernel_table, true_float32
+from kernel_backends import CUDA, as_tf32, device_of, emulated, forced, kernel_table, true_float32
 from torch import Tensor
 
 from fastconv import backends, ops, use_backend
@@ -61,10 +61,7 @@ class Convolution:
 
     def rounded(self, tensor: Tensor) -> Tensor:
         """As the tensor cores read it."""
-        if not self.tf32:
-            return tensor
-        bits = tensor.contiguous().view(torch.int32)
-        return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+        return as_tf32(tensor) if self.tf32 else tensor
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         input, weight = (self.rounded(t).to(dtype) for t in (self.input, self.weight))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, LAYOUTS, named, run, tensors
-from kernel_backends import CUDA, device_of, emulated, forced, kernel_table, true_float32
+from kernel_backends import CUDA, as_tf32, device_of, emulated, forced, kernel_table, true_float32
 from test_op_numerics import layout_of
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from fastconv._numerics import assert_close_to_oracle, poisoned_outputs
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PASSES = ("fprop", "dgrad", "wgrad")
 FILTERS = ("nhwc_3x", "nhwc_5x", "nhwc", "any_3x", "any_5x", "any")
-SEPARABLE = ("nhwc_128_3x", "nhwc_128", "nhwc_64_3x", "nhwc_64")
+SEPARABLE = ("128_3x", "128", "64_3x", "64")
 
 half_dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -53,7 +53,7 @@ def activate(value: Tensor, activation: str) -> Tensor:
 
 def test_the_table_has_these_kernels(backend: str) -> None:
     names = {f"depthwise_conv2d_{kind}_{rest}" for kind, rest in itertools.product(PASSES, FILTERS)}
-    names |= {f"depthwise_separable_conv2d_fprop_{rest}" for rest in SEPARABLE}
+    names |= {f"depthwise_separable_conv2d_fprop_{kind}_{rest}" for kind in ("nhwc", "nhwc_tf32") for rest in SEPARABLE}
     assert {kernel["name"] for kernel in kernel_table(backend) if kernel["op"].startswith("depthwise")} == names
 
 
@@ -283,7 +283,7 @@ def test_every_separable_kernel(backend: str, rest: str, dtype: torch.dtype) -> 
     vectors."""
     geometries = [(3, 3, 1, 1, 1), (3, 3, 2, 1, 1)] if rest.endswith("3x") else [(5, 5, 1, 2, 1), (3, 3, 1, 2, 2)]
     op = "depthwise_separable_conv2d_fprop"
-    with forced(backend, op, f"{op}_{rest}"):
+    with forced(backend, op, f"{op}_nhwc_{rest}"):
         for geometry, (shape, out_channels), acts in zip(
             geometries * 3,
             [((1, 8, 5, 5), 7), ((2, 72, 9, 7), 72), ((1, 200, 4, 6), 24), ((3, 24, 7, 7), 65)],
@@ -291,6 +291,37 @@ def test_every_separable_kernel(backend: str, rest: str, dtype: torch.dtype) -> 
             strict=False,
         ):
             check_separable(backend, shape, out_channels, geometry, dtype, acts)
+
+
+def sixteenths(tensor: Tensor) -> Tensor:
+    """Numbers of few digits, whose products and sums no rounding touches."""
+    return (16 * tensor).round() / 16
+
+
+@pytest.mark.parametrize("rest", SEPARABLE)
+def test_every_separable_kernel_in_tf32(backend: str, rest: str) -> None:
+    """The depthwise result is exact, so that its rounding to TF32 is as well, and can be told in float64."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    stride, dilation = (2, 1) if rest.endswith("3x") else (1, 2)
+    op = "depthwise_separable_conv2d_fprop"
+    for shape, out_channels in [((1, 4, 5, 5), 7), ((2, 36, 9, 7), 72), ((1, 100, 4, 6), 24), ((3, 12, 7, 7), 65)]:
+        channels = shape[1]
+        input = sixteenths(3 * random(backend, *shape, dtype=torch.float32, layout="channels_last"))
+        depthwise = sixteenths(random(backend, channels, 1, 3, 3, dtype=torch.float32, seed=1))
+        pointwise = random(backend, out_channels, channels, 1, 1, dtype=torch.float32, seed=2, scale=channels**-0.5)
+        first, second = (random(backend, n, dtype=torch.float32, seed=3) for n in (channels, out_channels))
+        first = sixteenths(first)
+        geometry = stride, dilation, dilation
+        with forced(backend, op, f"{op}_nhwc_tf32_{rest}"), poisoned_outputs():
+            found = ops.depthwise_separable_conv2d(
+                input, depthwise, pointwise, first, second, *geometry, depthwise_activation="relu"
+            )
+        hidden = F.conv2d(input.double(), depthwise.double(), first.double(), *geometry, channels).relu()
+        oracle, baseline = (
+            F.conv2d(as_tf32(hidden.float()).to(t), as_tf32(pointwise).to(t), second.to(t))
+            for t in (torch.float64, torch.float32)
+        )
+        assert_close_to_oracle(found, oracle, baseline, what=f"{shape} to {out_channels}", border=1)
 
 
 def test_the_choice_of_a_separable_kernel() -> None:
@@ -309,12 +340,29 @@ def test_the_choice_of_a_separable_kernel() -> None:
         assert [name for name in library.launches() if name.startswith("depthwise")] == expected
 
 
-def test_special_values_through_the_separable_kernel(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "kernel"), [("tf32", "separable_conv2d_fprop_nhwc_tf32"), ("ieee", "conv2d_fprop")]
+)
+def test_torch_decides_on_tf32_in_the_separable_kernel(precision: str, kernel: str) -> None:
+    library = emulated()
+    with true_float32():
+        torch.backends.cudnn.conv.fp32_precision = precision
+        input = random("cuda-emulated", 1, 8, 5, 5, dtype=torch.float32, layout="channels_last")
+        weights = torch.zeros(8, 1, 3, 3), torch.zeros(4, 8, 1, 1)
+        library.reset_statistics()
+        ops.depthwise_separable_conv2d(input, *weights, backend="cuda-emulated")
+    (name,) = (name for name in library.launches() if name.startswith("depthwise"))
+    assert name.startswith(f"depthwise_{kernel}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_special_values_through_the_separable_kernel(backend: str, dtype: torch.dtype) -> None:
     """NaN stays NaN behind both activations, and padding of channels or pixels does not multiply with it."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
     for value in (torch.nan, torch.inf):
-        input = random(backend, 1, 8, 5, 5, dtype=torch.float16, layout="channels_last")
+        input = random(backend, 1, 8, 5, 5, dtype=dtype, layout="channels_last")
         input[0, 3, 4, 4] = value
-        weights = [random(backend, *size, dtype=torch.float16, seed=1) for size in ((8, 1, 3, 3), (12, 8, 1, 1))]
+        weights = [random(backend, *size, dtype=dtype, seed=1) for size in ((8, 1, 3, 3), (12, 8, 1, 1))]
         found, expected = (
             ops.depthwise_separable_conv2d(
                 input, *weights, padding=1, depthwise_activation="relu", pointwise_activation="relu", backend=b

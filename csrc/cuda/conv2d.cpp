@@ -26,11 +26,6 @@ const ConvGeometry kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
 
 bool has_kernels(const Tensor& input) { return input.scalar_type() != ScalarType::Double && input.numel() > 0; }
 
-// torch's switch, asked through Python: the stable ABI does not know it. Convolutions are allowed TF32 by default.
-bool allows_tf32(const Tensor& input) {
-  return input.scalar_type() == ScalarType::Float && call<bool>("fastconv::_allow_tf32", "");
-}
-
 Strides strides_of(const Tensor& image) { return {image.stride(0), image.stride(1), image.stride(2), image.stride(3)}; }
 
 // Whether the kernels take it as it lies.
@@ -189,6 +184,11 @@ bool is_depthwise(const Tensor& input, const ConvGeometry& geometry) {
 }
 
 }  // namespace
+
+bool allows_tf32(const Tensor& input) {
+  // Asked through Python, as the stable ABI does not know the switch
+  return input.scalar_type() == ScalarType::Float && call<bool>("fastconv::_allow_tf32", "");
+}
 
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation) {

@@ -5,6 +5,9 @@
 
 namespace fastconv::cuda {
 
+// Whether convolutions of this tensor round their factors to TF32: torch's switch, for float32. It is on by default.
+bool allows_tf32(const Tensor& input);
+
 // activation(conv2d(input, weight) + bias [+ residual]), layout as eager's
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation);

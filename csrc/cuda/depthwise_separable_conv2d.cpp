@@ -1,6 +1,6 @@
 // depthwise_separable_conv2d and its backward on CUDA.
 //
-// fp16 and bf16 in channels_last run in one kernel, where that is the faster way; everything else is two convolutions.
+// 16-bit types and TF32 in channels_last run in one kernel, where that is the faster way; all else is two convolutions.
 // The backward computes the depthwise result again.
 #include "cuda/kernels/depthwise_separable_conv2d.h"
 
@@ -32,7 +32,8 @@ std::optional<Tensor> fused(const Tensor& input, const Tensor& depthwise_weight,
   const bool channels_last =
       output_is_channels_last(input, depthwise_weight) || output_is_channels_last(input, pointwise_weight);
   const IntList size{hidden_size[0], pointwise_weight.size(0), hidden_size[2], hidden_size[3]};
-  if (!channels_last || !is_low_precision(input.scalar_type()) || input.numel() == 0) return std::nullopt;
+  const bool tf32 = allows_tf32(input);
+  if (!channels_last || !(is_low_precision(input.scalar_type()) || tf32) || input.numel() == 0) return std::nullopt;
   const Tensor filters = torch::stable::contiguous(depthwise_weight);
   const Tensor weight = torch::stable::contiguous(pointwise_weight);
   const std::optional<Tensor> bias1 = dense(depthwise_bias), bias2 = dense(pointwise_bias);
@@ -46,6 +47,7 @@ std::optional<Tensor> fused(const Tensor& input, const Tensor& depthwise_weight,
   params.weight = device.in(weight);
   params.out_channels = static_cast<int>(size[1]);
   params.activation = outer;
+  params.tf32 = tf32;
   if (!depthwise_separable_conv2d_takes(params)) return std::nullopt;
   const Tensor output = empty_channels_last(input, size);
   params.depthwise.weight = device.in(filters);

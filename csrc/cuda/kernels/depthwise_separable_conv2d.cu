@@ -1,6 +1,6 @@
-// A depthwise convolution and the 1x1 convolution behind it, for fp16 and bf16:
+// A depthwise convolution and the 1x1 convolution behind it, for fp16, bf16, and float32 in TF32:
 //
-//   h[n,c,p,q] = act1(b1[c] + sum over r,s of w1[c,r,s] x[n,c, p*stride + ..., ...])     rounded to the tensors' type
+//   h[n,c,p,q] = act1(b1[c] + sum over r,s of w1[c,r,s] x[n,c, p*stride + ..., ...])     rounded to the factors' type
 //   y[n,k,p,q] = act2(b2[k] + sum over c of w2[k,c] h[n,c,p,q])
 //
 // A block owns kPixels pixels, as tiles of kTile in a row, and computes h for them into shared memory, all channels of
@@ -8,13 +8,14 @@
 // kStages stages by cp.async. Where the pixels are few, several blocks share the output channels, and each has its own
 // h.
 //
-// Shared memory: h [kPixels][channels + kSkew], the ring [kStages][kColumns][kDepth + kSkew]. The filters w1 lie where
-// the ring will be, as many channels at once as fit. kSkew puts the 8 rows that ldmatrix reads at once into different
-// banks.
+// Shared memory: h [kPixels][channels + kChunk], the ring [kStages][kColumns][kDepth + kChunk]. The filters w1 lie
+// where the ring will be, as many channels at once as fit. A chunk is 16 bytes; as the end of a row it puts the 8 rows
+// that ldmatrix reads at once into different banks. ldmatrix moves two 16-bit elements to a lane, or one of TF32, which
+// is where mma wants them.
 //
 // Warps: 4 along the pixels by 2 along the output channels.
 //
-// Needs channels that are a multiple of 8, side by side. Bound by memory (x and y once) for as many channels as the
+// Needs channels that are whole chunks, side by side. Bound by memory (x and y once) for as many channels as the
 // pixels of a block make up for the reading of w2; beyond that two kernels are better.
 #include <algorithm>
 
@@ -29,17 +30,24 @@ using namespace depthwise;
 
 constexpr int kThreads = 256;
 constexpr int kColumns = 64;
-constexpr int kDepth = 64;
 constexpr int kStages = 3;
-constexpr int kSkew = 8;
-constexpr int kPitch = kDepth + kSkew;
-constexpr int kStageElements = kColumns * kPitch;
-constexpr int kRingBytes = kStages * kStageElements * 2;
+constexpr int kChunkBytes = 16;
+constexpr int kDepthBytes = 128;
+constexpr int kPitchBytes = kDepthBytes + kChunkBytes;
+constexpr int kStageBytes = kColumns * kPitchBytes;
+constexpr int kRingBytes = kStages * kStageBytes;
+template <class T>
+constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int kDepth = kDepthBytes / static_cast<int>(sizeof(T));
 constexpr int kSharedLimit = 96 * 1024;
 constexpr int kWarpsM = 4, kWarpsN = 2;
 constexpr int kWarpColumns = kColumns / kWarpsN;
 static_assert(kWarpsM * kWarpsN * 32 == kThreads);
 static_assert(kWarpColumns == 32, "a warp's four fragments are turned into 16 bytes for each lane");
+
+// As the tensor cores read it
+FASTCONV_DEVICE float to_factor(float v) { return __uint_as_float(ptx::to_tf32(v)); }
 
 // ----------------------------------------------------------------------------------------- the depthwise tile
 
@@ -47,7 +55,7 @@ template <class T, int kPixels, int kFilter, int kStride>
 FASTCONV_DEVICE void compute_hidden(const DepthwiseSeparableConv2dParams& p, T* hidden, float* filters) {
   constexpr int kTiles = kPixels / kTile, kWidth = kLane<T>;
   const DepthwiseConv2dParams& d = p.depthwise;
-  const int pitch = p.padded_channels + kSkew;
+  const int pitch = p.padded_channels + kChunk<T>;
   for (int first = 0; first < p.padded_channels; first += p.channels_at_once) {
     const int rest = p.padded_channels - first;
     const int count = rest < p.channels_at_once ? rest : p.channels_at_once;
@@ -68,7 +76,10 @@ FASTCONV_DEVICE void compute_hidden(const DepthwiseSeparableConv2dParams& p, T* 
 #pragma unroll
       for (int q = 0; q < kTile; ++q) {
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) sums[q][i] = q < pixels ? activate(sums[q][i], d.activation) : 0.0f;
+        for (int i = 0; i < kWidth; ++i) {
+          sums[q][i] = q < pixels ? activate(sums[q][i], d.activation) : 0.0f;
+          if constexpr (sizeof(T) == 4) sums[q][i] = to_factor(sums[q][i]);
+        }
         store_narrow(hidden + (local * kTile + q) * pitch + channel, sums[q]);
       }
     }
@@ -78,7 +89,7 @@ FASTCONV_DEVICE void compute_hidden(const DepthwiseSeparableConv2dParams& p, T* 
 
 // -------------------------------------------------------------------------------------------- the pointwise part
 
-// The stage `step` of w2: kColumns rows of kDepth channels, zeros beyond the matrix
+// The stage `step` of w2: kColumns rows of kDepth<T> channels, zeros beyond the matrix
 template <class T>
 FASTCONV_DEVICE void issue_stage(const DepthwiseSeparableConv2dParams& p, uint32_t ring, int step, int steps,
                                  int depth_steps) {
@@ -86,19 +97,29 @@ FASTCONV_DEVICE void issue_stage(const DepthwiseSeparableConv2dParams& p, uint32
     const T* weight = static_cast<const T*>(p.weight);
     const int channels = p.depthwise.channels;
     const int column0 = (static_cast<int>(blockIdx.y) * p.out_tiles_per_block + step / depth_steps) * kColumns;
-    const int depth0 = step % depth_steps * kDepth;
-    const uint32_t stage = ring + step % kStages * kStageElements * 2;
-    constexpr int kChunks = kDepth / 8;
+    const int depth0 = step % depth_steps * kDepth<T>;
+    const uint32_t stage = ring + step % kStages * kStageBytes;
+    constexpr int kChunks = kDepthBytes / kChunkBytes;
 #pragma unroll
     for (int i = 0; i < kColumns * kChunks / kThreads; ++i) {
       const int chunk = static_cast<int>(threadIdx.x) + i * kThreads;
-      const int row = chunk / kChunks, at = chunk % kChunks * 8;
+      const int row = chunk / kChunks, at = chunk % kChunks * kChunk<T>;
       const bool exists = column0 + row < p.out_channels && depth0 + at < channels;
       const T* source = exists ? weight + int64_t{column0 + row} * channels + depth0 + at : weight;
-      ptx::cp_async<16>(stage + (row * kPitch + at) * 2, source, exists);
+      ptx::cp_async<kChunkBytes>(stage + row * kPitchBytes + chunk % kChunks * kChunkBytes, source, exists);
     }
   }
   ptx::cp_async_commit();  // also an empty group: the count of groups tells which have landed
+}
+
+// sums += a 16x16 tile of h times a 16x8 one of w2, or for TF32 half as deep
+template <class T>
+FASTCONV_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (sizeof(T) == 4) {
+    ptx::mma_m16n8k8_tf32(sums, a, b);
+  } else {
+    ptx::mma_m16n8k16<T>(sums, a, b);
+  }
 }
 
 // Turns the columns of four neighbouring fragments round among the four lanes of a row: lane t gets all 8 columns of
@@ -120,12 +141,47 @@ FASTCONV_DEVICE void transpose_lanes(uint32_t (&v)[4], int t) {
   }
 }
 
+// A lane's results of one row: columns 8n + 2t and the next from `column0`, for n < 4. The offset is -1 for a row that
+// does not exist.
+template <class T>
+FASTCONV_DEVICE void store_row(const DepthwiseSeparableConv2dParams& p, int64_t offset, int column0, int t,
+                               const float (&values)[4][2]) {
+  T* output = static_cast<T*>(p.output) + offset;
+  if constexpr (sizeof(T) == 2) {
+    if (p.wide) {
+      uint32_t packed[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) packed[n] = pack2<T>(values[n][0], values[n][1]);
+      transpose_lanes(packed, t);
+      const int k = column0 + 8 * t;
+      if (offset >= 0 && k < p.out_channels) {
+        const Vec<uint32_t, 4> vec = {{packed[0], packed[1], packed[2], packed[3]}};
+        store(reinterpret_cast<uint32_t*>(output + k), vec);
+      }
+      return;
+    }
+  }
+  if (offset < 0) return;
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const int k = column0 + 8 * n + 2 * t;
+    if (p.wide) {
+      if (k < p.out_channels) store(output + k, Vec<T, 2>{{from_float<T>(values[n][0]), from_float<T>(values[n][1])}});
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (k + i < p.out_channels) output[(k + i) * p.depthwise.out.c] = from_float<T>(values[n][i]);
+    }
+  }
+}
+
 template <class T, int kPixels, int kFilter, int kStride>
 FASTCONV_KERNEL(kThreads, 2)
 fprop_nhwc(const DepthwiseSeparableConv2dParams p) {
   constexpr int kRows = kPixels / kWarpsM, kFragments = kRows / 16;  // of a warp
   const DepthwiseConv2dParams& d = p.depthwise;
-  const int pitch = p.padded_channels + kSkew;
+  const int pitch = p.padded_channels + kChunk<T>, pitch_bytes = pitch * static_cast<int>(sizeof(T));
   T* hidden = dynamic_smem<T>();
   T* ring = hidden + kPixels * pitch;
   compute_hidden<T, kPixels, kFilter, kStride>(p, hidden, reinterpret_cast<float*>(ring));
@@ -151,15 +207,15 @@ fprop_nhwc(const DepthwiseSeparableConv2dParams p) {
     }
   }
 
-  const int depth_steps = p.padded_channels / kDepth;
+  const int depth_steps = p.padded_channels / kDepth<T>;
   const int first_tile = static_cast<int>(blockIdx.y) * p.out_tiles_per_block;
   const int own_tiles =
       p.out_tiles - first_tile < p.out_tiles_per_block ? p.out_tiles - first_tile : p.out_tiles_per_block;
   const int steps = own_tiles * depth_steps;
   const uint32_t ring_address = ptx::smem_address(ring);
   // Rows and columns of the fragments that this lane points ldmatrix to
-  const uint32_t a_address = ptx::smem_address(hidden) + ((warp_row + lane % 16) * pitch + lane / 16 * 8) * 2;
-  const uint32_t b_offset = ((warp_column + lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 8) * 2;
+  const uint32_t a_address = ptx::smem_address(hidden) + (warp_row + lane % 16) * pitch_bytes + lane / 16 * kChunkBytes;
+  const uint32_t b_offset = (warp_column + lane / 16 * 8 + lane % 8) * kPitchBytes + lane / 8 % 2 * kChunkBytes;
 
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) issue_stage<T>(p, ring_address, stage, steps, depth_steps);
@@ -181,22 +237,28 @@ fprop_nhwc(const DepthwiseSeparableConv2dParams p) {
     __syncthreads();  // the stage has landed for all, and the one before is free for the next copy
     issue_stage<T>(p, ring_address, step + kStages - 1, steps, depth_steps);
 
-    const uint32_t stage = ring_address + step % kStages * kStageElements * 2;
+    const uint32_t stage = ring_address + step % kStages * kStageBytes;
 #pragma unroll
-    for (int k = 0; k < kDepth / 16; ++k) {
+    for (int k = 0; k < kDepthBytes; k += 2 * kChunkBytes) {
       uint32_t a[kFragments][4], b[2][4];
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) {
-        ptx::ldmatrix_x4(a[m], a_address + (16 * m * pitch + depth_step * kDepth + 16 * k) * 2);
+        ptx::ldmatrix_x4(a[m], a_address + 16 * m * pitch_bytes + depth_step * kDepthBytes + k);
       }
 #pragma unroll
-      for (int n = 0; n < 2; ++n) ptx::ldmatrix_x4(b[n], stage + b_offset + (16 * n * kPitch + 16 * k) * 2);
+      for (int n = 0; n < 2; ++n) {
+        ptx::ldmatrix_x4(b[n], stage + b_offset + 16 * n * kPitchBytes + k);
+        if constexpr (sizeof(T) == 4) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) b[n][i] = ptx::to_tf32(__uint_as_float(b[n][i]));
+        }
+      }
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) {
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
           const uint32_t column[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
-          ptx::mma_m16n8k16<T>(sums[m][n], a[m], column);
+          multiply<T>(sums[m][n], a[m], column);
         }
       }
     }
@@ -213,7 +275,6 @@ fprop_nhwc(const DepthwiseSeparableConv2dParams p) {
         biases[n][i] = bias && k < p.out_channels ? to_float(bias[k]) : 0.0f;
       }
     }
-    T* output = static_cast<T*>(p.output);
 #pragma unroll
     for (int m = 0; m < kFragments; ++m) {
 #pragma unroll
@@ -224,27 +285,7 @@ fprop_nhwc(const DepthwiseSeparableConv2dParams p) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) values[n][i] = activate(sums[m][n][2 * half + i] + biases[n][i], p.activation);
         }
-        const int64_t offset = offsets[m][half];
-        if (p.wide) {
-          uint32_t packed[4];
-#pragma unroll
-          for (int n = 0; n < 4; ++n) packed[n] = pack2<T>(values[n][0], values[n][1]);
-          transpose_lanes(packed, t);
-          const int k = column0 + 8 * t;
-          if (offset >= 0 && k < p.out_channels) {
-            const Vec<uint32_t, 4> vec = {{packed[0], packed[1], packed[2], packed[3]}};
-            store(reinterpret_cast<uint32_t*>(output + offset + k), vec);
-          }
-        } else if (offset >= 0) {
-#pragma unroll
-          for (int n = 0; n < 4; ++n) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const int k = column0 + 8 * n + 2 * t + i;
-              if (k < p.out_channels) output[offset + k * d.out.c] = from_float<T>(values[n][i]);
-            }
-          }
-        }
+        store_row<T>(p, offsets[m][half], column0, t, values);
       }
     }
   }
@@ -257,11 +298,12 @@ constexpr const char* kOp = "depthwise_separable_conv2d_fprop";
 constexpr int kPixelChoices[] = {128, 64};
 
 int64_t padded_channels(const DepthwiseSeparableConv2dParams& p) {
-  return ceil_div(p.depthwise.channels, kDepth) * kDepth;
+  const int64_t depth = kDepthBytes / element_bytes(p.depthwise.dtype);
+  return ceil_div(p.depthwise.channels, depth) * depth;
 }
 
 int64_t shared_bytes(const DepthwiseSeparableConv2dParams& p, int pixels) {
-  return pixels * (padded_channels(p) + kSkew) * 2 + kRingBytes;
+  return pixels * (padded_channels(p) * element_bytes(p.depthwise.dtype) + kChunkBytes) + kRingBytes;
 }
 
 // Channels whose filters fit where the ring will be
@@ -276,15 +318,17 @@ bool has_fast_filter(const DepthwiseConv2dParams& d) {
   return d.dilation_width == 1 && d.filter_width == 3 && (d.stride_width == 1 || d.stride_width == 2);
 }
 
-std::string name_of(int pixels, bool fast) {
-  return std::string(kOp) + (pixels == 128 ? "_nhwc_128" : "_nhwc_64") + (fast ? "_3x" : "");
+std::string name_of(DType dtype, int pixels, bool fast) {
+  return std::string(kOp) + (dtype == DType::kFloat32 ? "_nhwc_tf32" : "_nhwc") + (pixels == 128 ? "_128" : "_64") +
+         (fast ? "_3x" : "");
 }
 
 bool fits(const DepthwiseSeparableConv2dParams& p, int pixels) {
   const DepthwiseConv2dParams& d = p.depthwise;
+  const int bytes = element_bytes(d.dtype);
   const auto strides = [](const ImageStrides& s) { return s.n % 4 == 0 && s.h % 4 == 0 && s.w % 4 == 0; };
-  return (d.dtype == DType::kFloat16 || d.dtype == DType::kBFloat16) && d.multiplier == 1 && d.channels % 8 == 0 &&
-         d.in.c == 1 && strides(d.in) && is_aligned(d.input, 8) && is_aligned(p.weight) && depthwise_conv2d_takes(d) &&
+  return (bytes == 2 || p.tf32) && d.multiplier == 1 && d.channels * bytes % kChunkBytes == 0 && d.in.c == 1 &&
+         strides(d.in) && is_aligned(d.input, 4 * bytes) && is_aligned(p.weight) && depthwise_conv2d_takes(d) &&
          channels_at_once(p) > 0 && shared_bytes(p, pixels) <= kSharedLimit;
 }
 
@@ -311,20 +355,18 @@ struct Choice {
 Choice choose(const DepthwiseSeparableConv2dParams& p) {
   Choice choice{nullptr, choose_pixels(p), has_fast_filter(p.depthwise)};
   if (const char* forced = forced_kernel(kOp)) {
-    choice.info = &find_kernel(depthwise_separable_conv2d_kernels(), forced);
+    const KernelInfo& info = find_kernel(depthwise_separable_conv2d_kernels(), forced);
     for (const int pixels : kPixelChoices) {
       for (const bool fast : {true, false}) {
-        if (name_of(pixels, fast) != forced) continue;
-        if (!fits(p, pixels) || (fast && !choice.fast)) {
-          throw std::runtime_error(std::string("fastconv: kernel ") + forced + " was forced, but needs " +
-                                   choice.info->needs);
-        }
-        return {choice.info, pixels, fast};
+        const bool matches = name_of(p.depthwise.dtype, pixels, fast) == forced;
+        if (matches && fits(p, pixels) && (choice.fast || !fast)) return {&info, pixels, fast};
       }
     }
+    throw std::runtime_error(std::string("fastconv: kernel ") + forced + " was forced, but needs " + info.needs);
   }
   if (choice.pixels > 0) {
-    choice.info = &find_kernel(depthwise_separable_conv2d_kernels(), name_of(choice.pixels, choice.fast).c_str());
+    const std::string name = name_of(p.depthwise.dtype, choice.pixels, choice.fast);
+    choice.info = &find_kernel(depthwise_separable_conv2d_kernels(), name.c_str());
   }
   return choice;
 }
@@ -341,14 +383,22 @@ const std::vector<KernelInfo>& depthwise_separable_conv2d_kernels() {
   constexpr const char* kNeeds = "fp16 or bf16, channels a multiple of 8 and side by side, one filter for each";
   constexpr const char* kNeeds3 =
       "fp16 or bf16, channels a multiple of 8 and side by side, one filter 3 wide for each, no dilation, stride 1 or 2";
-  static const auto entry = [](const char* name, int pixels, const char* needs) {
-    return KernelInfo{name, kOp, 80, {pixels, kColumns, kDepth}, kStages, kThreads, -1, needs};
+  constexpr const char* kTf32 = "float32 in TF32, channels a multiple of 4 and side by side, one filter for each";
+  constexpr const char* kTf323 =
+      "float32 in TF32, channels a multiple of 4 and side by side, one filter 3 wide for each, no dilation, stride 1 "
+      "or 2";
+  static const auto entry = [](const char* name, int pixels, int depth, const char* needs) {
+    return KernelInfo{name, kOp, 80, {pixels, kColumns, depth}, kStages, kThreads, -1, needs};
   };
   static const std::vector<KernelInfo> kernels = {
-      entry("depthwise_separable_conv2d_fprop_nhwc_128_3x", 128, kNeeds3),
-      entry("depthwise_separable_conv2d_fprop_nhwc_128", 128, kNeeds),
-      entry("depthwise_separable_conv2d_fprop_nhwc_64_3x", 64, kNeeds3),
-      entry("depthwise_separable_conv2d_fprop_nhwc_64", 64, kNeeds),
+      entry("depthwise_separable_conv2d_fprop_nhwc_128_3x", 128, kDepth<Half>, kNeeds3),
+      entry("depthwise_separable_conv2d_fprop_nhwc_128", 128, kDepth<Half>, kNeeds),
+      entry("depthwise_separable_conv2d_fprop_nhwc_64_3x", 64, kDepth<Half>, kNeeds3),
+      entry("depthwise_separable_conv2d_fprop_nhwc_64", 64, kDepth<Half>, kNeeds),
+      entry("depthwise_separable_conv2d_fprop_nhwc_tf32_128_3x", 128, kDepth<float>, kTf323),
+      entry("depthwise_separable_conv2d_fprop_nhwc_tf32_128", 128, kDepth<float>, kTf32),
+      entry("depthwise_separable_conv2d_fprop_nhwc_tf32_64_3x", 64, kDepth<float>, kTf323),
+      entry("depthwise_separable_conv2d_fprop_nhwc_tf32_64", 64, kDepth<float>, kTf32),
   };
   return kernels;
 }
@@ -387,8 +437,10 @@ void depthwise_separable_conv2d_fprop(const DepthwiseSeparableConv2dParams& para
   };
   if (d.dtype == DType::kFloat16) {
     with_type(ElementType<Half>{});
-  } else {
+  } else if (d.dtype == DType::kBFloat16) {
     with_type(ElementType<BFloat16>{});
+  } else {
+    with_type(ElementType<float>{});
   }
 }
 

@@ -11,6 +11,7 @@ struct DepthwiseSeparableConv2dParams {
   void* output;
   int out_channels;
   Activation activation;  // of the pointwise convolution
+  bool tf32;              // whether float32 may be rounded to TF32 for the pointwise one
 
   // What the launcher makes of it
   int padded_channels;      // of the depthwise tile
