@@ -294,6 +294,10 @@ def test_same_shape_of_the_operator() -> None:
         torch.ops.fastconv.add_relu(t(2, 3), t(3), "relu")
 
 
+# input, both weights, the depthwise bias and the geometry of a backward whose grad_output is 1,3,3,3
+SEPARABLE = (t(1, 2, 5, 5), t(2, 1, 3, 3), t(3, 2, 1, 1), None, [1, 1], [0, 0], [1, 1])
+
+
 @pytest.mark.parametrize(
     ("operator", "arguments", "message"),
     [
@@ -307,11 +311,27 @@ def test_same_shape_of_the_operator() -> None:
             (t(1, 3, 4, 3), None, t(1, 2, 5, 5), t(3, 2, 3, 3), [1, 1], [0, 0], [1, 1], 1, "none"),
             "got grad_output of shape [1, 3, 4, 3], needed [1, 3, 3, 3]",
         ),
+        (
+            "depthwise_separable_conv2d_backward",
+            (t(1, 3, 3, 3), None, *SEPARABLE, "none", "relu"),
+            "got no output, needed it for the activation's mask",
+        ),
+        (
+            "depthwise_separable_conv2d_backward",
+            (t(1, 3, 3, 3), t(1, 3, 3, 2), *SEPARABLE, "none", "relu"),
+            "got output of shape [1, 3, 3, 2] beside input of shape [1, 3, 3, 3], needed one shape",
+        ),
+        (
+            "depthwise_separable_conv2d_backward",
+            (t(1, 3, 4, 3), None, *SEPARABLE, "relu", "none"),
+            "got grad_output of shape [1, 3, 4, 3], needed [1, 3, 3, 3]",
+        ),
     ],
 )
 def test_backward_operators(operator: str, arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        getattr(torch.ops.fastconv, operator)(*arguments, [True] * 4)
+    wanted = [True] * {"conv2d_backward": 4, "depthwise_separable_conv2d_backward": 5}[operator]
+    with pytest.raises(RuntimeError, match=re.escape(f"fastconv::{operator}: {message}")):
+        getattr(torch.ops.fastconv, operator)(*arguments, wanted)
 
 
 @pytest.mark.parametrize(

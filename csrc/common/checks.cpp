@@ -163,8 +163,6 @@ void check_pointwise_weight(const char* op, const char* name, const Tensor& weig
 
 namespace {
 
-const ConvGeometry kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
-
 std::string entry(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
 }  // namespace

@@ -15,6 +15,8 @@ struct ConvGeometry {
   int64_t groups = 1;
 };
 
+inline const ConvGeometry kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
+
 // Each throws std::runtime_error, RuntimeError in Python. `op` is the operator's full name.
 Activation parse_activation(const char* op, const std::string& name);
 

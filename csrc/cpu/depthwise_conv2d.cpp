@@ -3,6 +3,7 @@
 // channels_last with one filter for each channel runs in cpu/kernels; the rest goes the way of every convolution.
 // A kernel of our own for contiguous tensors was measured, too: no faster than oneDNN's at stride 1 and slower at
 // stride 2, so there is none.
+#include "common/depthwise_operators.h"
 #include "cpu/conv2d.h"
 #include "cpu/depthwise.h"
 #include "cpu/dispatch.h"
@@ -83,17 +84,11 @@ Tensor depthwise_convolution(const Tensor& input, const Tensor& weight, const st
 
 namespace {
 
-Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntList stride,
-                        IntList padding, IntList dilation, std::string activation) {
-  constexpr auto kOp = "fastconv::depthwise_conv2d";
-  const Activation kind = parse_activation(kOp, activation);
-  const int64_t groups = check_depthwise_weight(kOp, "weight", input, weight);
-  const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
-  const IntList output_size = check_conv2d(kOp, input, weight, bias, std::nullopt, geometry);
-  return depthwise_convolution(input, weight, bias, output_size, geometry, kind);
-}
+using Operators = DepthwiseOperators<depthwise_convolution>;
 
 }  // namespace
 }  // namespace fastconv::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) { m.impl("depthwise_conv2d", TORCH_BOX(&fastconv::cpu::depthwise_conv2d)); }
+STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
+  m.impl("depthwise_conv2d", TORCH_BOX(&fastconv::cpu::Operators::depthwise_conv2d));
+}

@@ -4,6 +4,7 @@
 // convolutions.
 #include "cpu/kernels/depthwise_separable_conv2d.h"
 
+#include "common/depthwise_operators.h"
 #include "cpu/activation.h"
 #include "cpu/conv2d.h"
 #include "cpu/depthwise.h"
@@ -11,13 +12,6 @@
 
 namespace fastconv::cpu {
 namespace {
-
-const ConvGeometry kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
-
-// For the checks: a tensor of this size without the memory
-Tensor of_size(const Tensor& like, const IntList& size) {
-  return call<Tensor>("aten::expand", "", torch::stable::new_empty(like, {1, 1, 1, 1}), size, false);
-}
 
 Tensor pack(const Tensor& pointwise_weight, const std::optional<Tensor>& pointwise_bias) {
   const Tensor weight = NhwcDepthwise::in_compute_type(pointwise_weight);
@@ -82,59 +76,23 @@ Tensor compute(const Tensor& input, const Tensor& depthwise_weight, const Tensor
   return convolution(hidden, pointwise_weight, pointwise_bias, std::nullopt, kPointwise, outer);
 }
 
-Tensor depthwise_separable_conv2d(const Tensor& input, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
-                                  const std::optional<Tensor>& depthwise_bias,
-                                  const std::optional<Tensor>& pointwise_bias, IntList stride, IntList padding,
-                                  IntList dilation, std::string depthwise_activation,
-                                  std::string pointwise_activation) {
-  constexpr auto kOp = "fastconv::depthwise_separable_conv2d";
-  const Activation inner = parse_activation(kOp, depthwise_activation);
-  const Activation outer = parse_activation(kOp, pointwise_activation);
-  const int64_t groups = check_depthwise_weight(kOp, "depthwise_weight", input, depthwise_weight);
-  check_pointwise_weight(kOp, "pointwise_weight", pointwise_weight);
-  const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
-  const IntList hidden_size = check_conv2d(kOp, input, depthwise_weight, depthwise_bias, std::nullopt, geometry);
-  check_conv2d(kOp, of_size(input, hidden_size), pointwise_weight, pointwise_bias, std::nullopt, kPointwise);
-
-  return compute(input, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, hidden_size, geometry,
-                 inner, outer);
+// With the activation whose output is `output`, as the shared operators want it
+std::tuple<Tensor, Tensor, Tensor> activated_backward(const Tensor& grad_output, const std::optional<Tensor>& output,
+                                                      const Tensor& input, const Tensor& weight,
+                                                      const ConvGeometry& geometry, Activation activation,
+                                                      std::array<bool, 3> mask) {
+  const Tensor grad =
+      activation == Activation::kNone ? grad_output : activation_backward(grad_output, *output, activation);
+  return convolution_backward(grad, input, weight, geometry, mask);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_separable_conv2d_backward(
-    const Tensor& grad_output, const std::optional<Tensor>& output, const Tensor& input, const Tensor& depthwise_weight,
-    const Tensor& pointwise_weight, const std::optional<Tensor>& depthwise_bias, IntList stride, IntList padding,
-    IntList dilation, std::string depthwise_activation, std::string pointwise_activation,
-    std::vector<bool> output_mask) {
-  constexpr auto kOp = "fastconv::depthwise_separable_conv2d_backward";
-  check_output_mask(kOp, output_mask, 5);
-  const Activation inner = parse_activation(kOp, depthwise_activation);
-  const Activation outer = parse_activation(kOp, pointwise_activation);
-  const int64_t groups = check_depthwise_weight(kOp, "depthwise_weight", input, depthwise_weight);
-  check_pointwise_weight(kOp, "pointwise_weight", pointwise_weight);
-  const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
-  const IntList hidden_size = check_conv2d(kOp, input, depthwise_weight, depthwise_bias, std::nullopt, geometry);
-  check_conv2d(kOp, of_size(input, hidden_size), pointwise_weight, std::nullopt, grad_output, kPointwise);
-  STD_TORCH_CHECK(output || outer == Activation::kNone, kOp,
-                  ": got no output, needed it for the activation's mask; pass the forward's output");
-
-  const bool wants_depthwise = output_mask[0] || output_mask[1] || output_mask[3];
-  const Tensor grad = outer == Activation::kNone ? grad_output : activation_backward(grad_output, *output, outer);
-  const Tensor hidden = depthwise_convolution(input, depthwise_weight, depthwise_bias, hidden_size, geometry, inner);
-  auto [grad_hidden, grad_pointwise, grad_pointwise_bias] = convolution_backward(
-      grad, hidden, pointwise_weight, kPointwise, {wants_depthwise, output_mask[2], output_mask[4]});
-  if (!wants_depthwise) {
-    return {empty_gradient(input), empty_gradient(input), grad_pointwise, empty_gradient(input), grad_pointwise_bias};
-  }
-  if (inner != Activation::kNone) grad_hidden = activation_backward(grad_hidden, hidden, inner);
-  auto [grad_input, grad_depthwise, grad_depthwise_bias] = convolution_backward(
-      grad_hidden, input, depthwise_weight, geometry, {output_mask[0], output_mask[1], output_mask[3]});
-  return {grad_input, grad_depthwise, grad_pointwise, grad_depthwise_bias, grad_pointwise_bias};
-}
+using Operators = DepthwiseSeparableOperators<compute, depthwise_convolution, activated_backward, activated_backward>;
 
 }  // namespace
 }  // namespace fastconv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
-  m.impl("depthwise_separable_conv2d", TORCH_BOX(&fastconv::cpu::depthwise_separable_conv2d));
-  m.impl("depthwise_separable_conv2d_backward", TORCH_BOX(&fastconv::cpu::depthwise_separable_conv2d_backward));
+  m.impl("depthwise_separable_conv2d", TORCH_BOX(&fastconv::cpu::Operators::depthwise_separable_conv2d));
+  m.impl("depthwise_separable_conv2d_backward",
+         TORCH_BOX(&fastconv::cpu::Operators::depthwise_separable_conv2d_backward));
 }

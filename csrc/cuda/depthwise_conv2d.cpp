@@ -2,6 +2,7 @@
 // but gradients in another layout than the output's.
 #include "cuda/depthwise_conv2d.h"
 
+#include "common/depthwise_operators.h"
 #include "common/layout.h"
 #include "cuda/activation.h"
 #include "cuda/register.h"
@@ -139,17 +140,9 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_convolution_backward(const Tensor& 
 
 namespace {
 
-Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntList stride,
-                        IntList padding, IntList dilation, std::string activation) {
-  constexpr auto kOp = "fastconv::depthwise_conv2d";
-  const Activation kind = parse_activation(kOp, activation);
-  const int64_t groups = check_depthwise_weight(kOp, "weight", input, weight);
-  const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
-  const IntList output_size = check_conv2d(kOp, input, weight, bias, std::nullopt, geometry);
-  return depthwise_convolution(input, weight, bias, output_size, geometry, kind);
-}
+using Operators = DepthwiseOperators<depthwise_convolution>;
 
 }  // namespace
 }  // namespace fastconv::cuda
 
-FASTCONV_CUDA_LIBRARY(m) { m.impl("depthwise_conv2d", TORCH_BOX(&fastconv::cuda::depthwise_conv2d)); }
+FASTCONV_CUDA_LIBRARY(m) { m.impl("depthwise_conv2d", TORCH_BOX(&fastconv::cuda::Operators::depthwise_conv2d)); }

@@ -7,14 +7,13 @@ by memory: tiles are long in the direction in which the tensors lie.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _launch, table
 from ._device import activate, index, narrow, pixel
-from ._reduce import sum_parts
+from ._reduce import room_for_parts, sum_parts
 
 # Up to this many taps (5x5) the loop over them is written out, which lets their loads overlap.
 UNROLLED_TAPS = 25
@@ -239,9 +238,7 @@ def wgrad(grad: Tensor, input: Tensor, grad_weight: Tensor, geometry: _launch.Ge
     config = table.config("depthwise_wgrad", runs_along(grad))
     tiles = R * S * triton.cdiv(K, config["BLOCK_N"])
     part_steps, parts = _launch.split(triton.cdiv(N * P * Q, config["BLOCK_M"]), tiles, grad.device)
-    sums = grad_weight
-    if parts > 1:
-        sums = torch.empty(parts * grad_weight.numel(), dtype=torch.float32, device=grad.device)
+    sums = room_for_parts(grad_weight, parts)
     _launch.launch(
         depthwise_wgrad,
         tiles * parts,

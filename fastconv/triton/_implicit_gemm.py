@@ -20,14 +20,13 @@ from __future__ import annotations
 
 from math import gcd
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _launch, table
 from ._device import activate, dot, grouped_tile, index, narrow, pixel
-from ._reduce import sum_parts
+from ._reduce import room_for_parts, sum_parts
 
 # A reduction over so few channels is flattened over taps and channels together: a block of channels would be mostly
 # empty. The 3 of an image, and the 1 of a group that has a filter for each channel.
@@ -350,9 +349,7 @@ def wgrad(grad: Tensor, input: Tensor, grad_weight: Tensor, geometry: _launch.Ge
     columns = triton.cdiv(R * S * C, config["BLOCK_N"]) if stem else R * S * triton.cdiv(C, config["BLOCK_N"])
     tiles = triton.cdiv(K // groups, config["BLOCK_M"]) * columns * groups
     part_steps, parts = _launch.split(steps, tiles, grad.device)
-    sums = grad_weight
-    if parts > 1:
-        sums = torch.empty(parts * grad_weight.numel(), dtype=torch.float32, device=grad.device)
+    sums = room_for_parts(grad_weight, parts)
     _launch.launch(
         conv2d_wgrad,
         tiles * parts,

@@ -64,6 +64,11 @@ def sum_parts_kernel(x_ptr, y_ptr, size, parts, WIDE: tl.constexpr, BLOCK: tl.co
     tl.store(y_ptr + i, narrow(total, y_ptr.dtype.element_ty), i < size)
 
 
+def room_for_parts(output: Tensor, parts: int) -> Tensor:
+    """What a kernel writes the parts of `output` to: `output` itself where there is but one, else for `sum_parts`."""
+    return output if parts == 1 else torch.empty(parts * output.numel(), dtype=torch.float32, device=output.device)
+
+
 def sum_parts(sums: Tensor, parts: int, output: Tensor) -> None:
     """Adds `parts` float32 copies of `output`, which lie one behind the other with its strides, into it."""
     config = table.config("sum_parts", "any")

@@ -1,4 +1,5 @@
-// The block that runs now: its fibers, its barriers, its memory.
+// The block that runs now: its fibers (block.cpp), its barriers and collectives (block_sync.cpp), its memory
+// (block_shared.cpp, block_global.cpp).
 #pragma once
 
 #include <array>

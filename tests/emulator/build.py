@@ -25,7 +25,7 @@ HERE = ROOT / "tests" / "emulator"
 CSRC = ROOT / "csrc"
 
 # The runtime alone, for kernels that do not come from csrc.
-RUNTIME = ["block", "control", "fiber", "hooks", "memory", "runtime"]
+RUNTIME = ["block", "block_sync", "block_shared", "block_global", "control", "fiber", "hooks", "memory", "runtime"]
 CLANGS = ["clang++-19", "clang++-20", "clang++-21", "clang++-18", "clang++"]
 
 

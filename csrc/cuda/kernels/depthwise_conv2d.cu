@@ -429,6 +429,16 @@ unsigned tile_blocks(const DepthwiseConv2dParams& p, const Choice& choice) {
   return static_cast<unsigned>(std::min(most, wanted));
 }
 
+template <template <class, int, int, int> class Kernel>
+void launch_tiles(Pass pass, const DepthwiseConv2dParams& p, Stream stream) {
+  const Choice choice = choose(p, pass);
+  const dim3 grid(tile_blocks(p, choice), static_cast<unsigned>(choice.channel_blocks));
+  for_element_type(p.dtype, [&](auto element) {
+    for_kernel<Kernel, typename decltype(element)::Type>(
+        choice, [&](auto kernel) { launch(*choice.info, kernel, grid, choice.block, choice.shared_bytes, stream, p); });
+  });
+}
+
 void with_chunks(DepthwiseConv2dParams& p, const Choice& choice) {
   const int64_t parts = choice.filter ? p.filter_height : int64_t{p.filter_height} * p.filter_width;
   const int64_t wanted = ceil_div(int64_t{8} * p.multiprocessors, parts * choice.channel_blocks);
@@ -476,24 +486,13 @@ bool depthwise_conv2d_takes(const DepthwiseConv2dParams& p) {
 }
 
 void depthwise_conv2d_fprop(const DepthwiseConv2dParams& params, Stream stream) {
-  const DepthwiseConv2dParams p = with_tiles(params, Pass::kFprop);
-  const Choice choice = choose(p, Pass::kFprop);
-  const dim3 grid(tile_blocks(p, choice), static_cast<unsigned>(choice.channel_blocks));
-  for_element_type(p.dtype, [&](auto element) {
-    for_kernel<Fprop, typename decltype(element)::Type>(
-        choice, [&](auto kernel) { launch(*choice.info, kernel, grid, choice.block, choice.shared_bytes, stream, p); });
-  });
+  launch_tiles<Fprop>(Pass::kFprop, with_tiles(params, Pass::kFprop), stream);
 }
 
 void depthwise_conv2d_dgrad(const DepthwiseConv2dParams& params, Stream stream) {
   DepthwiseConv2dParams p = with_tiles(params, Pass::kDgrad);
   p.bias = nullptr;
-  const Choice choice = choose(p, Pass::kDgrad);
-  const dim3 grid(tile_blocks(p, choice), static_cast<unsigned>(choice.channel_blocks));
-  for_element_type(p.dtype, [&](auto element) {
-    for_kernel<Dgrad, typename decltype(element)::Type>(
-        choice, [&](auto kernel) { launch(*choice.info, kernel, grid, choice.block, choice.shared_bytes, stream, p); });
-  });
+  launch_tiles<Dgrad>(Pass::kDgrad, p, stream);
 }
 
 int64_t depthwise_conv2d_wgrad_workspace(const DepthwiseConv2dParams& params) {
