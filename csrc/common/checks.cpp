@@ -231,8 +231,8 @@ bool overlap(const Tensor& one, const Tensor& two) {
 
 }  // namespace
 
-void check_out(const char* op, const char* name, const Tensor& out, const IntList& size, const Tensor& input,
-               const std::vector<std::optional<Tensor>>& others) {
+void check_destination(const char* op, const char* name, const Tensor& out, const IntList& size, const Tensor& input,
+                       const std::vector<std::optional<Tensor>>& others) {
   const bool fits = out.sizes().equals(size) && out.scalar_type() == input.scalar_type();
   STD_TORCH_CHECK(fits && out.device() == input.device(), op, ": got ", name, " of shape ", shape(out), ", ",
                   dtype_name(out.scalar_type()), " on ", device(out), ", needed ", list(size), ", ",
@@ -251,16 +251,16 @@ void check_out(const char* op, const char* name, const Tensor& out, const IntLis
   }
 }
 
-void check_pointwise_group_out(const char* op, const std::vector<Tensor>& out, const Tensor& input,
-                               const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
+void check_pointwise_group_destinations(const char* op, const std::vector<Tensor>& out, const Tensor& input,
+                                        const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
   STD_TORCH_CHECK(out.size() == weights.size(), op, ": got ", out.size(), " tensors in out, needed ", weights.size(),
                   ", one for each weight; pass as many");
   std::vector<std::optional<Tensor>> others{input};
   others.insert(others.end(), weights.begin(), weights.end());
   others.insert(others.end(), biases.begin(), biases.end());
   for (size_t i = 0; i < out.size(); ++i) {
-    check_out(op, entry_name("out", i).c_str(), out[i], conv2d_output_size(input, weights[i], kPointwise), input,
-              others);
+    check_destination(op, entry_name("out", i).c_str(), out[i], conv2d_output_size(input, weights[i], kPointwise),
+                      input, others);
     others.push_back(out[i]);
   }
 }

@@ -78,7 +78,7 @@ struct Conv2dOperators {
                         const ConvGeometry& geometry, const std::string& activation) {
     const IntList size = check_conv2d(op, input, weight, bias, residual, geometry);
     const Activation kind = parse_activation(op, activation);
-    if (out) check_out(op, "out", *out, size, input, {input, weight, bias, residual});
+    if (out) check_destination(op, "out", *out, size, input, {input, weight, bias, residual});
     return kConvolution(input, weight, bias, residual, geometry, kind, out);
   }
 };

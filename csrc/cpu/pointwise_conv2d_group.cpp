@@ -15,7 +15,7 @@ std::vector<Tensor> pointwise_conv2d_group(const std::optional<std::vector<Tenso
   constexpr auto kOp = "fastconv::pointwise_conv2d_group";
   const Activation kind = parse_activation(kOp, activation);
   check_pointwise_group(kOp, input, weights, biases);
-  if (out) check_pointwise_group_out(kOp, *out, input, weights, biases);
+  if (out) check_pointwise_group_destinations(kOp, *out, input, weights, biases);
   std::vector<Tensor> outputs;
   for (size_t i = 0; i < weights.size(); ++i) {
     outputs.push_back(convolution(input, weights[i], entry(biases, i), std::nullopt, kPointwise, kind, entry(out, i)));

@@ -12,7 +12,7 @@ std::vector<Tensor> pointwise_conv2d_group(const std::optional<std::vector<Tenso
   constexpr auto kOp = "fastconv::pointwise_conv2d_group";
   const Activation kind = parse_activation(kOp, activation);
   check_pointwise_group(kOp, input, weights, biases);
-  if (out) check_pointwise_group_out(kOp, *out, input, weights, biases);
+  if (out) check_pointwise_group_destinations(kOp, *out, input, weights, biases);
   return convolution_group(input, weights, biases, kind, out);
 }
 

@@ -188,20 +188,26 @@ class OutOperator(PublicOperator):
         return kernel
 
     def _refuse_gradients(self, *args: Any) -> None:
-        wanted = any(leaf.requires_grad for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor))
-        _checks.no_gradient(self._name, torch.is_grad_enabled() and wanted)
+        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
+        _checks.no_gradient(self._name, wanted)
 
     def _store(self, found: Any, args: Sequence[Any], out: Any) -> None:
         self._check_out(found, args, out)
-        for result, destination in zip(pytree.tree_leaves(found), pytree.tree_leaves(out), strict=True):
+        for result, destination in zip(_tensors([found]), _tensors([out]), strict=True):
             destination.copy_(result)
 
     def _check_out(self, found: Any, args: Sequence[Any], out: Any) -> None:
-        others = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+        others = _tensors(args)
         if isinstance(found, Tensor):
             _checks.destination(self._name, "out", out, found.shape, found, others)
         else:
             _checks.destinations(self._name, out, [result.shape for result in found], found[0], others)
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    """Those among an operator's arguments, in lists too."""
+    lists = [arg if isinstance(arg, (list, tuple)) else [arg] for arg in args]
+    return [value for values in lists for value in values if isinstance(value, Tensor)]
 
 
 def _version_kernel(overload: Callable[..., Any]) -> Callable[..., Any]:
