@@ -16,18 +16,27 @@
 #define FASTCONV_DEFINE_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)  // expands the name first
 
 FASTCONV_DEFINE_LIBRARY(FASTCONV_LIBRARY, m) {
+  // The operator and its overload "out", which writes the result into its last argument instead. That one is not called
+  // by name, as torch.compile takes no `out=` but of dense tensors.
+  const auto def_with_out = [&m](const std::string& name, const std::string& arguments, const std::string& result) {
+    m.def((name + "(" + arguments + ") -> " + result).c_str());
+    const std::string written = "Tensor(a!)" + result.substr(std::string("Tensor").size());
+    m.def((name + ".out(" + arguments + ", " + written + " out) -> ()").c_str());
+  };
+
   // activation(conv2d(input, weight) + bias [+ residual])
-  m.def(
-      "conv2d_relu(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
-      "SymInt[] dilation, SymInt groups, str activation) -> Tensor");
-  m.def(
-      "conv2d_add_relu(Tensor input, Tensor weight, Tensor? bias, Tensor residual, SymInt[] "
-      "stride, "
-      "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation) -> Tensor");
-  m.def(
-      "pointwise_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] "
-      "stride, "
-      "str activation) -> Tensor");
+  def_with_out("conv2d_relu",
+               "Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
+               "SymInt[] dilation, SymInt groups, str activation",
+               "Tensor");
+  def_with_out("conv2d_add_relu",
+               "Tensor input, Tensor weight, Tensor? bias, Tensor residual, SymInt[] stride, "
+               "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation",
+               "Tensor");
+  def_with_out("pointwise_conv2d",
+               "Tensor input, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride, "
+               "str activation",
+               "Tensor");
   m.def(
       "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] "
       "padding, "
@@ -42,9 +51,7 @@ FASTCONV_DEFINE_LIBRARY(FASTCONV_LIBRARY, m) {
 
   // Several 1x1 convolutions of one input; as many biases as weights, or none. (Not Tensor?[], for
   // which torch's register_autograd knows no gradient.)
-  m.def(
-      "pointwise_conv2d_group(Tensor input, Tensor[] weights, Tensor[] biases, str activation) -> "
-      "Tensor[]");
+  def_with_out("pointwise_conv2d_group", "Tensor input, Tensor[] weights, Tensor[] biases, str activation", "Tensor[]");
   // Gradients of input, weights and biases; output_mask has these three entries. No outputs without
   // an activation.
   m.def(

@@ -13,7 +13,8 @@ from torch import Tensor
 from fastconv import ops
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LAYOUTS = ("contiguous", "channels_last")
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+LAYOUTS = tuple(FORMATS)
 CONV_OPS = (
     "conv2d_relu",
     "conv2d_add_relu",
@@ -93,6 +94,44 @@ def run(op: str, arguments: dict[str, Any], **more: Any) -> list[Tensor]:
     """The op's outputs, always as a list."""
     out = getattr(ops, op)(**{**arguments, **more})
     return list(out) if isinstance(out, (list, tuple)) else [out]
+
+
+@dataclass(frozen=True)
+class Concatenation:
+    """A tensor that holds results side by side, with channels before and behind them that are nobody's."""
+
+    whole: Tensor
+    channels: slice  # all results'
+    slices: list[Tensor]
+
+    @staticmethod
+    def of(results: list[Tensor], offset: int, layout: str, multiple: int = 8) -> Concatenation:
+        """For results like these, from channel `offset` on; as many channels as a multiple of that."""
+        first = results[0]
+        batch, (_, *pixels) = first.shape[:-3], first.shape[-3:]
+        widths = [result.shape[-3] for result in results]
+        channels = slice(offset, offset + sum(widths))
+        behind = channels.stop // multiple * multiple + multiple
+        whole = torch.empty(batch.numel(), behind, *pixels, dtype=first.dtype, device=first.device)
+        whole = whole.contiguous(memory_format=FORMATS[layout]).fill_(_NOBODYS)
+        inside = whole[:, channels].split(widths, 1)
+        return Concatenation(whole, channels, [part if batch else part.squeeze(0) for part in inside])
+
+    @property
+    def inside(self) -> Tensor:
+        return self.whole[:, self.channels]
+
+    def argument(self, op: str) -> Any:
+        """As the op takes it for `out`."""
+        return self.slices if op == "pointwise_conv2d_group" else self.slices[0]
+
+    def check_the_rest(self) -> None:
+        rest = self.whole.clone()
+        rest[:, self.channels] = _NOBODYS
+        assert (rest == _NOBODYS).all()
+
+
+_NOBODYS = -7
 
 
 def tensors(arguments: dict[str, Any]) -> list[Tensor]:

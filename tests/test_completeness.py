@@ -11,12 +11,13 @@ from cases import CASES, DTYPES
 
 import fastconv
 from fastconv import nn, ops
+from fastconv.ops._schemas import SCHEMAS, WITH_OUT
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(fastconv.__file__).parent
-SCHEMAS = ROOT / "csrc" / "schemas.cpp"
-OPERATORS = re.findall(r'"(\w+)\(Tensor', SCHEMAS.read_text())
+OPERATORS = list(SCHEMAS)
 BACKWARDS = [name for name in OPERATORS if name.endswith("_backward")]
+OUTS = [name for name in OPERATORS if name.endswith(".out")]
 
 # module names: conv2d_relu -> Conv2dReLU
 MODULES = {module.lower(): module for module in nn.__all__}
@@ -27,13 +28,25 @@ def has_kernel(operator: str, key: str) -> bool:
 
 
 def test_schemas_and_public_functions_agree() -> None:
-    assert sorted(set(OPERATORS) - set(BACKWARDS)) == sorted(ops.__all__)
+    assert sorted(set(OPERATORS) - set(BACKWARDS) - set(OUTS)) == sorted(ops.__all__)
+    assert [name for name in ops.__all__ if "out" in getattr(ops, name).__annotations__] == sorted(WITH_OUT)
 
 
-@pytest.mark.parametrize("key", ["CPU", "Meta", "Autograd", "FuncTorchBatched"])
+def test_schemas_are_those_of_the_library() -> None:
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastconv::")]
+    assert {name.removeprefix("fastconv::") for name in names if "::_" not in name} == set(SCHEMAS)
+    for name, schema in SCHEMAS.items():
+        operator, _, overload = name.partition(".")
+        registered = getattr(getattr(torch.ops.fastconv, operator), overload or "default")._schema
+        assert registered == torch._C.parse_schema(f"fastconv::{name}{schema}")
+
+
+@pytest.mark.parametrize("key", ["CPU", "Meta", "Autograd", "FuncTorchBatched", "ADInplaceOrView"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_kernels(operator: str, key: str) -> None:
-    assert has_kernel(operator, key)
+    """What is differentiable has a rule for vmap, what writes into an argument counts that argument's versions."""
+    missing = "FuncTorchBatched" if operator in OUTS else "ADInplaceOrView"
+    assert has_kernel(operator, key) == (key != missing)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -53,7 +66,7 @@ def test_triton_kernels(operator: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA"])
-@pytest.mark.parametrize("op", ops.__all__)
+@pytest.mark.parametrize("op", [*ops.__all__, *OUTS])
 def test_autocast(op: str, key: str) -> None:
     assert has_kernel(op, key)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import Concatenation
 from kernel_backends import CUDA, as_tf32, device_of, emulated, forced, kernel_table, true_float32
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from fastconv._numerics import assert_close_to_oracle
 
 FORMATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 PASSES = ("fprop", "dgrad", "wgrad")
+ACTIVATIONS = {"none": lambda value: value, "relu": F.relu, "relu6": F.relu6}
 
 
 @pytest.fixture(params=CUDA)
@@ -66,7 +68,7 @@ class Convolution:
     def forward(self, dtype: torch.dtype) -> Tensor:
         input, weight = (self.rounded(t).to(dtype) for t in (self.input, self.weight))
         value = F.conv2d(input, weight, self.bias.to(dtype), *self.geometry)
-        return {"none": lambda v: v, "relu": F.relu, "relu6": F.relu6}[self.activation](value)
+        return ACTIVATIONS[self.activation](value)
 
     def backward(self, dtype: torch.dtype) -> list[Tensor]:
         inside = torch.ones_like(self.output, dtype=torch.bool)
@@ -225,6 +227,146 @@ def test_channel_slices_are_read_in_place(backend: str) -> None:
         found = ops.pointwise_conv2d(input, weight, None, activation="relu")
     exact, baseline = (F.relu(F.conv2d(input.to(d), weight.to(d))) for d in (torch.float64, torch.float16))
     assert_close_to_oracle(found, exact, baseline, what="slice")
+
+
+# ------------------------------------------------------------------------------------------ into the caller's tensor
+
+
+def check_out(
+    conv: Convolution,
+    offset: int,
+    residual: Tensor | None = None,
+    layout: str = "channels_last",
+    multiple: int = 8,
+) -> None:
+    """Into a slice of the channels of a wider tensor, the rest of which stays as it is."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if conv.tf32 else "ieee"
+    inner = replace(conv, activation="none") if residual is not None else conv
+    oracle, baseline = inner.forward(torch.float64), inner.forward(conv.input.dtype)
+    joined = Concatenation.of([baseline], offset, layout, multiple)
+    arguments = {"stride": conv.geometry[0], "padding": conv.geometry[1], "groups": conv.geometry[3]}
+    arguments |= {"activation": conv.activation, "out": joined.slices[0]}
+    if residual is None:
+        found = ops.conv2d_relu(conv.input, conv.weight, conv.bias, **arguments)
+    else:
+        found = ops.conv2d_add_relu(conv.input, conv.weight, conv.bias, residual, **arguments)
+        oracle, baseline = (ACTIVATIONS[conv.activation](y + residual.to(y.dtype)) for y in (oracle, baseline))
+    assert found is joined.slices[0]
+    joined.check_the_rest()
+    assert_close_to_oracle(found, oracle, baseline, what="out", border=1)
+
+
+OFFSETS = (0, 8, 1, 3)  # in fp16 the second is the only one of the last three at which vectors of 16 bytes fit
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_out_at_any_offset(backend: str, name: str, offset: int) -> None:
+    """At pitches that vectors allow and at others; the second has a stride, and filters that no vector divides."""
+    one = convolution(backend, name, (2, 16, 6, 5), (24, 16, 3, 3), padding=1, activation="relu")
+    two = convolution(backend, name, (2, 16, 7, 7), (19, 16, 3, 3), stride=2, activation="relu6")
+    for conv, multiple in itertools.product((one, two), (8, 13)):
+        check_out(conv, offset, multiple=multiple)
+
+
+@pytest.mark.parametrize("kernel", ["128x128", "64x64", "gather"])
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_out_of_every_kernel(backend: str, offset: int, kernel: str) -> None:
+    with forced(backend, "conv2d_fprop", f"conv2d_fprop_fp16_{kernel}_sm80"):
+        check_out(convolution(backend, "fp16", (1, 8, 6, 5), (136, 8, 3, 3), activation="relu"), offset)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_out_in_groups(backend: str, offset: int) -> None:
+    check_out(convolution(backend, "fp16", (1, 32, 6, 6), (48, 16, 3, 3), groups=2), offset)
+    check_out(convolution(backend, "fp16", (1, 16, 6, 6), (16, 1, 3, 3), groups=16), offset)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("where", ["beside", "elsewhere"])
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_out_with_a_residual(backend: str, offset: int, where: str, layout: str) -> None:
+    """The kernels read a residual with the strides of the result."""
+    conv = convolution(backend, "fp16", (2, 16, 6, 5), (24, 16, 3, 3), padding=1, activation="relu")
+    residual = conv.grad
+    if where == "beside":
+        joined = Concatenation.of([residual], offset, layout)
+        residual = joined.slices[0].copy_(residual)
+    check_out(conv, offset, residual, layout)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_out_of_a_photograph(backend: str, layout: str) -> None:
+    """A few contiguous channels are read as they lie, the result is written as it lies."""
+    conv = convolution(backend, "fp16", (1, 3, 11, 11), (24, 3, 5, 5), stride=2, layout=torch.contiguous_format)
+    check_out(conv, 3, layout=layout)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_out_of_a_split_depth(name: str, offset: int) -> None:
+    library = emulated()
+    library.multiprocessors(24)
+    library.reset_statistics()
+    try:
+        with use_backend("cuda-emulated"), true_float32():
+            conv = convolution("cuda-emulated", name, (2, 72, 8, 8), (40, 72, 3, 3), padding=1, activation="relu")
+            check_out(conv, offset)
+            check_out(conv, offset, conv.grad)
+        assert library.launches()["conv2d_fprop_reduce_sm80"] == 2
+    finally:
+        library.multiprocessors(4)
+
+
+@pytest.mark.parametrize("name", ["fp16", "tf32"])
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("sizes", [[8, 24, 16], [3, 5, 8], [8] * 10], ids=["vectors", "odd", "more than one launch"])
+def test_branches_into_one_tensor(backend: str, sizes: list[int], offset: int, name: str) -> None:
+    """An Inception module's concatenation."""
+    conv = convolution(backend, name, (2, 16, 5, 6), (sum(sizes), 16, 1, 1), activation="relu")
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if conv.tf32 else "ieee"
+    oracle, baseline = conv.forward(torch.float64), conv.forward(conv.input.dtype)
+    joined = Concatenation.of(list(baseline.split(sizes, 1)), offset, "channels_last")
+    weights, biases = conv.weight.split(sizes), conv.bias.split(sizes)
+    ops.pointwise_conv2d_group(conv.input, weights, biases, activation="relu", out=joined.slices)
+    joined.check_the_rest()
+    assert_close_to_oracle(joined.inside, oracle, baseline, what="concatenation")
+
+
+def test_branches_share_a_launch() -> None:
+    library = emulated()
+    conv = convolution("cuda-emulated", "fp16", (2, 16, 5, 6), (80, 16, 1, 1))
+    joined = Concatenation.of(list(conv.grad.split(8, 1)), 8, "channels_last")
+    library.reset_statistics()
+    ops.pointwise_conv2d_group(conv.input, conv.weight.split(8), out=joined.slices, backend="cuda-emulated")
+    assert sum(library.launches().values()) == 2  # ten branches, at most eight at once
+
+
+def memory_operators(backend: str, conv: Convolution, out: Tensor, residual: Tensor | None = None) -> list[str]:
+    """The operators that allocate or copy while the result is computed into `out`."""
+    ops.conv2d_relu(conv.input, conv.weight, conv.bias)  # what is done once
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        if residual is None:
+            ops.conv2d_relu(conv.input, conv.weight, conv.bias, out=out)
+        else:
+            ops.conv2d_add_relu(conv.input, conv.weight, conv.bias, residual, out=out)
+    names = [event.name for event in profile.events()]
+    assert f"{backends.namespace(backend)}::conv2d_{'add_' if residual is not None else ''}relu" in names
+    return [name for name in names if name.startswith(("aten::empty", "aten::new_empty", "aten::copy_"))]
+
+
+def test_out_costs_no_copy(backend: str) -> None:
+    """Where its channels lie side by side, and those of a residual likewise, the kernel writes it in place."""
+    conv = convolution(backend, "fp16", (2, 16, 6, 5), (24, 16, 3, 3))
+    shape = [2, 40, 4, 3]
+    slices = conv.input.new_zeros(shape).contiguous(memory_format=torch.channels_last)
+    planes = conv.input.new_zeros(shape)
+    residual = torch.zeros_like(slices)
+    assert memory_operators(backend, conv, conv.grad) == []
+    assert memory_operators(backend, conv, slices[:, 3:27]) == []
+    assert memory_operators(backend, conv, slices[:, 3:27], residual[:, :24]) == []
+    assert memory_operators(backend, conv, planes[:, 3:27]).count("aten::copy_") == 1
+    assert memory_operators(backend, conv, slices[:, 3:27], conv.grad).count("aten::copy_") == 1
 
 
 def test_a_forced_kernel_that_does_not_fit(backend: str) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, named, run, tensors
+from cases import CASES, Case, Concatenation, named, run, tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastconv
 from fastconv import ops
+from fastconv.ops._schemas import WITH_OUT
 
 FIRST = [next(iter(named(op))) for op in ops.__all__]
 
@@ -122,6 +123,143 @@ def test_export_is_one_node(case: Case) -> None:
     if dynamic is not None:
         larger = torch.cat([module.input] * 3)
         torch.testing.assert_close(loaded(larger), module(larger))
+
+
+# -------------------------------------------------------------------------------------------
+# out
+
+FIRST_WITH_OUT = [case for case in FIRST if case.op in WITH_OUT]
+
+
+def into_slices(case: Case, arguments: dict[str, Any], **more: Any) -> Tensor:
+    """The results, written side by side into one tensor, after some arithmetic on it."""
+    with torch.no_grad():
+        results = run(case.op, arguments, **more)
+    joined = Concatenation.of(results, 3, "channels_last")
+    joined.whole.mul_(2)
+    run(case.op, arguments, out=joined.argument(case.op), **more)
+    return joined.whole + 1
+
+
+@pytest.mark.parametrize("case", named(*WITH_OUT), ids=str)
+def test_opcheck_out(case: Case) -> None:
+    with Recorder() as recorder:
+        into_slices(case, case.arguments())
+    function, args = recorder.calls[1]
+    assert function.name().endswith(f"::{case.op}.out")
+    torch.library.opcheck(function, args)
+
+
+@pytest.mark.parametrize(("backend", "dynamic"), [(None, False), (None, True), ("reference", False)])
+@pytest.mark.parametrize("case", FIRST_WITH_OUT, ids=str)
+def test_compile_out(case: Case, dynamic: bool, backend: str | None) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(into_slices, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    arguments = case.arguments()
+    torch.testing.assert_close(compiled(case, arguments, backend=backend), into_slices(case, arguments))
+
+
+@pytest.mark.parametrize("case", FIRST_WITH_OUT, ids=str)
+def test_compile_out_of_the_caller(case: Case) -> None:
+    """Eager and compiled, what is outside of the slices stays."""
+    torch._dynamo.reset()
+    arguments = case.arguments()
+    results = run(case.op, arguments)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    joined = Concatenation.of(results, 3, "channels_last")
+    compiled(case.op, arguments, out=joined.argument(case.op))
+    joined.check_the_rest()
+    torch.testing.assert_close(joined.slices, results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FIRST_WITH_OUT, ids=str)
+def test_compile_out_with_inductor(case: Case) -> None:
+    torch._dynamo.reset()
+    arguments = case.arguments()
+    compiled = torch.compile(into_slices, fullgraph=True)
+    torch.testing.assert_close(compiled(case, arguments), into_slices(case, arguments))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", FIRST_WITH_OUT, ids=str)
+def test_out_counts_versions(case: Case, backend: str) -> None:
+    """Autograd notices that a tensor that it kept was overwritten; inference mode counts, too."""
+    arguments = case.arguments()
+    out = run(case.op, arguments)
+    factors = [torch.ones_like(tensor, requires_grad=True) for tensor in out]
+    products = [tensor * factor for tensor, factor in zip(out, factors, strict=True)]
+    given = out if case.op.endswith("group") else out[0]
+    run(case.op, arguments, out=given, backend=backend)
+    for product in products:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+    versions = [tensor._version for tensor in out]
+    with torch.inference_mode():
+        run(case.op, arguments, out=given, backend=backend)
+    assert all(tensor._version > version for tensor, version in zip(out, versions, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", FIRST_WITH_OUT, ids=str)
+def test_autocast_out(case: Case, backend: str) -> None:
+    """The result's dtype is that of the context, `out` must have it."""
+    arguments = case.arguments()
+    results = run(case.op, arguments)
+    arguments |= {"residual": arguments["residual"].bfloat16()} if "residual" in arguments else {}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = run(case.op, arguments, backend=backend)
+        for dtype in (torch.bfloat16, torch.float32):
+            joined = Concatenation.of([result.to(dtype) for result in results], 3, "channels_last")
+            if dtype == torch.bfloat16:
+                run(case.op, arguments, out=joined.argument(case.op), backend=backend)
+                torch.testing.assert_close(joined.slices, expected)
+            else:
+                with pytest.raises(RuntimeError, match=r"float32 on cpu, needed .+ bfloat16 on cpu, as the result is"):
+                    run(case.op, arguments, out=joined.argument(case.op), backend=backend)
+            joined.check_the_rest()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("op", ["conv2d_add_relu", "pointwise_conv2d"])
+def test_autocast_out_with_a_wider_residual(op: str, backend: str) -> None:
+    arguments = named(op)[0].arguments()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (expected,) = run(op, arguments, backend=backend)
+        out = torch.zeros_like(expected)
+        run(op, arguments, out=out, backend=backend)
+        torch.testing.assert_close(out, expected)
+        with pytest.raises(RuntimeError, match="got out beside an argument that requires grad"):
+            run(op, {**arguments, "weight": arguments["weight"].requires_grad_()}, out=out, backend=backend)
+
+
+@pytest.mark.parametrize("case", FIRST_WITH_OUT, ids=str)
+def test_transforms_refuse_out(case: Case) -> None:
+    arguments = case.arguments()
+    out = [torch.zeros_like(result) for result in run(case.op, arguments)]
+    given = out if case.op.endswith("group") else out[0]
+
+    def total(input: Tensor) -> Tensor:
+        return sum(result.sum() for result in run(case.op, {**arguments, "input": input}, out=given))
+
+    with pytest.raises(RuntimeError, match="got out beside an argument that requires grad"):
+        torch.func.grad(total)(arguments["input"])
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.vmap(total)(arguments["input"][None])
+
+
+@pytest.mark.parametrize("case", FIRST_WITH_OUT, ids=str)
+def test_export_out(case: Case) -> None:
+    class Joined(torch.nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            return into_slices(case, {**arguments, "input": input})
+
+    arguments = case.arguments()
+    program = torch.export.export(Joined(), (arguments["input"],))
+    assert f"fastconv.{case.op}.out" in [str(n.target) for n in program.graph.nodes]
+    expected = into_slices(case, arguments)
+    torch.testing.assert_close(program.module()(arguments["input"]), expected)
+    torch.testing.assert_close(program.run_decompositions().module()(arguments["input"]), expected)
 
 
 # -------------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, CONV_OPS, DTYPES, LAYOUTS, Case, mapped, named, run, tensors
+from cases import CASES, CONV_OPS, DTYPES, LAYOUTS, Case, Concatenation, mapped, named, run, tensors
 from kernel_backends import CUDA, device_of, true_float32
 from torch import Tensor
 
 from fastconv import ops, use_backend
 from fastconv._numerics import assert_close_to_oracle, away_from_kinks, poisoned_outputs
+from fastconv.ops._schemas import WITH_OUT
 
 
 @pytest.fixture
@@ -61,6 +62,39 @@ def layout_of(tensor: Tensor) -> list[int]:
     """The strides that tell: not those of a dimension of one, nor any of an empty tensor."""
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     return [stride for size, stride in pairs if size > 1 and tensor.numel()]
+
+
+@combinations()
+@pytest.mark.parametrize("case", named(*WITH_OUT), ids=str)
+def test_out(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> None:
+    """Into slices of the channels of one tensor, the rest of which stays as it is."""
+    arguments = case.arguments(dtype, layout, device=device)
+    oracles = run(case.op, mapped(arguments, Tensor.double), backend="reference")
+    baselines = run(case.op, arguments, backend="reference")
+    joined = Concatenation.of(baselines, 3, layout)
+    with poisoned_outputs():
+        outputs = run(case.op, arguments, out=joined.argument(case.op))
+    joined.check_the_rest()
+    for output, slice, oracle, baseline in zip(outputs, joined.slices, oracles, baselines, strict=True):
+        assert output is slice
+        assert_close_to_oracle(output, oracle, baseline, what=str(case), border=border(case, output))
+
+
+@combinations([torch.float32, torch.float16])
+def test_from_one_slice_into_the_next(dtype: torch.dtype, layout: str, device: torch.device) -> None:
+    """DenseNet's layers: input, result and residual are slices of one tensor."""
+    arguments = named("conv2d_add_relu")[3].arguments(dtype, layout, device=device)
+    parts = [arguments["input"], arguments["residual"], torch.full_like(arguments["residual"], torch.nan)]
+    wide = torch.cat(parts, 1)
+    input, residual, out = wide.split([part.shape[1] for part in parts], 1)
+    ops.conv2d_add_relu(**{**arguments, "input": input, "residual": residual}, out=out)
+    oracle, baseline = (
+        run("conv2d_add_relu", chosen, backend="reference")[0]
+        for chosen in (mapped(arguments, Tensor.double), arguments)
+    )
+    assert_close_to_oracle(out, oracle, baseline, what="dense block", border=1)
+    assert torch.equal(input, arguments["input"])
+    assert torch.equal(residual, arguments["residual"])
 
 
 def preactivations(case: Case, arguments: dict[str, Any]) -> list[tuple[Tensor, str]]:

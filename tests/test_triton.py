@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from torch import Tensor
 import fastconv
 from fastconv import backends, models, ops
 from fastconv._numerics import assert_close_to_oracle, poisoned_outputs
+from fastconv.ops._schemas import WITH_OUT
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -76,6 +76,18 @@ def combinations() -> list[Any]:
 @pytest.mark.parametrize(("case", "dtype", "layout"), combinations())
 def test_forward(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> None:
     numerics.test_forward(case, dtype, layout, device)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [case for case in named(*WITH_OUT) if str(case) not in LONG], ids=str)
+def test_out(case: Case, layout: str, device: torch.device) -> None:
+    numerics.test_out(case, torch.float32, layout, device)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float64], ids=str)
+def test_from_one_slice_into_the_next(dtype: torch.dtype, layout: str, device: torch.device) -> None:
+    numerics.test_from_one_slice_into_the_next(dtype, layout, device)
 
 
 @pytest.mark.parametrize(("case", "dtype", "layout"), combinations())
@@ -201,12 +213,21 @@ def test_channel_slices_in_place() -> None:
     expected = [F.relu(F.conv2d(input, w, b)) for w, b in zip(weights, biases, strict=True)]
     for layout in (torch.channels_last, torch.contiguous_format):
         joined = torch.full((2, 30, 5, 6), torch.nan).contiguous(memory_format=layout)
-        pointwise_conv2d_group(input, weights, biases, "relu", outputs=[joined[:, :12], joined[:, 12:19]])
-        pointwise_conv2d(input, weights[1], biases[1], None, [1, 1], "relu", output=joined[:, 20:27])
+        pointwise_conv2d_group(input, weights, biases, "relu", out=[joined[:, :12], joined[:, 12:19]])
+        pointwise_conv2d(input, weights[1], biases[1], None, [1, 1], "relu", out=joined[:, 20:27])
         torch.testing.assert_close(joined[:, :19], torch.cat(expected, 1))
         torch.testing.assert_close(joined[:, 20:27], expected[1])
         assert joined[:, 19].isnan().all()
         assert joined[:, 27:].isnan().all()
+
+
+def test_out_with_gaps_between_its_rows() -> None:
+    """One stride leads over all pixels in the kernel for a group; what lies otherwise is copied to."""
+    arguments = {"input": random(2, 20, 5, 6), "weights": [random(k, 20, 1, 1) for k in (12, 7)]}
+    out = [random(2, 12, 6, 5).mT, random(2, 7, 5, 12)[..., ::2]]
+    found = ops.pointwise_conv2d_group(**arguments, out=out)
+    for one, expected in zip(found, ops.pointwise_conv2d_group(**arguments, backend="reference"), strict=True):
+        torch.testing.assert_close(one, expected)
 
 
 def test_wide_indices_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,20 +379,6 @@ def test_tensors_past_32_bits(device: torch.device) -> None:
 # ----------------------------------------------------------------------------------- registration
 
 
-def test_schemas_are_those_of_the_library() -> None:
-    from fastconv.ops._schemas import SCHEMAS
-
-    text = (HERE.parent / "csrc" / "schemas.cpp").read_text()
-    found = {}
-    for strings in re.findall(r'm\.def\(((?:\s*"[^"]*")+)\)', text):
-        name, rest = "".join(re.findall(r'"([^"]*)"', strings)).split("(", 1)
-        found[name] = f"({rest}"
-    assert found == SCHEMAS
-    for name in SCHEMAS:
-        schema = getattr(torch.ops.fastconv_triton, name).default._schema
-        assert str(schema).removeprefix("fastconv_triton::") == name + str(schema).split(name, 1)[1]
-
-
 def test_importing_fastconv_leaves_triton_alone() -> None:
     code = "import sys, fastconv; print('triton' in sys.modules, 'fastconv.triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -441,6 +448,16 @@ def test_opcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert recorder.calls[0][0].name() == f"fastconv_triton::{case.op}"
     for function, args in recorder.calls:
         torch.library.opcheck(function, leaf(args))
+
+
+@pytest.mark.parametrize("case", test_dispatch.FIRST_WITH_OUT, ids=str)
+def test_out_as_torch_has_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(test_dispatch, "Recorder", Recorder)
+        test_dispatch.test_opcheck_out(case)
+    test_dispatch.test_compile_out(case, True, "triton")
+    test_dispatch.test_out_counts_versions(case, "triton")
+    test_dispatch.test_autocast_out(case, "triton")
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -1,5 +1,7 @@
 #include "common/checks.h"
 
+#include <functional>
+#include <map>
 #include <ostream>
 
 namespace fastconv {
@@ -163,7 +165,7 @@ void check_pointwise_weight(const char* op, const char* name, const Tensor& weig
 
 namespace {
 
-std::string entry(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
+std::string entry_name(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
 }  // namespace
 
@@ -173,9 +175,91 @@ void check_pointwise_group(const char* op, const Tensor& input, const std::vecto
                   " weights and ", biases.size(),
                   " biases, needed at least one weight and as many biases; use None for no bias");
   for (size_t i = 0; i < weights.size(); ++i) {
-    check_pointwise_weight(op, entry("weights", i).c_str(), weights[i]);
+    check_pointwise_weight(op, entry_name("weights", i).c_str(), weights[i]);
     check_conv2d(op, input, weights[i], biases.empty() ? std::nullopt : std::optional(biases[i]), std::nullopt,
                  kPointwise);
+  }
+}
+
+namespace {
+
+// From a byte of one tensor to a byte of another: the distance that one step covers, and the fewest and the most steps.
+using Steps = std::map<int64_t, std::pair<int64_t, int64_t>, std::greater<>>;
+
+int64_t floor_div(int64_t value, int64_t divisor) { return value / divisor - (value % divisor < 0); }
+
+// Whether the steps add up to this distance. What the shorter ones can reach leaves few counts of the longest to try,
+// in slices of one tensor at most three; gives up, hence no, when `work` tries are spent.
+bool add_up(int64_t distance, Steps::const_iterator longest, Steps::const_iterator end, int& work) {
+  if (longest == end) return distance == 0;
+  const auto& [length, counts] = *longest;
+  const auto shorter = std::next(longest);
+  int64_t low = 0, high = 0;
+  for (auto step = shorter; step != end; ++step) {
+    low += step->first * step->second.first, high += step->first * step->second.second;
+  }
+  const int64_t last = std::min(counts.second, floor_div(distance - low, length));
+  for (int64_t count = std::max(counts.first, -floor_div(high - distance, length)); count <= last; ++count) {
+    if (--work < 0) return false;
+    if (add_up(distance - count * length, shorter, end, work)) return true;
+  }
+  return false;
+}
+
+bool overlap(const Tensor& one, const Tensor& two) {
+  if (one.numel() == 0 || two.numel() == 0) return false;
+  Steps steps;
+  const auto add = [&steps](int64_t length, int64_t least, int64_t most) {
+    auto& counts = steps[length];
+    counts.first += least, counts.second += most;
+  };
+  const auto bytes = static_cast<int64_t>(one.element_size());
+  for (int64_t i = 0; i < one.dim(); ++i) {
+    if (one.stride(i) != 0) add(one.stride(i) * bytes, 0, one.size(i) - 1);
+  }
+  for (int64_t i = 0; i < two.dim(); ++i) {
+    if (two.stride(i) != 0) add(two.stride(i) * bytes, 1 - two.size(i), 0);
+  }
+  add(1, 1 - bytes, bytes - 1);
+  int work = 1000;
+  const int64_t distance =
+      static_cast<const char*>(two.const_data_ptr()) - static_cast<const char*>(one.const_data_ptr());
+  return add_up(distance, steps.begin(), steps.end(), work);
+}
+
+}  // namespace
+
+void check_destination(const char* op, const char* name, const Tensor& out, const IntList& size, const Tensor& input,
+                       const std::vector<std::optional<Tensor>>& others) {
+  const bool fits = out.sizes().equals(size) && out.scalar_type() == input.scalar_type();
+  STD_TORCH_CHECK(fits && out.device() == input.device(), op, ": got ", name, " of shape ", shape(out), ", ",
+                  dtype_name(out.scalar_type()), " on ", device(out), ", needed ", list(size), ", ",
+                  dtype_name(input.scalar_type()), " on ", device(input),
+                  ", as the result is; allocate it so, it is not resized");
+  for (int64_t i = 0; i < out.dim(); ++i) {
+    STD_TORCH_CHECK(out.stride(i) != 0 || out.size(i) < 2, op, ": got ", name, " of shape ", shape(out),
+                    " with strides ", list(out.strides()),
+                    ", needed memory for every element; pass a tensor that is not expanded");
+  }
+  for (const std::optional<Tensor>& other : others) {
+    STD_TORCH_CHECK(
+        !other || !overlap(out, *other), op, ": got ", name,
+        " that overlaps the memory of another argument, needed memory of its own; pass another tensor, or a "
+        "slice that nothing else uses");
+  }
+}
+
+void check_pointwise_group_destinations(const char* op, const std::vector<Tensor>& out, const Tensor& input,
+                                        const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
+  STD_TORCH_CHECK(out.size() == weights.size(), op, ": got ", out.size(), " tensors in out, needed ", weights.size(),
+                  ", one for each weight; pass as many");
+  std::vector<std::optional<Tensor>> others{input};
+  others.insert(others.end(), weights.begin(), weights.end());
+  others.insert(others.end(), biases.begin(), biases.end());
+  for (size_t i = 0; i < out.size(); ++i) {
+    check_destination(op, entry_name("out", i).c_str(), out[i], conv2d_output_size(input, weights[i], kPointwise),
+                      input, others);
+    others.push_back(out[i]);
   }
 }
 
@@ -188,9 +272,10 @@ void check_pointwise_group_backward(const char* op, const std::vector<Tensor>& g
                   " outputs, needed as many of each, and no outputs without an activation; pass what the "
                   "forward had");
   for (size_t i = 0; i < weights.size(); ++i) {
-    check_pointwise_weight(op, entry("weights", i).c_str(), weights[i]);
+    check_pointwise_weight(op, entry_name("weights", i).c_str(), weights[i]);
     check_conv2d(op, input, weights[i], std::nullopt, grad_outputs[i], kPointwise, "grad_outputs");
-    if (activation != Activation::kNone) check_same_shape(op, grad_outputs[i], entry("outputs", i).c_str(), outputs[i]);
+    if (activation != Activation::kNone)
+      check_same_shape(op, grad_outputs[i], entry_name("outputs", i).c_str(), outputs[i]);
   }
 }
 

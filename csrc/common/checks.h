@@ -39,6 +39,13 @@ void check_pointwise_weight(const char* op, const char* name, const Tensor& weig
 // One bias for each weight, or none at all
 void check_pointwise_group(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
                            const std::vector<Tensor>& biases);
+// A result of this size, in the dtype and on the device of `input`, can go into `out`. That overlaps neither itself nor
+// another argument; where two tensors interleave too wildly to tell within reason, they are taken to be apart.
+void check_destination(const char* op, const char* name, const Tensor& out, const IntList& size, const Tensor& input,
+                       const std::vector<std::optional<Tensor>>& others);
+// The same for a group, after check_pointwise_group: one for each weight
+void check_pointwise_group_destinations(const char* op, const std::vector<Tensor>& out, const Tensor& input,
+                                        const std::vector<Tensor>& weights, const std::vector<Tensor>& biases);
 void check_pointwise_group_backward(const char* op, const std::vector<Tensor>& grad_outputs,
                                     const std::vector<Tensor>& outputs, const Tensor& input,
                                     const std::vector<Tensor>& weights, Activation activation);

@@ -3,36 +3,83 @@
 #pragma once
 
 #include "common/checks.h"
+#include "common/layout.h"
 
 namespace fastconv {
 
-// `kConvolution` is Tensor(input, weight, bias, residual, geometry, activation), as cpu/conv2d.h declares it.
-template <auto kConvolution>
+// The two overloads of an operator, from one function whose first argument is where the result goes, if that is given.
+template <auto kFunction>
+struct Overloads;
+template <class Result, class... Arguments, Result (*kFunction)(const std::optional<Result>&, Arguments...)>
+struct Overloads<kFunction> {
+  static Result functional(Arguments... arguments) {
+    return kFunction(std::nullopt, std::forward<Arguments>(arguments)...);
+  }
+  static void out(Arguments... arguments, Result out) { kFunction(out, std::forward<Arguments>(arguments)...); }
+};
+
+// The functions are those of cuda/conv2d.h, cpu/conv2d.h and activation.h beside them:
+//   Tensor kConvolution(input, weight, bias, residual, geometry, activation, out)
+//   tuple of 3 kBackward(grad_output, output, input, weight, geometry, activation, mask)
+//   Tensor kActivationBackward(grad_output, output, activation)
+template <auto kConvolution, auto kBackward, auto kActivationBackward>
 struct Conv2dOperators {
-  static Tensor conv2d_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                            IntList stride, IntList padding, IntList dilation, int64_t groups, std::string activation) {
-    constexpr auto kOp = "fastconv::conv2d_relu";
+  static Tensor conv2d_relu(const std::optional<Tensor>& out, const Tensor& input, const Tensor& weight,
+                            const std::optional<Tensor>& bias, IntList stride, IntList padding, IntList dilation,
+                            int64_t groups, std::string activation) {
     const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
-    check_conv2d(kOp, input, weight, bias, std::nullopt, geometry);
-    return kConvolution(input, weight, bias, std::nullopt, geometry, parse_activation(kOp, activation));
+    return forward("fastconv::conv2d_relu", out, input, weight, bias, std::nullopt, geometry, activation);
   }
 
-  static Tensor conv2d_add_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                                const Tensor& residual, IntList stride, IntList padding, IntList dilation,
-                                int64_t groups, std::string activation) {
-    constexpr auto kOp = "fastconv::conv2d_add_relu";
+  static Tensor conv2d_add_relu(const std::optional<Tensor>& out, const Tensor& input, const Tensor& weight,
+                                const std::optional<Tensor>& bias, const Tensor& residual, IntList stride,
+                                IntList padding, IntList dilation, int64_t groups, std::string activation) {
     const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
-    check_conv2d(kOp, input, weight, bias, residual, geometry);
-    return kConvolution(input, weight, bias, residual, geometry, parse_activation(kOp, activation));
+    return forward("fastconv::conv2d_add_relu", out, input, weight, bias, residual, geometry, activation);
   }
 
-  static Tensor pointwise_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                                 const std::optional<Tensor>& residual, IntList stride, std::string activation) {
+  static Tensor pointwise_conv2d(const std::optional<Tensor>& out, const Tensor& input, const Tensor& weight,
+                                 const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                                 IntList stride, std::string activation) {
     constexpr auto kOp = "fastconv::pointwise_conv2d";
-    const ConvGeometry geometry{std::move(stride), {0, 0}, {1, 1}, 1};
     check_pointwise_weight(kOp, "weight", weight);
-    check_conv2d(kOp, input, weight, bias, residual, geometry);
-    return kConvolution(input, weight, bias, residual, geometry, parse_activation(kOp, activation));
+    return forward(kOp, out, input, weight, bias, residual, {std::move(stride), {0, 0}, {1, 1}, 1}, activation);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad_output,
+                                                                    const std::optional<Tensor>& output,
+                                                                    const Tensor& input, const Tensor& weight,
+                                                                    IntList stride, IntList padding, IntList dilation,
+                                                                    int64_t groups, std::string activation,
+                                                                    std::vector<bool> output_mask) {
+    constexpr auto kOp = "fastconv::conv2d_backward";
+    const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
+    check_output_mask(kOp, output_mask, 4);
+    check_conv2d(kOp, input, weight, std::nullopt, grad_output, geometry, "grad_output");
+    const Activation kind = parse_activation(kOp, activation);
+    check_mask_source(kOp, grad_output, output, kind);
+    const std::array<bool, 3> convolved{output_mask[0], output_mask[1], output_mask[2]};
+    if (!output_mask[3]) {
+      auto [grad_input, grad_weight, grad_bias] =
+          kBackward(grad_output, output, input, weight, geometry, kind, convolved);
+      return {grad_input, grad_weight, grad_bias, empty_gradient(input)};
+    }
+    // The residual's gradient is the masked one, which then serves the others as well.
+    const Tensor grad =
+        kind == Activation::kNone ? torch::stable::clone(grad_output) : kActivationBackward(grad_output, *output, kind);
+    auto [grad_input, grad_weight, grad_bias] =
+        kBackward(grad, std::nullopt, input, weight, geometry, Activation::kNone, convolved);
+    return {grad_input, grad_weight, grad_bias, grad};
+  }
+
+ private:
+  static Tensor forward(const char* op, const std::optional<Tensor>& out, const Tensor& input, const Tensor& weight,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                        const ConvGeometry& geometry, const std::string& activation) {
+    const IntList size = check_conv2d(op, input, weight, bias, residual, geometry);
+    const Activation kind = parse_activation(op, activation);
+    if (out) check_destination(op, "out", *out, size, input, {input, weight, bias, residual});
+    return kConvolution(input, weight, bias, residual, geometry, kind, out);
   }
 };
 

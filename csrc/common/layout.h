@@ -37,6 +37,14 @@ inline Tensor to_dense(const Tensor& tensor) {
   return copy;
 }
 
+// A result where the caller wants it: in `out` if there is one
+inline Tensor stored(const Tensor& result, const std::optional<Tensor>& out) {
+  if (!out) return result;
+  Tensor destination = *out;
+  torch::stable::copy_(destination, result);
+  return destination;
+}
+
 // c10's is_channels_last_strides_2d
 inline bool has_channels_last_strides(const Tensor& tensor) {
   int64_t least = 0;

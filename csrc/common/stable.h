@@ -73,6 +73,14 @@ void for_floating(ScalarType dtype, F&& f) {
   }
 }
 
+// An entry of a list that is empty, or not there, when no entry is meant
+inline std::optional<Tensor> entry(const std::vector<Tensor>& list, size_t i) {
+  return list.empty() ? std::nullopt : std::optional(list[i]);
+}
+inline std::optional<Tensor> entry(const std::optional<std::vector<Tensor>>& list, size_t i) {
+  return list ? entry(*list, i) : std::nullopt;
+}
+
 inline bool is_low_precision(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
 
 }  // namespace fastconv

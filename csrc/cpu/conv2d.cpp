@@ -4,7 +4,7 @@
 // residual in the epilogue. Where oneDNN has no kernel for a 16-bit type on this processor, torch
 // falls back to a slow one; here such tensors are computed in fp32 and rounded once instead (10 to
 // 70 times faster on an AVX2 machine, and at least as exact). float64 and a torch without oneDNN go
-// through aten::convolution.
+// through aten::convolution. None of these writes into a tensor of the caller's: `out` is copied to.
 #include "cpu/conv2d.h"
 
 #include "common/conv2d_operators.h"
@@ -85,10 +85,8 @@ Tensor sum_over_pixels(const Tensor& grad) {
                       std::optional<ScalarType>());
 }
 
-}  // namespace
-
-Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation) {
+Tensor new_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation) {
   const ScalarType dtype = input.scalar_type();
   const bool through_fp32 = is_low_precision(dtype) && !onednn_computes(dtype);
   if (input.numel() == 0 || !(onednn_computes(dtype) || through_fp32)) {
@@ -105,6 +103,14 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
           : onednn_convolution(input, weight, bias, residual, geometry);
   activation_inplace(output, activation);
   return output;
+}
+
+}  // namespace
+
+Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation,
+                   const std::optional<Tensor>& out) {
+  return stored(new_convolution(input, weight, bias, residual, geometry, activation), out);
 }
 
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output, const Tensor& input,
@@ -130,34 +136,29 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
 
 namespace {
 
-using Operators = Conv2dOperators<convolution>;
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad_output,
-                                                           const std::optional<Tensor>& output, const Tensor& input,
-                                                           const Tensor& weight, IntList stride, IntList padding,
-                                                           IntList dilation, int64_t groups, std::string activation,
-                                                           std::vector<bool> output_mask) {
-  constexpr auto kOp = "fastconv::conv2d_backward";
-  const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
-  check_output_mask(kOp, output_mask, 4);
-  check_conv2d(kOp, input, weight, std::nullopt, grad_output, geometry, "grad_output");
-  const Activation kind = parse_activation(kOp, activation);
-  check_mask_source(kOp, grad_output, output, kind);
-  const Tensor grad = kind == Activation::kNone ? grad_output : activation_backward(grad_output, *output, kind);
-  auto [grad_input, grad_weight, grad_bias] =
-      convolution_backward(grad, input, weight, geometry, {output_mask[0], output_mask[1], output_mask[2]});
-  Tensor grad_residual = !output_mask[3]             ? empty_gradient(input)
-                         : kind == Activation::kNone ? torch::stable::clone(grad)
-                                                     : grad;
-  return {grad_input, grad_weight, grad_bias, grad_residual};
+std::tuple<Tensor, Tensor, Tensor> activated_convolution_backward(const Tensor& grad_output,
+                                                                  const std::optional<Tensor>& output,
+                                                                  const Tensor& input, const Tensor& weight,
+                                                                  const ConvGeometry& geometry, Activation activation,
+                                                                  std::array<bool, 3> mask) {
+  const bool plain = activation == Activation::kNone;
+  const Tensor grad = plain ? grad_output : activation_backward(grad_output, *output, activation);
+  return convolution_backward(grad, input, weight, geometry, mask);
 }
+
+using Operators = Conv2dOperators<convolution, activated_convolution_backward, activation_backward>;
 
 }  // namespace
 }  // namespace fastconv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
-  m.impl("conv2d_relu", TORCH_BOX(&fastconv::cpu::Operators::conv2d_relu));
-  m.impl("conv2d_add_relu", TORCH_BOX(&fastconv::cpu::Operators::conv2d_add_relu));
-  m.impl("pointwise_conv2d", TORCH_BOX(&fastconv::cpu::Operators::pointwise_conv2d));
-  m.impl("conv2d_backward", TORCH_BOX(&fastconv::cpu::conv2d_backward));
+  using namespace fastconv;
+  using cpu::Operators;
+  m.impl("conv2d_relu", TORCH_BOX(&Overloads<&Operators::conv2d_relu>::functional));
+  m.impl("conv2d_relu.out", TORCH_BOX(&Overloads<&Operators::conv2d_relu>::out));
+  m.impl("conv2d_add_relu", TORCH_BOX(&Overloads<&Operators::conv2d_add_relu>::functional));
+  m.impl("conv2d_add_relu.out", TORCH_BOX(&Overloads<&Operators::conv2d_add_relu>::out));
+  m.impl("pointwise_conv2d", TORCH_BOX(&Overloads<&Operators::pointwise_conv2d>::functional));
+  m.impl("pointwise_conv2d.out", TORCH_BOX(&Overloads<&Operators::pointwise_conv2d>::out));
+  m.impl("conv2d_backward", TORCH_BOX(&Operators::conv2d_backward));
 }

@@ -11,10 +11,11 @@ bool onednn_computes(ScalarType dtype);
 
 std::optional<Tensor> to_dtype(const std::optional<Tensor>& tensor, ScalarType dtype);
 
-// activation(conv2d(input, weight) + bias [+ residual]), layout as eager's. Arguments are already
-// checked.
+// activation(conv2d(input, weight) + bias [+ residual]), layout as eager's, or copied into `out`.
+// Arguments are already checked.
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation);
+                   const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation,
+                   const std::optional<Tensor>& out = std::nullopt);
 
 // Gradients of input, weight and bias for the gradient of the convolution's own output (the
 // activation's mask already applied). An entry outside of the mask is empty.

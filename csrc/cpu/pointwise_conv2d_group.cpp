@@ -1,22 +1,22 @@
 // Several 1x1 convolutions of one input on the CPU, where the second branch finds the input in the
 // cache. The backward joins the branches' gradients, so that one convolution sums over all of them.
+#include "common/conv2d_operators.h"
 #include "cpu/activation.h"
 #include "cpu/conv2d.h"
 
 namespace fastconv::cpu {
 namespace {
 
-const ConvGeometry kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
-
-std::vector<Tensor> pointwise_conv2d_group(const Tensor& input, std::vector<Tensor> weights, std::vector<Tensor> biases,
+std::vector<Tensor> pointwise_conv2d_group(const std::optional<std::vector<Tensor>>& out, const Tensor& input,
+                                           std::vector<Tensor> weights, std::vector<Tensor> biases,
                                            std::string activation) {
   constexpr auto kOp = "fastconv::pointwise_conv2d_group";
   const Activation kind = parse_activation(kOp, activation);
-  const auto bias = [&](size_t i) { return biases.empty() ? std::nullopt : std::optional(biases[i]); };
   check_pointwise_group(kOp, input, weights, biases);
+  if (out) check_pointwise_group_destinations(kOp, *out, input, weights, biases);
   std::vector<Tensor> outputs;
   for (size_t i = 0; i < weights.size(); ++i) {
-    outputs.push_back(convolution(input, weights[i], bias(i), std::nullopt, kPointwise, kind));
+    outputs.push_back(convolution(input, weights[i], entry(biases, i), std::nullopt, kPointwise, kind, entry(out, i)));
   }
   return outputs;
 }
@@ -57,6 +57,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> pointwise_conv2d_gr
 }  // namespace fastconv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
-  m.impl("pointwise_conv2d_group", TORCH_BOX(&fastconv::cpu::pointwise_conv2d_group));
+  using Forward = fastconv::Overloads<&fastconv::cpu::pointwise_conv2d_group>;
+  m.impl("pointwise_conv2d_group", TORCH_BOX(&Forward::functional));
+  m.impl("pointwise_conv2d_group.out", TORCH_BOX(&Forward::out));
   m.impl("pointwise_conv2d_group_backward", TORCH_BOX(&fastconv::cpu::pointwise_conv2d_group_backward));
 }

@@ -3,8 +3,9 @@
 // The kernels read and write images pixel by pixel, with the channels of a pixel side by side: channels_last, or a
 // channel slice of it, is taken as it lies. A contiguous input of at most kFewChannels channels, such as the
 // photographs before a network's first layer, is read and its result written as they lie, too; wider contiguous images
-// are copied to channels_last first, and results back. float64 and empty
-// batches go through aten, except for depthwise convolutions.
+// are copied to channels_last first, and results back. A caller's `out` is written by the kernel itself where its
+// channels lie side by side and a residual has its strides, else the result is copied there. float64 and empty batches
+// go through aten, except for depthwise convolutions.
 #include "cuda/conv2d.h"
 
 #include <limits>
@@ -21,8 +22,6 @@ namespace fastconv::cuda {
 namespace {
 
 constexpr int64_t kFewChannels = 4;
-
-const ConvGeometry kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
 
 bool has_kernels(const Tensor& input) { return input.scalar_type() != ScalarType::Double && input.numel() > 0; }
 
@@ -43,6 +42,11 @@ Tensor empty_image(const Tensor& like, const IntList& size, bool channels_last, 
 }
 Tensor delivered(const Tensor& image, bool channels_last) {
   return channels_last ? image : torch::stable::contiguous(image);
+}
+
+// Whether the kernels write into `out` itself; they read the residual with its strides.
+bool is_writable(const Tensor& out, const std::optional<Tensor>& residual, bool direct) {
+  return (direct || out.stride(1) == 1) && (!residual || residual->strides().equals(out.strides()));
 }
 
 IntList sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
@@ -90,7 +94,7 @@ void run(Pass pass, Device& device, const ConvArguments& arg, const Tensor& like
 // One of several convolutions of an input
 struct Forward {
   Tensor weight;
-  std::optional<Tensor> bias, residual;
+  std::optional<Tensor> bias, residual, out;
 };
 
 // At most kMaxBranches convolutions in one launch; more than one must be 1x1.
@@ -108,19 +112,26 @@ std::vector<Tensor> launch_forward(const Tensor& given, const std::vector<Forwar
   const auto keep = [&kept](Tensor tensor) -> const Tensor& { return kept.emplace_back(std::move(tensor)); };
   kept.reserve(3 * branches.size());
   for (size_t i = 0; i < branches.size(); ++i) {
-    const bool channels_last = output_is_channels_last(given, branches[i].weight);
-    const Tensor& output = outputs.emplace_back(empty_image(input, sizes[i], channels_last, direct));
+    const auto& [weight, bias, residual, out] = branches[i];
+    const bool in_place = out && is_writable(*out, residual, direct);
+    const bool channels_last = output_is_channels_last(given, weight);
+    const Tensor& output = outputs.emplace_back(in_place ? *out : empty_image(input, sizes[i], channels_last, direct));
     ConvBranch& branch = arg.branch[i];
     branch.k = extent("filters", sizes[i][1]);
-    branch.weight = device.in(keep(dense_weight(branches[i].weight)));
-    if (branches[i].bias) branch.bias = device.in(keep(torch::stable::contiguous(*branches[i].bias)));
-    if (branches[i].residual) branch.residual = device.in(keep(with_layout_of(output, *branches[i].residual)));
+    branch.weight = device.in(keep(dense_weight(weight)));
+    if (bias) branch.bias = device.in(keep(torch::stable::contiguous(*bias)));
+    if (residual) branch.residual = device.in(keep(with_layout_of(output, *residual)));
     branch.output = device.out(output);
     branch.y = strides_of(output);
   }
   run(Pass::kFprop, device, arg, input);
   for (size_t i = 0; i < branches.size(); ++i) {
-    outputs[i] = delivered(outputs[i], output_is_channels_last(given, branches[i].weight));
+    const auto& [weight, bias, residual, out] = branches[i];
+    if (!out) {
+      outputs[i] = delivered(outputs[i], output_is_channels_last(given, weight));
+    } else if (!is_writable(*out, residual, direct)) {
+      outputs[i] = stored(outputs[i], out);
+    }
   }
   return outputs;
 }
@@ -191,13 +202,14 @@ bool allows_tf32(const Tensor& input) {
 }
 
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation) {
+                   const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation,
+                   const std::optional<Tensor>& out) {
   const IntList size = conv2d_output_size(input, weight, geometry);
   if (is_depthwise(input, geometry)) {
     const Activation first = residual ? Activation::kNone : activation;
     Tensor output = depthwise_convolution(input, weight, bias, size, geometry, first);
     if (residual) add_activation_inplace(output, *residual, activation);
-    return output;
+    return stored(output, out);
   }
   if (!has_kernels(input)) {
     Tensor output = call<Tensor>("aten::convolution", "", input, weight, bias, geometry.stride, geometry.padding,
@@ -207,9 +219,9 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
     } else {
       activation_inplace(output, activation);
     }
-    return output;
+    return stored(output, out);
   }
-  return launch_forward(input, {{weight, bias, residual}}, {size}, geometry, activation)[0];
+  return launch_forward(input, {{weight, bias, residual, out}}, {size}, geometry, activation)[0];
 }
 
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output, const std::optional<Tensor>& output,
@@ -236,12 +248,13 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
 }
 
 std::vector<Tensor> convolution_group(const Tensor& input, const std::vector<Tensor>& weights,
-                                      const std::vector<Tensor>& biases, Activation activation) {
+                                      const std::vector<Tensor>& biases, Activation activation,
+                                      const std::optional<std::vector<Tensor>>& out) {
   std::vector<Tensor> outputs;
-  const auto bias = [&](size_t i) { return biases.empty() ? std::nullopt : std::optional(biases[i]); };
   if (!has_kernels(input)) {
     for (size_t i = 0; i < weights.size(); ++i) {
-      outputs.push_back(convolution(input, weights[i], bias(i), std::nullopt, kPointwise, activation));
+      outputs.push_back(
+          convolution(input, weights[i], entry(biases, i), std::nullopt, kPointwise, activation, entry(out, i)));
     }
     return outputs;
   }
@@ -249,7 +262,7 @@ std::vector<Tensor> convolution_group(const Tensor& input, const std::vector<Ten
     std::vector<Forward> branches;
     std::vector<IntList> sizes;
     for (size_t i = first; i < std::min(first + kMaxBranches, weights.size()); ++i) {
-      branches.push_back({weights[i], bias(i), std::nullopt});
+      branches.push_back({weights[i], entry(biases, i), std::nullopt, entry(out, i)});
       sizes.push_back(conv2d_output_size(input, weights[i], kPointwise));
     }
     for (Tensor& output : launch_forward(input, branches, sizes, kPointwise, activation)) outputs.push_back(output);
@@ -290,39 +303,19 @@ GroupGradients convolution_group_backward(const std::vector<Tensor>& grad_output
 
 namespace {
 
-using Operators = Conv2dOperators<convolution>;
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad_output,
-                                                           const std::optional<Tensor>& output, const Tensor& input,
-                                                           const Tensor& weight, IntList stride, IntList padding,
-                                                           IntList dilation, int64_t groups, std::string activation,
-                                                           std::vector<bool> output_mask) {
-  constexpr auto kOp = "fastconv::conv2d_backward";
-  const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
-  check_output_mask(kOp, output_mask, 4);
-  check_conv2d(kOp, input, weight, std::nullopt, grad_output, geometry, "grad_output");
-  const Activation kind = parse_activation(kOp, activation);
-  check_mask_source(kOp, grad_output, output, kind);
-  const std::array<bool, 3> convolved{output_mask[0], output_mask[1], output_mask[2]};
-  if (!output_mask[3]) {
-    auto [grad_input, grad_weight, grad_bias] =
-        convolution_backward(grad_output, output, input, weight, geometry, kind, convolved);
-    return {grad_input, grad_weight, grad_bias, empty_gradient(input)};
-  }
-  // The residual's gradient is the masked one, which then serves the others as well.
-  const Tensor grad =
-      kind == Activation::kNone ? torch::stable::clone(grad_output) : activation_backward(grad_output, *output, kind);
-  auto [grad_input, grad_weight, grad_bias] =
-      convolution_backward(grad, std::nullopt, input, weight, geometry, Activation::kNone, convolved);
-  return {grad_input, grad_weight, grad_bias, grad};
-}
+using Operators = Conv2dOperators<convolution, convolution_backward, activation_backward>;
 
 }  // namespace
 }  // namespace fastconv::cuda
 
 FASTCONV_CUDA_LIBRARY(m) {
-  m.impl("conv2d_relu", TORCH_BOX(&fastconv::cuda::Operators::conv2d_relu));
-  m.impl("conv2d_add_relu", TORCH_BOX(&fastconv::cuda::Operators::conv2d_add_relu));
-  m.impl("pointwise_conv2d", TORCH_BOX(&fastconv::cuda::Operators::pointwise_conv2d));
-  m.impl("conv2d_backward", TORCH_BOX(&fastconv::cuda::conv2d_backward));
+  using namespace fastconv;
+  using cuda::Operators;
+  m.impl("conv2d_relu", TORCH_BOX(&Overloads<&Operators::conv2d_relu>::functional));
+  m.impl("conv2d_relu.out", TORCH_BOX(&Overloads<&Operators::conv2d_relu>::out));
+  m.impl("conv2d_add_relu", TORCH_BOX(&Overloads<&Operators::conv2d_add_relu>::functional));
+  m.impl("conv2d_add_relu.out", TORCH_BOX(&Overloads<&Operators::conv2d_add_relu>::out));
+  m.impl("pointwise_conv2d", TORCH_BOX(&Overloads<&Operators::pointwise_conv2d>::functional));
+  m.impl("pointwise_conv2d.out", TORCH_BOX(&Overloads<&Operators::pointwise_conv2d>::out));
+  m.impl("conv2d_backward", TORCH_BOX(&Operators::conv2d_backward));
 }

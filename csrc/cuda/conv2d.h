@@ -8,9 +8,10 @@ namespace fastconv::cuda {
 // Whether convolutions of this tensor round their factors to TF32: torch's switch, for float32. It is on by default.
 bool allows_tf32(const Tensor& input);
 
-// activation(conv2d(input, weight) + bias [+ residual]), layout as eager's
+// activation(conv2d(input, weight) + bias [+ residual]), layout as eager's, or in `out`
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation);
+                   const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation,
+                   const std::optional<Tensor>& out = std::nullopt);
 
 // Gradients of input, weight and bias, for the gradient of the activation's output; `output` is that output, and not
 // looked at without an activation. An entry outside of the mask is empty.
@@ -21,7 +22,8 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
 
 // The same for several 1x1 convolutions of one input; `biases` is empty or has one for each weight.
 std::vector<Tensor> convolution_group(const Tensor& input, const std::vector<Tensor>& weights,
-                                      const std::vector<Tensor>& biases, Activation activation);
+                                      const std::vector<Tensor>& biases, Activation activation,
+                                      const std::optional<std::vector<Tensor>>& out);
 
 struct GroupGradients {
   Tensor input;

@@ -1,17 +1,19 @@
 // Several 1x1 convolutions of one input on CUDA, in one launch each way.
-#include "common/layout.h"
+#include "common/conv2d_operators.h"
 #include "cuda/conv2d.h"
 #include "cuda/register.h"
 
 namespace fastconv::cuda {
 namespace {
 
-std::vector<Tensor> pointwise_conv2d_group(const Tensor& input, std::vector<Tensor> weights, std::vector<Tensor> biases,
+std::vector<Tensor> pointwise_conv2d_group(const std::optional<std::vector<Tensor>>& out, const Tensor& input,
+                                           std::vector<Tensor> weights, std::vector<Tensor> biases,
                                            std::string activation) {
   constexpr auto kOp = "fastconv::pointwise_conv2d_group";
   const Activation kind = parse_activation(kOp, activation);
   check_pointwise_group(kOp, input, weights, biases);
-  return convolution_group(input, weights, biases, kind);
+  if (out) check_pointwise_group_destinations(kOp, *out, input, weights, biases);
+  return convolution_group(input, weights, biases, kind, out);
 }
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> pointwise_conv2d_group_backward(
@@ -30,6 +32,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> pointwise_conv2d_gr
 }  // namespace fastconv::cuda
 
 FASTCONV_CUDA_LIBRARY(m) {
-  m.impl("pointwise_conv2d_group", TORCH_BOX(&fastconv::cuda::pointwise_conv2d_group));
+  using Forward = fastconv::Overloads<&fastconv::cuda::pointwise_conv2d_group>;
+  m.impl("pointwise_conv2d_group", TORCH_BOX(&Forward::functional));
+  m.impl("pointwise_conv2d_group.out", TORCH_BOX(&Forward::out));
   m.impl("pointwise_conv2d_group_backward", TORCH_BOX(&fastconv::cuda::pointwise_conv2d_group_backward));
 }

@@ -6,10 +6,11 @@ them all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "relu6")
@@ -107,7 +108,8 @@ def conv2d(
     dilation: Sequence[int],
     groups: int,
     residual_name: str = "residual",
-) -> None:
+) -> list[int]:
+    """Returns the shape of the convolution's output."""
     _four_dimensions(op, "input", input, "(N, C, H, W)")
     _four_dimensions(op, "weight", weight, "(K, C / groups, R, S)")
     floating(op, input)
@@ -170,6 +172,7 @@ def conv2d(
                 f"{output_shape}, the shape of the convolution's output",
                 "expand it first",
             )
+    return output_shape
 
 
 def pointwise_weight(op: str, name: str, weight: Tensor) -> None:
@@ -203,6 +206,103 @@ def group(op: str, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -
             f"{len(weights)} weights and {len(biases)} biases",
             "at least one weight and as many biases",
             "use None for no bias",
+        )
+
+
+def destination(
+    op: str, name: str, out: Tensor, shape: Sequence[int], like: Tensor, others: Iterable[Tensor | None]
+) -> None:
+    """A result of this shape, in the dtype and on the device of `like`, can go into `out`, which overlaps neither
+    itself nor the others.
+
+    Of tensors without memory of their own, as while torch.compile traces, only the former is known.
+    """
+    if (list(out.shape), out.dtype, out.device) != (list(shape), like.dtype, like.device):
+        fail(
+            op,
+            f"{name} of shape {_shape(out)}, {_dtype(out)} on {out.device}",
+            f"{list(shape)}, {_dtype(like)} on {like.device}, as the result is",
+            "allocate it so, it is not resized",
+        )
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        fail(
+            op,
+            f"{name} of shape {_shape(out)} with strides {list(out.stride())}",
+            "memory for every element",
+            "pass a tensor that is not expanded",
+        )
+    if any(other is not None and _overlap(out, other) for other in others):
+        fail(
+            op,
+            f"{name} that overlaps the memory of another argument",
+            "memory of its own",
+            "pass another tensor, or a slice that nothing else uses",
+        )
+
+
+def destinations(
+    op: str, out: Sequence[Tensor], shapes: Sequence[Sequence[int]], like: Tensor, others: Iterable[Tensor | None]
+) -> None:
+    if len(out) != len(shapes):
+        fail(op, f"{len(out)} tensors in out", f"{len(shapes)}, one for each weight", "pass as many")
+    taken = list(others)
+    for i, (tensor, shape) in enumerate(zip(out, shapes, strict=True)):
+        destination(op, f"out[{i}]", tensor, shape, like, taken)
+        taken.append(tensor)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    wrapped = isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not (wrapped or tensor.is_meta or tensor.numel() == 0)
+
+
+def _overlap(one: Tensor, two: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not (_has_memory(one) and _has_memory(two)):
+        return False
+    # the distance that one step covers, and the fewest and the most steps from a byte of one to a byte of the other
+    steps: dict[int, tuple[int, int]] = {}
+
+    def add(length: int, least: int, most: int) -> None:
+        low, high = steps.get(length, (0, 0))
+        steps[length] = (low + least, high + most)
+
+    size = one.element_size()
+    for extent, stride in zip(one.shape, one.stride(), strict=True):
+        add(stride * size, 0, extent - 1)
+    for extent, stride in zip(two.shape, two.stride(), strict=True):
+        add(stride * size, 1 - extent, 0)
+    add(1, 1 - size, size - 1)
+    steps.pop(0, None)
+    return _add_up(two.data_ptr() - one.data_ptr(), sorted(steps.items(), reverse=True), [1000])
+
+
+def _add_up(distance: int, steps: list[tuple[int, tuple[int, int]]], work: list[int]) -> bool:
+    """Whether the steps, the longest first, add up to this distance.
+
+    What the shorter ones can reach leaves few counts of the longest to try, in slices of one tensor at most three;
+    gives up, hence no, when `work` tries are spent.
+    """
+    if not steps:
+        return distance == 0
+    (length, (least, most)), *shorter = steps
+    low = sum(step * fewest for step, (fewest, _) in shorter)
+    high = sum(step * highest for step, (_, highest) in shorter)
+    for count in range(max(least, -((high - distance) // length)), min(most, (distance - low) // length) + 1):
+        work[0] -= 1
+        if work[0] < 0:
+            return False
+        if _add_up(distance - count * length, shorter, work):
+            return True
+    return False
+
+
+def no_gradient(op: str, needed: bool) -> None:
+    if needed:
+        fail(
+            op,
+            "out beside an argument that requires grad",
+            "no such argument while gradients are recorded",
+            "call it without out, or within torch.no_grad()",
         )
 
 

@@ -37,6 +37,11 @@ def batch(input: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     return input, as_it_is
 
 
+def batch_like(unbatch: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
+    """What goes with the input, or None, as a batch of one if `batch` made the input one."""
+    return tensor if tensor is None or unbatch is as_it_is else tensor.unsqueeze(0)
+
+
 def _first(output: Tensor) -> Tensor:
     return output.squeeze(0)
 

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from .. import _library, backends
+from . import _checks
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 _operators: list[Operator] = []
@@ -122,14 +123,102 @@ class PublicOperator(Operator):
         return self._reference(input, *args)
 
     def _autocast_kernel(self, overload: Callable[..., Any], device: str) -> Callable[..., Any]:
-        key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
-        excluded = torch._C.DispatchKeySet(key)
-
         def kernel(*args: Any) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(excluded):
+            with _below_autocast(device):
                 return self._autocast(overload, device, args)
 
         return kernel
+
+
+class OutOperator(PublicOperator):
+    """A public operator with an overload ``out``, whose last argument takes the result: a tensor, or one for each.
+
+    Not differentiable, as torch's own ``out=`` is not.
+    """
+
+    def __init__(self, name: str, **others: Any) -> None:
+        self._out_overloads: dict[str, Callable[..., Any]] = {}
+        super().__init__(name, **others)
+
+    def complete(self, namespace: str) -> None:
+        super().complete(namespace)
+        name = f"{self._name}.out"
+        overload = getattr(getattr(torch.ops, namespace), self._name).out
+        self._out_overloads[namespace] = overload
+        torch.library.register_fake(f"{namespace}::{name}", self._fake_out)
+        library = _namespaces[namespace]
+        library.impl(name, self._autograd_out_kernel(overload), "Autograd")
+        library.impl(name, _version_kernel(overload), "ADInplaceOrView")
+        for device in _AUTOCAST_DEVICES:
+            library.impl(name, self._autocast_out_kernel(overload, device), f"Autocast{device.upper()}")
+
+    def run(self, backend: str | None, input: Tensor, *args: Any, out: Any = None) -> Any:
+        """As for every operator; into `out`, if there is one, which is then returned."""
+        if out is None:
+            return super().run(backend, input, *args)
+        namespace = backends.namespace(backends.choose(backend, input))
+        if namespace is not None and not _only_aten_has_derivatives():
+            self._out_overloads[namespace](input, *args, out)
+        else:
+            self._refuse_gradients(input, *args, out)
+            self._store(super().run("reference", input, *args), (input, *args), out)
+        return out
+
+    def _fake_out(self, *args: Any) -> None:
+        *given, out = args
+        self._check_out(self._fake(*given), given, out)
+
+    def _autograd_out_kernel(self, overload: Callable[..., Any]) -> Callable[..., Any]:
+        def kernel(*args: Any) -> None:
+            self._refuse_gradients(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                overload(*args)
+
+        return kernel
+
+    def _autocast_out_kernel(self, overload: Callable[..., Any], device: str) -> Callable[..., Any]:
+        def kernel(*args: Any) -> None:
+            *given, out = args
+            self._refuse_gradients(*args)
+            with _below_autocast(device):
+                found = self._autocast(lambda *cast: overload(*cast, out), device, tuple(given))
+                if found is not None:  # the rule did without the overload
+                    self._store(found, given, out)
+
+        return kernel
+
+    def _refuse_gradients(self, *args: Any) -> None:
+        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
+        _checks.no_gradient(self._name, wanted)
+
+    def _store(self, found: Any, args: Sequence[Any], out: Any) -> None:
+        self._check_out(found, args, out)
+        for result, destination in zip(_tensors([found]), _tensors([out]), strict=True):
+            destination.copy_(result)
+
+    def _check_out(self, found: Any, args: Sequence[Any], out: Any) -> None:
+        others = _tensors(args)
+        if isinstance(found, Tensor):
+            _checks.destination(self._name, "out", out, found.shape, found, others)
+        else:
+            _checks.destinations(self._name, out, [result.shape for result in found], found[0], others)
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    """Those among an operator's arguments, in lists too."""
+    lists = [arg if isinstance(arg, (list, tuple)) else [arg] for arg in args]
+    return [value for values in lists for value in values if isinstance(value, Tensor)]
+
+
+def _version_kernel(overload: Callable[..., Any]) -> Callable[..., Any]:
+    """Counts the write, so that autograd notices where an older value was needed."""
+
+    def kernel(*args: Any) -> None:
+        torch.autograd.graph.increment_version(args[-1])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            overload(*args)
+
+    return kernel
 
 
 def _only_aten_has_derivatives() -> bool:
@@ -149,6 +238,11 @@ def _only_aten_has_derivatives() -> bool:
 
 
 # ----------------------------------------------------------------------------------------- autocast
+
+
+def _below_autocast(device: str) -> Any:
+    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:

@@ -48,3 +48,12 @@ SCHEMAS: dict[str, str] = {
         "(Tensor grad_output, Tensor input, SymInt size, float alpha, float beta, float k, str activation) -> Tensor"
     ),
 }
+
+
+def _out(schema: str) -> str:
+    arguments, result = schema.rsplit(") -> ", 1)
+    return f"{arguments}, {result.replace('Tensor', 'Tensor(a!)')} out) -> ()"
+
+
+WITH_OUT = ("conv2d_relu", "conv2d_add_relu", "pointwise_conv2d", "pointwise_conv2d_group")
+SCHEMAS.update({f"{name}.out": _out(SCHEMAS[name]) for name in WITH_OUT})

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _conv
-from ._registration import PublicOperator
+from ._registration import OutOperator
 
 _NAME = "conv2d_add_relu"
 _RESIDUAL = 3
@@ -26,6 +26,7 @@ def conv2d_add_relu(
     *,
     activation: str = "relu",
     backend: str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``relu(conv2d(input, weight, bias) + residual)``: the residual is added in the convolution's
     epilogue.
@@ -39,23 +40,27 @@ def conv2d_add_relu(
         stride, padding, dilation, groups: as for :func:`conv2d_relu`.
         activation: ``"relu"``, ``"relu6"``, or ``"none"`` for the sum alone.
         backend: see :func:`fastconv.use_backend`.
+        out: where the result goes, see :func:`conv2d_relu`.
 
     Returns:
         [N, K, P, Q] as for :func:`conv2d_relu`. In 16-bit types the sum is rounded once, where
-        eager rounds the convolution and then the sum.
+        eager rounds the convolution and then the sum. `out` itself, if it was given.
 
     Raises:
-        RuntimeError: an argument does not fit; the message names what arrived and what was needed.
+        RuntimeError: an argument does not fit, or one requires grad beside `out`; the message names
+            what arrived and what was needed.
 
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition", equation 1 with the ReLU
     after it.
     """
     input, unbatch = _conv.batch(input)
-    if unbatch is not _conv.as_it_is:
-        residual = residual.unsqueeze(0)
     stride, dilation = _conv.pair(stride), _conv.pair(dilation)
     input, padding = _conv.resolve_padding(_NAME, input, weight, stride, padding, dilation)
-    return unbatch(_operator.run(backend, input, weight, bias, residual, stride, padding, dilation, groups, activation))
+    added, destination = _conv.batch_like(unbatch, residual), _conv.batch_like(unbatch, out)
+    found = _operator.run(
+        backend, input, weight, bias, added, stride, padding, dilation, groups, activation, out=destination
+    )
+    return unbatch(found) if out is None else out
 
 
 def _reference(
@@ -99,7 +104,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     return *found, *[None] * 5
 
 
-_operator = PublicOperator(
+_operator = OutOperator(
     _NAME,
     reference=_reference,
     setup_context=_setup_context,

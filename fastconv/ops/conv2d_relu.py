@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _conv
-from ._registration import PublicOperator, autocast_to_low_precision
+from ._registration import OutOperator, autocast_to_low_precision
 
 _NAME = "conv2d_relu"
 
@@ -24,6 +24,7 @@ def conv2d_relu(
     *,
     activation: str = "relu",
     backend: str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``relu(conv2d(input, weight, bias))`` without a pass of its own for bias or ReLU.
 
@@ -42,14 +43,20 @@ def conv2d_relu(
         activation: ``"relu"``, or ``"relu6"`` for min(max(v, 0), 6); ``"none"`` for the plain
             convolution.
         backend: see :func:`fastconv.use_backend`.
+        out: where the result goes, of its shape, dtype and device: a slice of the channels of a
+            concatenation, say. Overlaps no other argument, and nothing may require grad. CUDA and
+            Triton kernels write it in place; CUDA's only where its channels lie side by side, as in
+            channels_last and slices of that, and a residual has its strides. Elsewhere, on the CPU
+            too, the result is copied there.
 
     Returns:
         [N, K, P, Q] with P = (H + 2 * padding - dilation * (R - 1) - 1) // stride + 1, Q likewise;
         the memory layout is that of ``torch.nn.functional.conv2d``. 16-bit types are accumulated in
-        float32.
+        float32. `out` itself, if it was given.
 
     Raises:
-        RuntimeError: an argument does not fit; the message names what arrived and what was needed.
+        RuntimeError: an argument does not fit, or one requires grad beside `out`; the message names
+            what arrived and what was needed.
 
     Source: Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural
     Networks", section 3.1 (ReLU); Howard et al. 2017, "MobileNets" (ReLU6).
@@ -57,7 +64,9 @@ def conv2d_relu(
     input, unbatch = _conv.batch(input)
     stride, dilation = _conv.pair(stride), _conv.pair(dilation)
     input, padding = _conv.resolve_padding(_NAME, input, weight, stride, padding, dilation)
-    return unbatch(_operator.run(backend, input, weight, bias, stride, padding, dilation, groups, activation))
+    destination = _conv.batch_like(unbatch, out)
+    found = _operator.run(backend, input, weight, bias, stride, padding, dilation, groups, activation, out=destination)
+    return unbatch(found) if out is None else out
 
 
 def _reference(
@@ -85,7 +94,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     return *found[:3], *[None] * 5
 
 
-_operator = PublicOperator(
+_operator = OutOperator(
     _NAME,
     reference=_reference,
     setup_context=_setup_context,

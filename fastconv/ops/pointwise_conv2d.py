@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _conv
-from ._registration import PublicOperator
+from ._registration import OutOperator
 
 _NAME = "pointwise_conv2d"
 _RESIDUAL = 3
@@ -23,6 +23,7 @@ def pointwise_conv2d(
     *,
     activation: str = "none",
     backend: str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``activation(conv2d(input, weight, bias) + residual)`` with a 1x1 filter: a matrix product
     over pixels.
@@ -37,22 +38,25 @@ def pointwise_conv2d(
         stride: int or (height, width), at least 1.
         activation: ``"none"``, ``"relu"`` or ``"relu6"``.
         backend: see :func:`fastconv.use_backend`.
+        out: where the result goes, see :func:`conv2d_relu`.
 
     Returns:
         [N, K, P, Q] with P = (H - 1) // stride + 1, Q likewise; the memory layout is that of
         ``torch.nn.functional.conv2d``. 16-bit types are accumulated in float32 and rounded once.
+        `out` itself, if it was given.
 
     Raises:
-        RuntimeError: an argument does not fit; the message names what arrived and what was needed.
+        RuntimeError: an argument does not fit, or one requires grad beside `out`; the message names
+            what arrived and what was needed.
 
     Source: Lin et al. 2013, "Network In Network"; He et al. 2016, "Deep Residual Learning for Image
     Recognition", figure 5 (bottleneck).
     """
     input, unbatch = _conv.batch(input)
-    if residual is not None and unbatch is not _conv.as_it_is:
-        residual = residual.unsqueeze(0)
     stride = _conv.pair(stride)
-    return unbatch(_operator.run(backend, input, weight, bias, residual, stride, activation))
+    added, destination = _conv.batch_like(unbatch, residual), _conv.batch_like(unbatch, out)
+    found = _operator.run(backend, input, weight, bias, added, stride, activation, out=destination)
+    return unbatch(found) if out is None else out
 
 
 def _reference(
@@ -93,7 +97,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     return *_conv.gradients(ctx, grad, geometry, ctx.needs_input_grad[:4]), None, None
 
 
-_operator = PublicOperator(
+_operator = OutOperator(
     _NAME,
     reference=_reference,
     setup_context=_setup_context,

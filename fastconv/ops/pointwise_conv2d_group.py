@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import _checks, _conv
-from ._registration import Operator, PublicOperator, autocast_to_low_precision
+from ._registration import Operator, OutOperator, autocast_to_low_precision
 
 _NAME = "pointwise_conv2d_group"
 _POINTWISE = ([1, 1], [0, 0], [1, 1], 1)
@@ -24,6 +24,7 @@ def pointwise_conv2d_group(
     *,
     activation: str = "none",
     backend: str | None = None,
+    out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """``[activation(conv2d(input, weight, bias)) for weight, bias in zip(weights, biases)]`` for
     1x1 filters.
@@ -35,18 +36,24 @@ def pointwise_conv2d_group(
         biases: [K_i] or None for each branch; or None for no bias at all.
         activation: ``"none"``, ``"relu"`` or ``"relu6"``, the same for all branches.
         backend: see :func:`fastconv.use_backend`.
+        out: one tensor for each branch, where its result goes, see :func:`conv2d_relu`.
 
     Returns:
-        One [N, K_i, H, W] for each branch, as :func:`pointwise_conv2d` gives it.
+        One [N, K_i, H, W] for each branch, as :func:`pointwise_conv2d` gives it; the tensors of
+        `out`, if they were given.
 
     Raises:
-        RuntimeError: an argument does not fit; the message names what arrived and what was needed.
+        RuntimeError: an argument does not fit, or one requires grad beside `out`; the message names
+            what arrived and what was needed.
 
     Source: Szegedy et al. 2015, "Going Deeper with Convolutions", figure 2b.
     """
     input, unbatch = _conv.batch(input)
     weights = list(weights)
-    return [unbatch(output) for output in _operator.run(backend, input, weights, _tensors(weights, biases), activation)]
+    given = None if out is None else list(out)
+    destinations = None if given is None else [_conv.batch_like(unbatch, tensor) for tensor in given]
+    found = _operator.run(backend, input, weights, _tensors(weights, biases), activation, out=destinations)
+    return [unbatch(output) for output in found] if given is None else given
 
 
 def _tensors(weights: list[Tensor], biases: Sequence[Tensor | None] | None) -> list[Tensor]:
@@ -155,7 +162,7 @@ _backward_operator = Operator(
     setup_context=_setup_double,
     backward=_double_backward,
 )
-_operator = PublicOperator(
+_operator = OutOperator(
     _NAME,
     reference=_reference,
     setup_context=_setup_context,

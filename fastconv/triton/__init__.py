@@ -7,12 +7,13 @@ gradients, autocast and vmap come from `fastconv.ops`, as for every namespace.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..ops import _registration
-from ..ops._schemas import SCHEMAS
+from ..ops._schemas import SCHEMAS, WITH_OUT
 from . import _launch
 from ._conv import conv2d_backward
 from .add_relu import add_relu, add_relu_backward
@@ -44,6 +45,17 @@ OPERATORS: dict[str, Any] = {
         pointwise_conv2d_group_backward,
     )
 }
+
+
+def _into_the_last(function: Callable[..., Any]) -> Callable[..., None]:
+    def kernel(*args: Any) -> None:
+        *given, out = args
+        function(*given, out=out)
+
+    return kernel
+
+
+OPERATORS.update({f"{name}.out": _into_the_last(OPERATORS[name]) for name in WITH_OUT})
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _function in OPERATORS.items():

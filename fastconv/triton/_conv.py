@@ -27,18 +27,17 @@ def convolution(
     residual: Tensor | None,
     geometry: Geometry,
     activation: str,
-    output: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """activation(conv2d(input, weight) + bias + residual), after the checks; float64 by aten.
 
-    `output` may be a slice of the channels of a wider tensor, which is then written in place; `input` may be one, too.
+    `out` may be a slice of the channels of a wider tensor, which is then written in place; `input` may be one, too.
     """
     if input.dtype == torch.float64:
         found = aten.convolution(input, weight, bias, *geometry[:3], False, [0, 0], geometry[3])
         found = ops_conv.activate(found if residual is None else found + residual, activation)
-        return found if output is None else output.copy_(found)
-    if output is None:
-        output = _launch.new_output(input, weight, geometry)
+        return found if out is None else out.copy_(found)
+    output = _launch.new_output(input, weight, geometry) if out is None else out
     kernel = _depthwise if is_depthwise(input, weight, geometry[3]) else _implicit_gemm
     bias = None if bias is None else bias.contiguous()
     kernel.fprop(input, weight, bias, residual, output, geometry, activation)

@@ -18,6 +18,8 @@ def conv2d_add_relu(
     dilation: list[int],
     groups: int,
     activation: str,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`fastconv.ops.conv2d_add_relu`: as `conv2d_relu`, with residual [N, K, P, Q] of any strides.
 
@@ -25,5 +27,8 @@ def conv2d_add_relu(
     """
     op = "conv2d_add_relu"
     _checks.activation(op, activation)
-    _checks.conv2d(op, input, weight, bias, residual, stride, padding, dilation, groups)
-    return _conv.convolution(input, weight, bias, residual, (stride, padding, dilation, groups), activation)
+    geometry = (stride, padding, dilation, groups)
+    shape = _checks.conv2d(op, input, weight, bias, residual, *geometry)
+    if out is not None:
+        _checks.destination(op, "out", out, shape, input, [input, weight, bias, residual])
+    return _conv.convolution(input, weight, bias, residual, geometry, activation, out)

@@ -17,6 +17,8 @@ def conv2d_relu(
     dilation: list[int],
     groups: int,
     activation: str,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`fastconv.ops.conv2d_relu`: input [N, C, H, W], weight [K, C / groups, R, S], bias [K] -> [N, K, P, Q].
 
@@ -25,5 +27,8 @@ def conv2d_relu(
     """
     op = "conv2d_relu"
     _checks.activation(op, activation)
-    _checks.conv2d(op, input, weight, bias, None, stride, padding, dilation, groups)
-    return _conv.convolution(input, weight, bias, None, (stride, padding, dilation, groups), activation)
+    geometry = (stride, padding, dilation, groups)
+    shape = _checks.conv2d(op, input, weight, bias, None, *geometry)
+    if out is not None:
+        _checks.destination(op, "out", out, shape, input, [input, weight, bias])
+    return _conv.convolution(input, weight, bias, None, geometry, activation, out)

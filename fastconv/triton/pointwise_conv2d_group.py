@@ -84,32 +84,46 @@ def pointwise_conv2d_group(
     biases: list[Tensor],
     activation: str,
     *,
-    outputs: list[Tensor] | None = None,
+    out: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """`fastconv.ops.pointwise_conv2d_group`: input [N, C, H, W], weights [K_i, C, 1, 1] -> one [N, K_i, H, W] each.
 
-    float16, bfloat16 and float32; float64 by the aten composition. `outputs`, which the operator does not have, are
-    written in place: slices of the channels of a concatenation, say, whose rows lie one behind the other.
+    float16, bfloat16 and float32; float64 by the aten composition. `out` is written in place where the rows of each of
+    its tensors lie one behind the other, as in slices of the channels of a concatenation; else the result is copied.
     """
     op = "pointwise_conv2d_group"
     _checks.group(op, weights, biases)
     _checks.activation(op, activation)
+    shapes = []
     for i, weight in enumerate(weights):
         _checks.pointwise_weight(op, f"weights[{i}]", weight)
-        _checks.conv2d(op, input, weight, biases[i] if biases else None, None, *_conv.POINTWISE)
+        shapes.append(_checks.conv2d(op, input, weight, biases[i] if biases else None, None, *_conv.POINTWISE))
+    if out is not None:
+        _checks.destinations(op, out, shapes, input, [input, *weights, *biases])
     given: list[Tensor | None] = [bias.contiguous() for bias in biases] or [None for _ in weights]
+    places: list[Tensor | None] = [None for _ in weights] if out is None else list(out)
     if input.dtype == torch.float64:
-        places: list[Tensor | None] = list(outputs) if outputs else [None] * len(weights)
         return [
-            _conv.convolution(input, weight, bias, None, _conv.POINTWISE, activation, output)
-            for weight, bias, output in zip(weights, given, places, strict=True)
+            _conv.convolution(input, weight, bias, None, _conv.POINTWISE, activation, place)
+            for weight, bias, place in zip(weights, given, places, strict=True)
         ]
-    if outputs is None:
-        outputs = [_launch.new_output(input, weight, _conv.POINTWISE) for weight in weights]
+    outputs = [
+        _launch.new_output(input, weight, _conv.POINTWISE) if place is None or not _has_even_pixels(place) else place
+        for weight, place in zip(weights, places, strict=True)
+    ]
     for start in range(0, len(weights), BRANCHES):
         some = slice(start, start + BRANCHES)
         _launch_some(input, weights[some], given[some], outputs[some], activation)
+    for place, output in zip(places, outputs, strict=True):
+        if place is not None and place is not output:
+            place.copy_(output)
     return outputs
+
+
+def _has_even_pixels(tensor: Tensor) -> bool:
+    """Whether neighbouring pixels lie equally far apart, also from one row's end to the next row."""
+    _, _, P, Q = tensor.shape
+    return P == 1 or Q == 1 or tensor.stride(2) == Q * tensor.stride(3)
 
 
 def _launch_some(
