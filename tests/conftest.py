@@ -20,6 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Slow ones first: workers that are done would wait for one at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     name = config.option.only_backend
     if name is None:
         return
@@ -29,3 +31,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 _NO_PARAMETERS = SimpleNamespace(params={})
+
+
+def pytest_runtest_setup() -> None:
+    """Every test sees the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
