@@ -46,6 +46,7 @@ def steps(out: Path, workers: int) -> list[Step]:
     """In the order of their worth: the time may run out."""
     collect = [*PYTEST, "--collect-only", "-m", ""]
     cuda = ["tests", "-m", "", "--only-backend", "cuda"]
+    triton = ["tests/test_triton.py", "tests/test_triton_dispatch.py"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all"]
     every_kernel = ["tests/test_cuda_conv2d.py", "--only-backend", "cuda", "-k", "every_kernel and (fp16 or fp32)"]
     light = ["tests/test_cuda_device.py", "--only-backend", "cuda", "-k", "same_bits"]
@@ -82,9 +83,9 @@ def steps(out: Path, workers: int) -> list[Step]:
         Step("numerics-cuda", [*PYTEST, *cuda, "-n", str(workers)], 180, [*collect, *cuda]),
         Step(
             "numerics-triton",
-            [*PYTEST, "tests/test_triton.py", "-n", str(workers)],
+            [*PYTEST, *triton, "-n", str(workers)],
             120,
-            [*collect, "tests/test_triton.py"],
+            [*collect, *triton],
         ),
         Step("memcheck", [*sanitizer, "--tool", "memcheck", *PYTEST, *every_kernel], 90, [*collect, *every_kernel]),
         Step("racecheck", [*sanitizer, "--tool", "racecheck", *PYTEST, *light], 60, [*collect, *light]),

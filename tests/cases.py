@@ -64,15 +64,16 @@ class Case:
         *,
         seed: int = 0,
         requires_grad: bool = False,
-        device: torch.device | str = "cpu",
+        device: torch.device | None = None,
     ) -> dict[str, Any]:
         """Random arguments; weights are scaled so that outputs have the size of the inputs."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        device = device or torch.get_default_device()
 
         def tensor(name: str, shape: tuple[int, ...] | None) -> Tensor | None:
             if shape is None:
                 return None
-            value = torch.randn(shape, generator=generator, dtype=torch.float64)
+            value = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
             if "weight" in name:
                 value = value * 1.4 / math.sqrt(math.prod(shape[1:]))
             value = value.to(device, dtype)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastconv import backends
+from fastconv import backends, use_backend
 from fastconv.ops import _registration
 
 CUDA = ("cuda-emulated", "cuda")
@@ -85,3 +85,15 @@ def true_float32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
+
+
+@contextmanager
+def on_triton() -> Iterator[torch.device]:
+    """Inside, ops run on Triton's kernels, and tensors are made where those run: on the GPU, or in the interpreter."""
+    reason = backends.available()["triton"]
+    if reason is not None:
+        pytest.skip(reason)
+    device = torch.device("cpu" if backends.interpreted() else "cuda")
+    # The interpreter has no TF32.
+    with use_backend("triton"), true_float32(), device:
+        yield device

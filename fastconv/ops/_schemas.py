@@ -1,7 +1,7 @@
 """The operators' schemas, for the namespaces that are defined in Python.
 
 csrc/schemas.cpp has the same and says what they mean; it is not there to be read where the package is installed, and an
-install may lack the library. tests/test_triton.py holds the two together.
+install may lack the library. tests/test_completeness.py holds the two together.
 """
 
 SCHEMAS: dict[str, str] = {
