@@ -78,13 +78,17 @@ def as_tf32(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def true_float32() -> Iterator[None]:
-    """Inside, float32 convolutions do without TF32."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    """Inside, float32 convolutions do without TF32.
+
+    The switch is for all of cuDNN: with a different one for convolutions alone torch.export raises, halfway into
+    its own change of the backends' switches.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        torch.backends.cudnn.conv.fp32_precision = before
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager

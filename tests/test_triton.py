@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, LAYOUTS, Case, named, run, tensors
-from kernel_backends import on_triton
+from kernel_backends import on_triton, true_float32
 from torch import Tensor
 
 import fastconv
@@ -272,10 +272,10 @@ def test_reductions_are_split() -> None:
 def test_tf32_follows_torchs_switch() -> None:
     from fastconv.triton import _launch
 
-    before = torch.backends.cudnn.conv.fp32_precision
-    for value in ("none", "ieee", "tf32", before):
-        torch.backends.cudnn.conv.fp32_precision = value
-        assert _launch.precision() == ("tf32" if value == "tf32" else "ieee")
+    with true_float32():
+        for value in ("none", "ieee", "tf32"):
+            torch.backends.cudnn.conv.fp32_precision = value
+            assert _launch.precision() == ("tf32" if value == "tf32" else "ieee")
 
 
 # -------------------------------------------------------------------------------------- the table
