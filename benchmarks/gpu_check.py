@@ -50,30 +50,10 @@ def steps(out: Path, workers: int) -> list[Step]:
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all"]
     every_kernel = ["tests/test_cuda_conv2d.py", "--only-backend", "cuda", "-k", "every_kernel and (fp16 or fp32)"]
     light = ["tests/test_cuda_device.py", "--only-backend", "cuda", "-k", "same_bits"]
-    timed = [*PYTEST, "benchmarks", "--device", "cuda", "--dtype", "fp16", "--batch", "32", "--quick"]
-    networks = [
-        PYTHON,
-        "-m",
-        "fastconv",
-        "bench",
-        "--device",
-        "cuda",
-        "--train",
-        "--minutes",
-        "1.2",
-        "--dtypes",
-        "fp16",
-    ]
-    networks += [
-        "--batches",
-        "1",
-        "64",
-        "--networks",
-        "resnet50",
-        "googlenet",
-        "alexnet2012",
-        "torchvision:mobilenet_v2",
-    ]
+    timed = [*PYTEST, *shlex.split("benchmarks --device cuda --dtype fp16 --batch 32 --quick")]
+    networks = [PYTHON, "-m", "fastconv", "bench", "--device", "cuda", "--train", "--minutes", "1.2"]
+    networks += shlex.split("--dtypes fp16 --batches 1 64")
+    networks += ["--networks", "resnet50", "googlenet", "alexnet2012", "torchvision:mobilenet_v2"]
     build = [PYTHON, "setup.py", "build_ext", "--inplace"]
     conformance = [PYTHON, "tests/emulator/conformance.py"]
     found = [
@@ -81,12 +61,7 @@ def steps(out: Path, workers: int) -> list[Step]:
         Step("info", [PYTHON, "-m", "fastconv", "info"], 60, [PYTHON, "-m", "fastconv", "info"]),
         Step("conformance", [*conformance, "--require-gpu", "--record"], 120, conformance),
         Step("numerics-cuda", [*PYTEST, *cuda, "-n", str(workers)], 180, [*collect, *cuda]),
-        Step(
-            "numerics-triton",
-            [*PYTEST, *triton, "-n", str(workers)],
-            120,
-            [*collect, *triton],
-        ),
+        Step("numerics-triton", [*PYTEST, *triton, "-n", str(workers)], 120, [*collect, *triton]),
         Step("memcheck", [*sanitizer, "--tool", "memcheck", *PYTEST, *every_kernel], 90, [*collect, *every_kernel]),
         Step("racecheck", [*sanitizer, "--tool", "racecheck", *PYTEST, *light], 60, [*collect, *light]),
     ]
