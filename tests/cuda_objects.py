@@ -57,14 +57,11 @@ def _dump(*options: str, file: Path | None = None) -> str:
 
 
 def _readable(names: list[str]) -> dict[str, str]:
-    """Of kernels, without namespaces and parameters; what is local to a file is named after it."""
+    """Of kernels, without fastconv's namespace and the parameters."""
     plain = subprocess.run(["c++filt"], input="\n".join(names), stdout=subprocess.PIPE, text=True, check=True).stdout
     result = {}
     for name, text in zip(names, plain.splitlines(), strict=True):
         text = re.sub(r"\(anonymous namespace\)::|fastconv::cuda::|^void ", "", text)
-        # nvcc's name of an anonymous namespace; its two hashes differ from folder to folder.
-        file = re.search(r"_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}", name)
-        prefix = f"{file[1]}: " if file else ""
         # The parameters are the last parenthesis that is opened outside of <>.
         depth, end = 0, len(text)
         for i, letter in enumerate(text):
@@ -72,7 +69,7 @@ def _readable(names: list[str]) -> dict[str, str]:
             if letter == "(" and depth == 0:
                 end = i
                 break
-        result[name] = prefix + text[:end]
+        result[name] = text[:end]
     assert len(set(result.values())) == len(names), "two kernels of one name"
     return result
 

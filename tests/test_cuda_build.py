@@ -40,7 +40,7 @@ def built():
 
 def wanted(name: str) -> set[str]:
     """HMMA is what became of mma, LDSM of ldmatrix, LDGSTS of cp.async."""
-    if name.startswith("depthwise_separable_conv2d: fprop_nhwc"):
+    if name.startswith("depthwise_separable::fprop_nhwc"):
         return {"HMMA", "LDSM", "LDGSTS"}
     if not name.startswith("conv2d_kernel"):
         return set()

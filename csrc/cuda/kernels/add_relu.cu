@@ -4,11 +4,10 @@
 //   mask      dx = dy where activation let y through, else 0
 //   activate  y = activation(x)
 //
-// flat:    the tensors lie in memory alike. A thread owns kUnroll vectors of 16 bytes, a block's apart, so that a
-// warp's
-//          accesses are whole lines. vec1 does without alignment.
-// strided: the output is dense, the others have strides. A thread owns one element; where the innermost dimensions
-//          differ, the caches make up for what the strides waste.
+//   flat     the tensors lie in memory alike. A thread owns kUnroll vectors of 16 bytes, a block's apart, so that a
+//            warp's accesses are whole lines. vec1 does without alignment.
+//   strided  the output is dense, the others have strides. A thread owns one element; where the innermost dimensions
+//            differ, the caches make up for what the strides waste.
 //
 // Bound by memory: two reads and a write of each element.
 #include "cuda/kernels/add_relu.h"

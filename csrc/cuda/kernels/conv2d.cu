@@ -138,19 +138,19 @@ bool takes_vectors(Pass pass, const ConvParams& p, int vector) {
   return true;
 }
 
-bool writes_wide(Pass pass, const ConvParams& p, int run) {
-  const ConvArguments& arg = p.arg;
-  if (pass == Pass::kDgrad) return has_vectors(arg.grad_input, arg.x, p.c_group, run);
-  for (int i = 0; i < arg.branches; ++i) {
-    const ConvBranch& branch = arg.branch[i];
-    if (pass == Pass::kWgrad && !(is_aligned(branch.grad_weight) && is_multiple(p.extent_b, run))) return false;
-    // A branch's last filters may be fewer than a run: they are written one by one.
-    if (pass == Pass::kFprop && !(has_vectors(branch.output, branch.y, run, run) && is_aligned(branch.residual) &&
-                                  (arg.groups == 1 || is_multiple(p.k_group[i], run)))) {
-      return false;
-    }
+// Whether the results of a branch can be written by `run` elements at once.
+bool writes_wide(Pass pass, const ConvParams& p, int index, int run) {
+  const ConvBranch& branch = p.arg.branch[index];
+  switch (pass) {
+    case Pass::kDgrad:
+      return has_vectors(p.arg.grad_input, p.arg.x, p.c_group, run);
+    case Pass::kWgrad:
+      return is_aligned(branch.grad_weight) && is_multiple(p.extent_b, run);
+    default:
+      // A branch's last filters may be fewer than a run: they are written one by one.
+      return has_vectors(branch.output, branch.y, run, run) && is_aligned(branch.residual) &&
+             (p.arg.groups == 1 || is_multiple(p.k_group[index], run));
   }
-  return true;
 }
 
 int tile_count(Pass pass, const ConvParams& p, const ConvVariant& variant, int* tile_begin, int* tiles_b) {
@@ -208,7 +208,8 @@ void launch_one(Pass pass, const ConvVariant& variant, ConvParams& p, int splits
   p.splits = splits, p.by_splits = Divider(splits), p.workspace = workspace;
   const int tile_depth = variant.info.tile[2];
   p.split_depth = static_cast<int>(ceil_div(ceil_div(p.depth, tile_depth), splits)) * tile_depth;
-  p.wide = writes_wide(pass, p, p.arg.dtype == DType::kFloat32 ? 4 : 8);
+  const int run = p.arg.dtype == DType::kFloat32 ? 4 : 8;
+  for (int i = 0; i < p.arg.branches; ++i) p.wide[i] = writes_wide(pass, p, i, run);
   variant.run(variant.info, p, dim3(tiles, 1, static_cast<unsigned>(p.arg.groups * splits)), stream);
   if (splits > 1) {
     const int64_t rows = int64_t{p.arg.groups} * p.extent_a;

@@ -37,7 +37,7 @@ FASTCONV_DEVICE void finish(const ConvParams& p, int group, int branch_index, in
   const int first = b + (kPass == Pass::kFprop   ? group * p.k_group[branch_index]
                          : kPass == Pass::kDgrad ? group * p.c_group
                                                  : 0);
-  const bool whole = kCount > 1 && p.wide && b + kCount <= end_b;
+  const bool whole = kCount > 1 && p.wide[branch_index] && b + kCount <= end_b;
   const int64_t offset = row + first * step;
   if constexpr (kPass == Pass::kFprop) {
     const T* bias = static_cast<const T*>(branch.bias);

@@ -44,7 +44,7 @@ struct ConvParams {
   int tile_begin[kMaxBranches + 1];     // of each branch among the tiles along that dimension
   int extent_a, extent_b, depth;        // of the GEMM of a group, all branches together
   int tiles_b, splits, split_depth;     // split_depth: a multiple of the tile's depth
-  bool wide;                            // whether results can be written by 16 bytes
+  bool wide[kMaxBranches];              // whether the branch's results can be written by 16 bytes
   float* workspace;                     // [splits, groups, extent_a, extent_b], then [splits, groups * extent_a]
   Divider by_tiles_b, by_q, by_pixels;  // of the output; by_pixels: p * q
   Divider by_columns, by_phase;         // of the input, in a phase
