@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,15 +18,15 @@ from fastconv import models, ops
 ROOT = Path(__file__).parent.parent
 
 
-def load_shapes():
-    """benchmarks/shapes.py, without putting that folder on sys.path."""
-    spec = importlib.util.spec_from_file_location("_shapes", ROOT / "benchmarks" / "shapes.py")
+def load(name):
+    """A module of benchmarks, without putting that folder on sys.path."""
+    spec = importlib.util.spec_from_file_location(f"_{name}", ROOT / "benchmarks" / f"{name}.py")
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
     return sys.modules[spec.name]
 
 
-LAYERS = load_shapes().LAYERS
+LAYERS = load("shapes").LAYERS
 
 
 def run_benchmarks(*arguments, plugin_folder=None):
@@ -187,3 +188,42 @@ def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
         "time-ops-cuda": "needs a GPU",
     }
     assert "backends" in (tmp_path / "info.txt").read_text()
+
+
+ENDLESS = """
+import subprocess, sys, time
+child = subprocess.Popen(["sh", "-c", "trap '' INT; sleep 100"])
+print(child.pid, flush=True)
+try:
+    time.sleep(100)
+except KeyboardInterrupt:
+    print("what was measured", flush=True)
+    sys.exit(int(sys.argv[1]))
+"""
+
+
+def test_gpu_check_ends_what_takes_too_long(tmp_path: Path) -> None:
+    """Steps of a stage share the wait; each may write what it has, and leaves no process behind."""
+    gpu_check = load("gpu_check")
+    commands = [[sys.executable, "-c", ENDLESS, code] for code in ("0", "3")] + [[sys.executable, "-c", "print(1)"]]
+    stage = [gpu_check.Step(f"step {i}", command, limit=2) for i, command in enumerate(commands)]
+    started = time.monotonic()
+    found = list(gpu_check.run(stage, tmp_path, has_gpu=True, deadline=started + 100))
+    assert time.monotonic() - started < gpu_check.Run.GRACE
+    results = {step.name: result for step, result in found}
+    outcomes = {name: (result["outcome"], result["last line"]) for name, result in results.items()}
+    assert outcomes == {
+        "step 2": ("passed", "1"),
+        "step 0": ("FAILED (more than 2 s)", "what was measured"),
+        "step 1": ("FAILED (more than 2 s)", "what was measured"),
+    }
+    assert next(iter(results)) == "step 2"
+    children = [(tmp_path / f"{name}.txt").read_text().split()[0] for name in ("step 0", "step 1")]
+    while any(map(is_alive, children)) and time.monotonic() - started < 100:
+        time.sleep(0.1)
+    assert not any(map(is_alive, children))
+
+
+def is_alive(process: str) -> bool:
+    stat = Path("/proc") / process / "stat"
+    return stat.exists() and ") Z " not in stat.read_text()  # a zombie waits for somebody to ask for its end
