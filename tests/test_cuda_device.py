@@ -65,7 +65,8 @@ def test_another_stream(backend: str, op: str) -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)
+        call()  # brings memory for this stream, which the driver may wait for
+        torch.cuda._sleep(200_000_000)  # clock cycles, 0.1 s
         found = call()
         assert not stream.query()  # the sleep is still under way, and the call has not waited for it
     stream.synchronize()
