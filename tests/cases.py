@@ -97,6 +97,12 @@ def run(op: str, arguments: dict[str, Any], **more: Any) -> list[Tensor]:
     return list(out) if isinstance(out, (list, tuple)) else [out]
 
 
+def layout_of(tensor: Tensor) -> list[int]:
+    """The strides that tell: not those of a dimension of one, nor any of an empty tensor."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return [stride for size, stride in pairs if size > 1 and tensor.numel()]
+
+
 @dataclass(frozen=True)
 class Concatenation:
     """A tensor that holds results side by side, with channels before and behind them that are nobody's."""

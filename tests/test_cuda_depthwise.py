@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, LAYOUTS, named, run, tensors
+from cases import DTYPES, LAYOUTS, layout_of, named, run, tensors
 from kernel_backends import CUDA, as_tf32, device_of, emulated, forced, kernel_table, true_float32
-from test_op_numerics import layout_of
 from torch import Tensor
 
 from fastconv import backends, ops, use_backend

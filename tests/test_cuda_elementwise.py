@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, LAYOUTS, Case, mapped, named, run, tensors
+from cases import DTYPES, LAYOUTS, Case, layout_of, mapped, named, run, tensors
 from kernel_backends import CUDA, device_of, emulated, forced, kernel_table
 from torch import Tensor
 
@@ -52,12 +52,6 @@ def among_nan(tensor: Tensor, offset: int = 1) -> Tensor:
 def on(backend: str, arguments: dict[str, Any]) -> dict[str, Any]:
     device = device_of(backend)
     return mapped(arguments, lambda t: t.detach().to(device).requires_grad_(t.requires_grad))
-
-
-def layout_of(tensor: Tensor) -> list[int]:
-    """The strides that tell: not those of a dimension of one, nor any of an empty tensor."""
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    return [stride for size, stride in pairs if size > 1 and tensor.numel()]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

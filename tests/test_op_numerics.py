@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, CONV_OPS, DTYPES, LAYOUTS, Case, Concatenation, mapped, named, run, tensors
+from cases import CASES, CONV_OPS, DTYPES, LAYOUTS, Case, Concatenation, layout_of, mapped, named, run, tensors
 from kernel_backends import CUDA, device_of, true_float32
 from torch import Tensor
 
@@ -56,12 +56,6 @@ def test_forward(case: Case, dtype: torch.dtype, layout: str, device: torch.devi
     for output, oracle, baseline in zip(outputs, oracles, baselines, strict=True):
         assert_close_to_oracle(output, oracle, baseline, what=str(case), border=border(case, output))
         assert layout_of(output) == layout_of(baseline)
-
-
-def layout_of(tensor: Tensor) -> list[int]:
-    """The strides that tell: not those of a dimension of one, nor any of an empty tensor."""
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    return [stride for size, stride in pairs if size > 1 and tensor.numel()]
 
 
 @combinations()

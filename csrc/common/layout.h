@@ -60,6 +60,8 @@ inline bool has_channels_last_strides(const Tensor& tensor) {
 
 // Whether the output of a convolution is channels_last, as torch decides it
 inline bool output_is_channels_last(const Tensor& input, const Tensor& weight) {
+  // cuDNN has no channels_last in float64.
+  if (input.is_cuda() && input.scalar_type() == ScalarType::Double) return false;
   return has_channels_last_strides(input) || has_channels_last_strides(weight);
 }
 
