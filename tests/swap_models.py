@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fastconv import models
 from fastconv._numerics import assert_close_to_oracle
-from fastconv.explain import explain
-from fastconv.swap import swap
-from fastconv.swap.regions import region_of
+from fastconv.swapping.explanation import explain
+from fastconv.swapping import swap
+from fastconv.swapping.regions import region_of
 
 JOINS = {
     "x + y": lambda x, y: x + y,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import inspect
+import pkgutil
 import re
 from pathlib import Path
 
@@ -99,3 +103,28 @@ def test_cases_have_names_of_their_own_and_reasons() -> None:
     assert len({str(case) for case in CASES}) == len(CASES)
     assert all(case.why for case in CASES)
     assert set(DTYPES) == {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+
+
+def test_modules_are_found_by_their_names() -> None:
+    """`import fastconv.a.b as c` follows attributes, hence fails where a function has the name of a module."""
+    for module in pkgutil.walk_packages(fastconv.__path__, "fastconv."):
+        if module.name != "fastconv.__main__":
+            assert inspect.ismodule(_named(module.name)), module.name
+
+
+def test_names_in_texts_can_be_looked_up() -> None:
+    texts = [*PACKAGE.rglob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
+    for path in texts:
+        for name in re.findall(r"\bfastconv(?:\.[A-Za-z_]\w*)+", path.read_text()):
+            assert _named(name) is not None, f"{path}: {name}"
+
+
+def _named(name: str) -> object:
+    """What a dotted name stands for, importing modules on the way; None if there is no such thing."""
+    found: object = fastconv
+    for i, part in enumerate(name.split(".")[1:], 2):
+        if not hasattr(found, part) and inspect.ismodule(found):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(".".join(name.split(".")[:i]))
+        found = getattr(found, part, None)
+    return found

@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastconv
-from fastconv.swap import prepared, swap
-from fastconv.swap.regions import region_of
+from fastconv.swapping import prepared, swap
+from fastconv.swapping.regions import region_of
 
 # ------------------------------------------------------------------------------------------- changes after swap
 

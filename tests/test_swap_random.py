@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastconv.swap import swap
+from fastconv.swapping import swap
 
 CHANNELS = 4
 

@@ -1,4 +1,4 @@
-"""Modules whose forward runs the programs that were traced from it."""
+"""`swap`: a copy of a model whose modules' forwards run the programs that were traced from them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,39 @@ _SIGNATURES_KEPT = 8
 _TRACES_KEPT = 4  # for each signature and mode
 _TRACES_MADE = 64  # a module that never settles is not worth tracing
 _CONSTANTS = (bool, int, float, str, type(None))
+
+
+def swap(model: nn.Module) -> nn.Module:
+    """A copy of a model that computes the same with fused ops; the model itself is left as it is.
+
+    The two are one set of weights: the copy has the same Parameters and buffers, the very objects, under the same
+    names, and whatever happens to them in either model (an optimizer's step, ``load_state_dict``, ``half()``) is seen
+    by both. Make a ``copy.deepcopy`` of the result for one of its own. Modes (``train()``, ``eval()``), hooks and
+    submodules belong to each model alone.
+
+    The copy is of a subclass of the model's class and differs in the forwards only. They run, in the order of what
+    applies:
+
+    - without gradients: convolutions with batch norm in evaluation mode folded in, residual and activation attached,
+      and weights packed for the processor. What is packed follows every change of the weights, see
+      `fastconv.swapping.prepared.PreparedConvs`.
+    - with gradients, or under ``torch.compile``, ``torch.export`` and autocast: the differentiable ops of
+      `fastconv.ops`.
+    - otherwise, and wherever a forward cannot be traced safely, the forward as it was written.
+
+    Only what the graph of the forward proves safe is fused; `fastconv.explain` says what that is, and why not the
+    rest.
+
+    Args:
+        model: any module.
+
+    >>> fast = fastconv.swap(model)
+    >>> print(fastconv.explain(fast))
+    """
+    fast = clone(model)
+    install(fast)
+    trace_ahead(fast)
+    return fast
 
 
 # ------------------------------------------------------------------------------------------------- the copy

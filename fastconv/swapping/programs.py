@@ -54,7 +54,7 @@ class Programs:
         args, kwargs: of the call; tensors stand for any tensors.
 
     Raises:
-        Untraceable: see :func:`fastconv.swap.tracing.trace`.
+        Untraceable: see :func:`fastconv.swapping.tracing.trace`.
     """
 
     def __init__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

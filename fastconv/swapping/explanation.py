@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import models
-from .swap import patterns, swap
-from .swap.programs import Program
-from .swap.regions import is_region, plain_class, programs_of, region_of
+from .. import models
+from . import patterns, regions
+from .programs import Program
+from .regions import is_region, plain_class, programs_of, region_of
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
             "fastconv.explain: got example inputs for a model in training mode, needed evaluation mode, in which a "
             "forward changes no statistics; call model.eval() first"
         )
-    fast = model if is_region(model) else swap(model)
+    fast = model if is_region(model) else regions.swap(model)
     rows: dict[str, dict[str, Any]] = {
         path: {"layer": _layer(module)}
         for path, module in fast.named_modules()
