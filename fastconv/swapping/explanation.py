@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from .. import models
 from . import patterns, regions
 from .programs import Program
-from .regions import is_region, plain_class, programs_of, region_of
+from .regions import programs_of, region_of, require_module
+from .tracing import is_region, plain_class
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,12 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
             model has to be in evaluation mode.
 
     Raises:
+        TypeError: the model is not a module.
         ValueError: example inputs were given for a model in training mode.
 
     >>> print(fastconv.explain(model, torch.randn(1, 3, 224, 224)))
     """
+    require_module("explain", model)
     if inputs and model.training:
         raise ValueError(
             "fastconv.explain: got example inputs for a model in training mode, needed evaluation mode, in which a "

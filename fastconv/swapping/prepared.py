@@ -62,7 +62,7 @@ class PreparedConv(FusedConv):
         return output if self.pool is None else self.pool(output)
 
     def sources(self) -> list[tuple[dict[str, Tensor | None], str]]:
-        """Where the tensors that are prepared live."""
+        """Where the tensors that are prepared live; whether they are there at all, a `Watch` sees."""
         conv, bn = self.conv, self.bn
         found = [(conv._parameters, "weight"), (conv._parameters, "bias")]
         if bn is not None:

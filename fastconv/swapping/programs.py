@@ -8,13 +8,15 @@ from typing import Any
 from torch import fx, nn
 
 from . import patterns
+from .contents import Place
 from .fused import Attribute, FusedAdd, FusedConv, FusedLRN, FusedSeparable
 from .layout import restore_layouts
+from .observing import BOOKKEEPING, REGION
 from .prepared import PreparedConv, PreparedConvs, PreparedSeparable, prepared_convs
-from .tracing import REGION, has_hooks, hooks_of, is_leaf, trace
+from .tracing import has_hooks, hooks_of, is_leaf, is_region, trace
 
-# Attributes of every module that no forward reads.
-_BOOKKEEPING = {*vars(nn.Module()), REGION}
+# Attributes of torch's layers on which it depends what can be fused. The others are read at every call.
+_OF_LAYERS = ("inplace", "return_indices", "min_val", "max_val", "padding_mode", "num_features", "affine")
 
 
 class Watch:
@@ -22,23 +24,45 @@ class Watch:
 
     def __init__(self, root: nn.Module) -> None:
         modules = list(root.modules())
+        for module in filter(is_region, modules):
+            vars(module).setdefault(REGION, None)  # else it would count as an attribute that is added later
         self._modules = modules
+        self._all = [vars(m) for m in modules]
         inlined = [m for m in modules if m is root or not is_leaf(m)]
-        self._attributes = [(vars(m), name) for m in inlined for name in vars(m) if name not in _BOOKKEEPING]
+        leaves = [m for m in modules if m is not root and is_leaf(m)]
+        self._attributes = [(vars(m), name) for m in inlined for name in vars(m) if name not in BOOKKEEPING]
+        self._attributes += [(vars(m), name) for m in leaves for name in _OF_LAYERS if name in vars(m)]
         self._children = [m._modules for m in inlined]
+        self._tensors = [(store, name) for m in leaves for store in (m._parameters, m._buffers) for name in store]
         # The root's own hooks run around its forward as ever.
         self._hooks = [hooks for m in modules if m is not root and not has_hooks(m) for hooks in hooks_of(m)]
         self._state = self._observe()
+        self._reads: list[Place] = []
+
+    def add(self, reads: list[Place]) -> None:
+        """What the forward read beside the attributes of its modules."""
+        self._reads = reads
 
     def _observe(self) -> list[Any]:
         state: list[Any] = [module.training for module in self._modules]
+        state += map(type, self._modules)
+        state += map(len, self._all)
         state += [attributes.get(name) for attributes, name in self._attributes]
+        state += [store.get(name) is None for store, name in self._tensors]
         for children in self._children:
             state += children.values()
         return state
 
     def holds(self) -> bool:
-        """Whether all of it is still so: modes, attributes, submodules, and no hooks where there were none."""
+        """Whether all of it is still so: modes, classes, attributes with their content, submodules, parameters that
+        are there, globals and variables that were read, and no hooks where there were none."""
+        return self.attributes_hold() and all(place.holds() for place in self._reads)
+
+    def holds_compiled(self) -> bool:
+        """As `holds`, while torch.compile looks on."""
+        return self.attributes_hold() and all(place.holds_compiled() for place in self._reads)
+
+    def attributes_hold(self) -> bool:
         state = self._observe()
         return len(state) == len(self._state) and all(map(operator.is_, state, self._state)) and not any(self._hooks)
 
@@ -58,7 +82,7 @@ class Programs:
     """
 
     def __init__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        graph = trace(root, args, kwargs)
+        graph, self.reads = trace(root, args, kwargs)
         _drop_identities(graph, root)
         self.differentiable = Program(root, graph, fold=False)
         self.inference = Program(root, graph, fold=True)

@@ -8,7 +8,7 @@ import inspect
 import threading
 import types
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,12 +21,14 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from .. import _library, backends
+from .observing import REGION, Untraceable
 from .programs import Program, Programs, Watch
-from .tracing import REGION, Untraceable, is_leaf
+from .tracing import is_leaf, is_region, plain_class
 
 _SIGNATURES_KEPT = 8
 _TRACES_KEPT = 4  # for each signature and mode
 _TRACES_MADE = 64  # a module that never settles is not worth tracing
+_FAILURES_MADE = 4  # for each signature and mode: a forward that counts its calls changes with every one
 _CONSTANTS = (bool, int, float, str, type(None))
 
 
@@ -54,13 +56,30 @@ def swap(model: nn.Module) -> nn.Module:
     Args:
         model: any module.
 
+    Raises:
+        TypeError: it is not a module.
+
     >>> fast = fastconv.swap(model)
     >>> print(fastconv.explain(fast))
     """
+    require_module("swap", model)
     fast = clone(model)
     install(fast)
     trace_ahead(fast)
     return fast
+
+
+def require_module(function: str, model: Any) -> None:
+    """Raises for what is not a module, in the user's terms."""
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        got, remedy = f"the class {model.__name__}", f"make a module of it: {model.__name__}(...)"
+    else:
+        named = isinstance(model, type) or callable(model)
+        got = f"{type(model).__name__} {getattr(model, '__name__', '')}".rstrip() if named else type(model).__name__
+        remedy = "put what it computes into the forward of a module" if callable(model) else "pass the model itself"
+    raise TypeError(f"fastconv.{function}: got {got}, needed a torch.nn.Module; {remedy}")
 
 
 # ------------------------------------------------------------------------------------------------- the copy
@@ -110,18 +129,16 @@ def _with_copies(value: Any, copies: dict[int, nn.Module]) -> Any:
         return copy.copy(value)
     if type(value) in (list, tuple, set):
         return type(value)(_with_copies(item, copies) for item in value)
-    if type(value) in (dict, OrderedDict):
-        return type(value)((key, _with_copies(item, copies)) for key, item in value.items())
+    if type(value) is deque:
+        return deque((_with_copies(item, copies) for item in value), value.maxlen)
+    if type(value) in (dict, OrderedDict, defaultdict):
+        duplicate = copy.copy(value)
+        duplicate.update((key, _with_copies(item, copies)) for key, item in value.items())
+        return duplicate
     return value
 
 
 # ----------------------------------------------------------------------------------------------- the classes
-
-
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The user's class of a module."""
-    cls = type(module)
-    return getattr(cls, "fastconv_plain_class", cls)
 
 
 def install(model: nn.Module) -> None:
@@ -132,20 +149,17 @@ def install(model: nn.Module) -> None:
             module.__class__ = _fast_class(plain_class(module))
 
 
-def is_region(module: nn.Module) -> bool:
-    return hasattr(type(module), "fastconv_plain_class")
-
-
 @functools.cache
 def _fast_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass that differs in its forward alone."""
-    plain = cls.forward
 
-    @functools.wraps(plain)
+    @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and vars(self).get(REGION) is None:
+            return cls.forward(self, *args, **kwargs)
         program, tensors = region_of(self).choose(args, kwargs)
         if program is None:
-            return plain(self, *args, **kwargs)
+            return cls.forward(self, *args, **kwargs)
         return program.forward(*tensors)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -161,7 +175,6 @@ def _fast_class(cls: type[nn.Module]) -> type[nn.Module]:
             "__doc__": cls.__doc__,
             "__reduce_ex__": reduce,
             "fastconv_plain_class": cls,
-            "fastconv_plain_forward": plain,
             "forward": forward,
         },
     )
@@ -214,7 +227,7 @@ def _required_arguments(module: nn.Module) -> int:
 
 
 def region_of(module: nn.Module) -> Region:
-    region = vars(module).get(REGION)
+    region = vars(module).get(REGION)  # None is a place that is kept for it
     if region is None or region.module is not module:
         # New, or taken over with the __dict__ of another module, as DataParallel does.
         region = vars(module)[REGION] = Region(module)
@@ -228,6 +241,7 @@ class Region:
         self.module = module
         self._traces: dict[Any, list[tuple[Watch, Programs | str]]] = {}
         self._made = 0
+        self._failed: dict[Any, tuple[str, int]] = {}  # the last reason, and how often
         self._lock = threading.RLock()
 
     def choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program | None, Sequence[Tensor]]:
@@ -255,7 +269,7 @@ class Region:
     ) -> tuple[Program | None, Sequence[Tensor]]:
         """As `choose`, among the programs that are there."""
         for watch, programs in self._traces.get((len(args), self.module.training), ()):
-            if not kwargs and not isinstance(programs, str) and watch.holds():
+            if not kwargs and not isinstance(programs, str) and watch.holds_compiled():
                 return programs.inference, args
         return None, ()
 
@@ -269,11 +283,15 @@ class Region:
             self._made += 1
             if self._made > _TRACES_MADE:
                 return "it changes too often"
+            if self._failed.get(key, ("", 0))[1] >= _FAILURES_MADE:
+                return self._failed[key][0]
             watch = Watch(self.module)
             try:
                 programs = Programs(self.module, args, kwargs)
+                watch.add(programs.reads)
             except Untraceable as error:
                 programs = str(error)
+                self._failed[key] = programs, self._failed.get(key, ("", 0))[1] + 1
             known = self._traces if len(self._traces) < 2 * _SIGNATURES_KEPT else {}
             self._traces = {**known, key: [(watch, programs), *known.get(key, [])[: _TRACES_KEPT - 1]]}
         return programs

@@ -2,16 +2,16 @@
 
 torch.fx runs the forward once, on proxies, and records what it does with them. Whatever the forward does besides is
 frozen or lost: random choices, changed attributes, a grad mode or an autocast of its own, a test of a value's type.
-The tracer here refuses all of that, so that a graph means what the forward means.
+The tracer here and its `Observer` refuse all of that, so that a graph means what the forward means.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-import random
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,19 +20,27 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-REGION = "_fastconv_region"  # where a swapped module keeps its programs, in its __dict__
+from .contents import Place
+from .observing import Applied, Observer, Refusal, Untraceable
 
+_MOST_NODES = 100_000
 _lock = threading.RLock()  # torch.fx patches torch.nn.Module for the whole process while it traces
-
-
-class Untraceable(Exception):
-    """The message completes "not traced: "."""
 
 
 def plain_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward that the user wrote, bound."""
-    forward = getattr(type(module), "fastconv_plain_forward", type(module).forward)
-    return functools.partial(forward, module)
+    return functools.partial(plain_class(module).forward, module)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The user's class of a module."""
+    cls = type(module)
+    return getattr(cls, "fastconv_plain_class", cls)
+
+
+def is_region(module: nn.Module) -> bool:
+    """Whether the module's class is one that `swap` made."""
+    return hasattr(type(module), "fastconv_plain_class")
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -74,35 +82,65 @@ def runs_forward_of(module: nn.Module | None, cls: type[nn.Module]) -> bool:
     )
 
 
-def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph:
-    """The graph of the call root(*args, **kwargs), with a placeholder for each tensor in it.
+def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.Graph, list[Place]]:
+    """The graph of the call root(*args, **kwargs), with a placeholder for each tensor in it; and what it depends on.
 
     Of the tensors nothing is read; every other argument is a constant of the graph.
 
     Raises:
         Untraceable: there is no graph that is safe to run instead.
     """
-    with _lock, _no_side_effects(root):
-        tracer = _Tracer(args, kwargs)
+    with _lock:
+        observer = Observer(root)
+        tracer = _Tracer(args, kwargs, observer)
         try:
-            return tracer.trace(root)
+            with _functions_of_autograd(tracer), observer:
+                graph = tracer.trace(root)
         except Untraceable:
             raise
+        except Refusal as refusal:
+            raise Untraceable(str(refusal)) from refusal
         except Exception as error:  # whatever the user's code does when it meets a proxy
             lines = str(error).strip().splitlines()
             raise Untraceable(lines[0] if lines else type(error).__name__) from error
+        return graph, observer.reads
 
 
 class _Proxy(fx.Proxy):
     @property
     def __class__(self) -> type:
-        """What isinstance() sees: a proxy within torch, elsewhere the tensor that it stands for."""
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.startswith("torch."):
-            return _Proxy
-        if self.node.op in ("placeholder", "get_attr"):
+        """What isinstance() in the user's code sees is the tensor that the proxy stands for.
+
+        Nobody else may: torch's functions in C++ ask as well, and would take the proxy's memory for a tensor's.
+        """
+        frame = sys._getframe(1)
+        asks = frame.f_code is torch.is_tensor.__code__ or self.tracer.observer.asks_for_type()
+        caller = frame.f_globals.get("__name__", "").partition(".")[0]
+        if asks is False or (not asks and caller in ("torch", "fastconv")):
+            return type(self)
+        if asks and self.node.op in ("placeholder", "get_attr"):
             return Tensor
-        raise Untraceable("its forward tests the type of a value")
+        raise Refusal("its forward tests the type of a value")
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        if self.tracer.observer.is_probing():
+            raise Refusal("its forward tests what attributes a value has")
+        return _Attribute(self, name)
+
+    def _has_no_value(self, *_: object) -> Any:
+        raise Refusal("its forward depends on a value that is computed in it")
+
+    __bool__ = __len__ = __int__ = __float__ = __complex__ = __index__ = _has_no_value
+    __str__ = __format__ = __contains__ = __array__ = _has_no_value
+
+    def _is_one_of_its_kind(self, *_: object) -> Any:
+        raise Refusal("its forward copies a value as an object")
+
+    __copy__ = __deepcopy__ = __reduce_ex__ = _is_one_of_its_kind
+
+
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    """What an attribute, or a method that is not called yet, stands for."""
 
 
 def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], fx.Proxy]:
@@ -117,13 +155,31 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"
     setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
+@contextmanager
+def _functions_of_autograd(tracer: _Tracer) -> Iterator[None]:
+    """Within, calls of torch.autograd.Functions on proxies are recorded: their backward is not what fx would trace."""
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def record(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == tracer.thread and any(isinstance(arg, fx.Proxy) for arg in args):
+            return tracer.create_proxy("call_function", Applied(function), args, kwargs)
+        return apply.__get__(None, function)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(record)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], observer: Observer) -> None:
         super().__init__()
+        self.observer = observer
+        self.thread = threading.get_ident()
         self._call = (args, kwargs)
-        self._thread = threading.get_ident()
         self._ambient = _ambient()
 
     def create_args_for_root(
@@ -144,23 +200,32 @@ class _Tracer(fx.Tracer):
         return is_leaf(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         return super().call_module(m, plain_forward(m), args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self.thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_arg(self, a: Any) -> Any:
+        kind = type(a)
         if isinstance(a, fx.Proxy):
             return super().create_arg(a)
         if isinstance(a, nn.Module):
-            raise Untraceable(f"its forward passes a {type(a).__name__} as an argument")
+            raise Refusal(f"its forward passes a {kind.__name__} as an argument")
         if isinstance(a, Tensor) and not self._is_attribute(a):
-            raise Untraceable("its forward makes a tensor out of constants")
+            raise Refusal("its forward makes a tensor out of constants")
+        if kind is OrderedDict:  # which torch.fx takes for a dict
+            items = [(key, self.create_arg(value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (items,), {})
+        if isinstance(a, (dict, list, tuple)) and not _is_plain(a):
+            raise Refusal(f"its forward passes a {kind.__name__} on")
         return super().create_arg(a)
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        raise Refusal("its forward goes through a value that is computed in it")
 
     def _is_attribute(self, tensor: Tensor) -> bool:
         known = [*self.root.parameters(), *self.root.buffers(), *self.tensor_attrs]
@@ -168,8 +233,23 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _ambient() != self._ambient:
-            raise Untraceable("its forward sets a grad mode, autocast or checkpointing of its own")
+            raise Refusal("its forward sets a grad mode, autocast or checkpointing of its own")
+        if len(self.graph.nodes) > _MOST_NODES:
+            raise Refusal(f"its forward takes more than {_MOST_NODES:,} steps")
         return super().create_node(*args, **kwargs)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether torch.fx makes the same again from what the container holds."""
+    kind = type(value)
+    if kind in (dict, list, tuple):
+        return True
+    made_by_collections = issubclass(kind, tuple) and kind.__new__.__code__.co_filename.startswith("<string>")
+    return kind in _CONTAINERS_OF_FX or (made_by_collections and hasattr(kind, "_fields"))
+
+
+# Those of torch.fx have a plain container's place in a graph; torch.return_types' are not made again.
+_CONTAINERS_OF_FX = (fx.immutable_collections.immutable_list, fx.immutable_collections.immutable_dict)
 
 
 def _ambient() -> tuple[Any, ...]:
@@ -180,44 +260,3 @@ def _ambient() -> tuple[Any, ...]:
         *((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")),
         torch._C._autograd._top_saved_tensors_default_hooks(True),
     )
-
-
-@contextmanager
-def _no_side_effects(root: nn.Module) -> Iterator[None]:
-    """Refuses, and undoes, what the block does to the modules' attributes and the random generators."""
-    attributes = [values for module in root.modules() for values in _attributes(module)]
-    before = [dict(values) for values in attributes]
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
-    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
-    numpy_state = numpy_random and numpy_random.get_state(legacy=False)
-    try:
-        yield
-    finally:
-        changed = [
-            name
-            for values, old in zip(attributes, before, strict=True)
-            for name in values.keys() | old.keys()
-            if values.get(name) is not old.get(name)
-        ]
-        drawn = (
-            random.getstate() != python_state
-            or not torch.equal(torch.get_rng_state(), torch_state)
-            or repr(numpy_random and numpy_random.get_state(legacy=False)) != repr(numpy_state)
-        )
-        for values, old in zip(attributes, before, strict=True):
-            if values.keys() != old.keys() or any(values[k] is not old[k] for k in old):
-                values.clear()
-                values.update(old)
-        if drawn:
-            random.setstate(python_state)
-            torch.set_rng_state(torch_state)
-            if numpy_random:
-                numpy_random.set_state(numpy_state)
-    if changed:
-        raise Untraceable(f"its forward changes attributes of the modules: {', '.join(sorted(set(changed)))}")
-    if drawn:
-        raise Untraceable("its forward draws random numbers")
-
-
-def _attributes(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return vars(module), module._parameters, module._buffers, module._modules
