@@ -60,9 +60,21 @@ def _store(key: Any) -> Callable[[Tensor], Any]:
 
 
 KEYS = {
-    "0": 0, "-1": -1, "slice": slice(1, 3), "step": slice(None, None, 2), "ellipsis": ..., "None": None,
-    "tuple": (0, slice(1)), "list": [0, 1], "mask": lambda v: v > 0, "indices": lambda v: v[0, 0].long().abs() % 2,
-    "size": lambda v: v.size(0) - 1, "tensor": torch.tensor(1), "bool": True, "out of range": 99, "string": "a",
+    "0": 0,
+    "-1": -1,
+    "slice": slice(1, 3),
+    "step": slice(None, None, 2),
+    "ellipsis": ...,
+    "None": None,
+    "tuple": (0, slice(1)),
+    "list": [0, 1],
+    "mask": lambda v: v > 0,
+    "indices": lambda v: v[0, 0].long().abs() % 2,
+    "size": lambda v: v.size(0) - 1,
+    "tensor": torch.tensor(1),
+    "bool": True,
+    "out of range": 99,
+    "string": "a",
 }
 OTHERS: dict[str, Callable[[Tensor], Any]] = {
     "Reverse": Reverse.apply,

@@ -43,6 +43,7 @@ class Place:
         self._name = name
         self._modules = modules
         self.words = words
+        self._original = self._value()
         self._containers: list[tuple[Any, Any]] = []
         self._facts = self._look(self._containers)
         self.is_fixed = is_fixed(self._value(), modules)
@@ -70,7 +71,9 @@ class Place:
         return type(self._store) is dict and self._store.get(self._name, None) is value
 
     def restore(self) -> None:
-        """Puts back what the containers held; the entry itself is left to the owner of the dictionary."""
+        """Puts the value back, and what the containers in it held."""
+        if self._value() is not self._original:
+            self._store[self._name] = self._original
         for container, content in self._containers:
             if isinstance(container, dict):
                 dict.clear(container)

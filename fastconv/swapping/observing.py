@@ -20,6 +20,7 @@ import re
 import sys
 import types
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ _NOT_TRUSTED = (
     *("torch.distributed", "torch.utils.data", "torch.utils.tensorboard", "fastconv.models"),
 )
 # Methods of these read and write their own content alone.
-_VALUES = (
+_VALUES: tuple[type, ...] = (
     *(str, bytes, bytearray, int, float, complex, bool, range, slice, tuple, list, dict, set, frozenset, deque),
     *(types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()), re.Pattern, re.Match),
 )
@@ -185,7 +186,7 @@ class _Variables:
     def __init__(self, function: types.FunctionType) -> None:
         self._function = function
 
-    def get(self, name: str, missing: Any) -> Any:
+    def get(self, name: str, missing: Any = None) -> Any:
         function = self._function
         if name == "__defaults__":
             return function.__defaults__
@@ -197,22 +198,38 @@ class _Variables:
             return missing
 
 
+@dataclass(frozen=True)
+class _OfClass:
+    """The attributes of a class."""
+
+    cls: type
+
+    def get(self, name: str, missing: Any = None) -> Any:
+        return vars(self.cls).get(name, missing)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self.cls, name, value)
+
+
 class _Index:
-    """Names of attributes, with the dictionaries that have something under that name, of a tree of modules."""
+    """The attributes of a tree of modules, by name: those whose content may change, and where they are."""
 
     def __init__(self, root: nn.Module) -> None:
         self.modules = list(root.modules())
         self.ids = frozenset(map(id, self.modules))
         self.attributes: dict[str, list[Any]] = {}
+        self.functions: dict[types.CodeType, list[types.FunctionType]] = {}  # that are attributes, by their code
         for module in self.modules:
             for name, value in vars(module).items():
+                if isinstance(value, types.FunctionType):
+                    self.functions.setdefault(value.__code__, []).append(value)
                 if not (name in BOOKKEEPING or is_fixed(value, self.ids)):
                     self.attributes.setdefault(name, []).append(vars(module))
         for cls in {base for module in self.modules for base in type(module).__mro__}:
             if not _is_trusted(cls.__module__):
                 for name, value in vars(cls).items():
                     if not (name.startswith("__") or callable(value) or hasattr(value, "__get__")):
-                        self.attributes.setdefault(name, []).append(vars(cls))
+                        self.attributes.setdefault(name, []).append(_OfClass(cls))
 
 
 _IMPORT = importlib._bootstrap._find_and_load.__code__  # type: ignore[attr-defined]
@@ -222,6 +239,8 @@ BOOKKEEPING = {*vars(nn.Module()), REGION}  # attributes of every module that no
 
 @functools.lru_cache(maxsize=4096)
 def _is_trusted(module: str) -> bool:
+    if module.startswith("namedtuple_"):
+        return True  # what collections has made
     return module.partition(".")[0] in _TRUSTED and not f"{module}.".startswith(tuple(f"{n}." for n in _NOT_TRUSTED))
 
 
@@ -247,7 +266,7 @@ class Observer:
         self._index = _Index(root)
         self._codes: dict[types.CodeType, bool] = {}  # those that ran: whether they are trusted
         self._inner: set[types.CodeType] = set()  # defined by functions that ran
-        self._known: set[tuple[int, str]] = set()
+        self._known: set[tuple[Any, str]] = set()
         self._calls: list[Any] = []  # functions of C that user code is in
         self._failed = ""
         self._events = 0
@@ -359,9 +378,8 @@ class Observer:
         if _is_trusted(module):
             self._codes[code] = True
             return True
-        if _is_of_python(module) or (module.startswith("torch.")):
-            if frame.f_back is not None and self._codes.get(frame.f_back.f_code, True):
-                self._codes[code] = True  # a part of torch needs it
+        if _is_of_python(module) or module.startswith("torch."):
+            if self._is_for_torch(frame):
                 return True
             raise Refusal(f"its forward uses {module}.{code.co_name}")
         self._codes[code] = False
@@ -381,6 +399,15 @@ class Observer:
             self._read_function(frame, facts.names)
         return False
 
+    def _is_for_torch(self, frame: types.FrameType) -> bool:
+        """Whether it was torch that called the function, and not the user."""
+        caller = frame.f_back
+        while caller is not None and self._codes.get(caller.f_code) is not False:
+            if caller.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fastconv"):
+                return True
+            caller = caller.f_back
+        return False
+
     def _read_attributes(self, names: Any) -> None:
         for name in names:
             for store in self._index.attributes[name]:
@@ -389,7 +416,7 @@ class Observer:
     def _read_function(self, frame: types.FrameType, names: frozenset[str]) -> None:
         """The variables of enclosing functions, and the default arguments."""
         code = frame.f_code
-        for function, store in _functions_of(frame):
+        for function, store in self._functions_of(frame):
             self._read(store, code.co_name, code.co_name, frozenset())
             variables = _Variables(function)
             for name in code.co_freevars:
@@ -398,10 +425,27 @@ class Observer:
             for name in ("__defaults__", "__kwdefaults__"):
                 self._read(variables, name, f"a default argument of {code.co_name}", frozenset())
 
+    def _functions_of(self, frame: types.FrameType) -> list[tuple[types.FunctionType, Any]]:
+        """The functions with the code of a frame, each with what has it by its name, if that is known."""
+        code = frame.f_code
+        if not set(code.co_freevars) - {"__class__"}:  # there may be several, each with variables of its own
+            places: list[Any] = [frame.f_globals]
+            if code.co_argcount:
+                first = frame.f_locals.get(code.co_varnames[0])
+                places += map(_OfClass, type.mro(first if issubclass(type(first), type) else type(first)))
+            for place in places:
+                found = place.get(code.co_name)
+                found = getattr(found, "__func__", found)
+                if isinstance(found, types.FunctionType) and found.__code__ is code:
+                    return [(found, place)]
+            if code in self._index.functions:
+                return [(function, {}) for function in self._index.functions[code]]
+        return [(found, {}) for found in gc.get_referrers(code) if isinstance(found, types.FunctionType)]
+
     def _read(self, store: Any, name: str, words: str, names: frozenset[str]) -> None:
         """Notes a value; of Python modules and classes, whose content is not their own, what the names tell."""
         value = store.get(name, _MISSING)
-        key = id(store), name
+        key = store if isinstance(store, _OfClass) else id(store), name
         if value is _MISSING or key in self._known:
             return
         self._known.add(key)
@@ -409,31 +453,17 @@ class Observer:
             self.reads.append(Place(store, name, words, self._index.ids))
         except Unwatchable as error:
             raise Refusal(f"its forward reads {words}, {error}") from None
-        inner = isinstance(value, types.ModuleType) and not _is_trusted(value.__name__)
-        if inner or (isinstance(value, type) and not _is_trusted(value.__module__) and value.__module__ != "builtins"):
-            for attribute in sorted(names & vars(value).keys()):
-                found = vars(value)[attribute]
-                if inner or not (callable(found) or hasattr(found, "__get__")):
-                    self._read(vars(value), attribute, f"{name}.{attribute}", names)
+        is_module = isinstance(value, types.ModuleType)
+        if not (is_module or isinstance(value, type)) or _is_trusted(value.__name__ if is_module else value.__module__):
+            return
+        for attribute in sorted(names & vars(value).keys()):
+            found = vars(value)[attribute]
+            if is_module or not (callable(found) or hasattr(found, "__get__")):
+                inner = vars(value) if is_module else _OfClass(value)
+                self._read(inner, attribute, f"{name}.{attribute}", names)
 
 
 _MISSING = object()
-
-
-def _functions_of(frame: types.FrameType) -> list[tuple[types.FunctionType, Any]]:
-    """The functions with the code of a frame, each with the dictionary that has it, if it is known."""
-    code = frame.f_code
-    places: list[Any] = [frame.f_globals]
-    if code.co_argcount:
-        first = frame.f_locals.get(code.co_varnames[0])
-        cls = first if issubclass(type(first), type) else type(first)
-        places += [vars(base) for base in type.mro(cls)]
-    for place in places:
-        found = place.get(code.co_name)
-        found = getattr(found, "__func__", found)
-        if isinstance(found, types.FunctionType) and found.__code__ is code:
-            return [(found, place)]
-    return [(found, {}) for found in gc.get_referrers(code) if isinstance(found, types.FunctionType)]
 
 
 def _attributes(module: nn.Module) -> tuple[dict[str, Any], ...]:

@@ -107,6 +107,8 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 
 
 class _Proxy(fx.Proxy):
+    tracer: _Tracer
+
     @property
     def __class__(self) -> type:
         """What isinstance() in the user's code sees is the tensor that the proxy stands for.
@@ -122,7 +124,9 @@ class _Proxy(fx.Proxy):
             return Tensor
         raise Refusal("its forward tests the type of a value")
 
-    def __getattr__(self, name: str) -> fx.Proxy:
+    def __getattr__(self, name: str) -> _Attribute:
+        if name.startswith("__"):  # by which C asks what kind of thing it has got
+            raise AttributeError(name)
         if self.tracer.observer.is_probing():
             raise Refusal("its forward tests what attributes a value has")
         return _Attribute(self, name)
@@ -165,7 +169,7 @@ def _functions_of_autograd(tracer: _Tracer) -> Iterator[None]:
             return tracer.create_proxy("call_function", Applied(function), args, kwargs)
         return apply.__get__(None, function)(*args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(record)  # type: ignore[method-assign]
+    torch.autograd.Function.apply = classmethod(record)
     try:
         yield
     finally:
