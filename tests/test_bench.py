@@ -165,3 +165,12 @@ def test_environment():
     facts = _report.environment()
     assert torch.__version__ in facts["versions"]
     assert facts["CPU"].endswith(f"{torch.get_num_threads()} threads")
+
+
+def test_the_commit_without_git(monkeypatch):
+    """Of a checkout without git beside it the environment says it."""
+    monkeypatch.delenv("FASTCONV_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert _report.environment()["commit"] == "unknown"
+    monkeypatch.setenv("FASTCONV_COMMIT", "abc123")
+    assert _report.environment()["commit"] == "abc123"
