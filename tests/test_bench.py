@@ -128,7 +128,8 @@ def test_contenders_take_turns():
 
 
 def test_slow_16_bit_runs_are_left_out():
-    arguments = ("lenet5", torch.device("cpu"), ["fp32", "bf16"], [1, 4], bench.Budget(0, 4), bench.Pace())
+    arguments = ("lenet5", torch.device("cpu"), bench.IN_INFERENCE["cpu"], ["fp32", "bf16"], [1, 4])
+    arguments += (bench.Budget(0, 4), bench.Pace())
     fp32_1, fp32_4, bf16_1, bf16_4 = bench.infer(*arguments, longest=1e-9)
     for measured in (fp32_1, fp32_4):
         assert all(len(r.seconds) >= bench.FEWEST_RUNS for r in measured.results.values())
