@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--backend", default="auto", choices=backends.names(), help="default: auto")
     group.addoption("--quick", action="store_true", help="only the first layer of each op")
     group.addoption("--tiny", action="store_true", help="at most 12x12 pixels: to see it work")
+    group.addoption(
+        "--rows",
+        type=Path,
+        metavar="FILE",
+        help="append each case as a line of JSON as soon as it ran; those that passed before are left out",
+    )
     group.addoption("--save-results", action="store_true", help="as JSON in benchmarks/results")
 
 
@@ -66,17 +74,43 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    timer = pytest.mark.benchmark(timer=clock(config.stash[_SETTINGS].device))
+    device, rows = config.stash[_SETTINGS].device, config.option.rows
+    timer = pytest.mark.benchmark(timer=clock(device))
     for item in items:
         item.add_marker(timer)
-    if config.option.quick:
-        chosen = {item: _layer(item) == layers_of(_layer(item).op)[0] for item in items}
-        config.hook.pytest_deselected(items=[item for item in items if not chosen[item]])
-        items[:] = [item for item in items if chosen[item]]
+    found = map(json.loads, rows.read_text().splitlines()) if rows and rows.exists() else ()
+    done = {row["case"] for row in found if row["outcome"] == "passed"}
+
+    def is_chosen(item: pytest.Item) -> bool:
+        layer, contender = (item.callspec.params[name] for name in ("layer", "contender"))
+        direction = item.originalname.removeprefix("test_")
+        if config.option.quick and layer != layers_of(layer.op)[0]:
+            return False
+        return contender.is_for(layer, direction, device) and _case(item) not in done
+
+    chosen = {item: is_chosen(item) for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if not chosen[item]])
+    items[:] = [item for item in items if chosen[item]]
 
 
-def _layer(item: pytest.Item) -> Any:
-    return item.callspec.params["layer"]
+def _case(item: pytest.Item) -> str:
+    return f"{item.nodeid}, {item.config.stash[_SETTINGS]}, backend {item.config.option.backend}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if call.when == "call" and item.config.option.rows:
+        benchmark = item.funcargs["benchmark"]
+        row = {"case": _case(item), "outcome": report.outcome, **benchmark.extra_info}
+        if benchmark.stats:
+            stats = benchmark.stats.stats
+            row |= {"median_s": stats.median, "iqr_s": stats.iqr, "min_s": stats.min, "rounds": stats.rounds}
+        if call.excinfo:
+            row["problem"] = str(call.excinfo.value)
+        with open(item.config.option.rows, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    return report
 
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
@@ -99,10 +133,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     rows = [_row(list(cases)) for _, cases in groupby(measured, key=lambda case: case.group)]
     if not rows:
         return
-    terminalreporter.section("fastconv; in the columns eager and compile: their median / its own")
+    terminalreporter.section("fastconv; in the columns eager, compile and cudnn: their median / its own")
     for head in (
-        ("", "channels_last", "", "", "", "", "", "contiguous", ""),
-        ("", "µs", "of copy", "host µs", "eager", "compile", "", "µs", "eager"),
+        ("", "channels_last", "", "", "", "", "", "", "contiguous", ""),
+        ("", "µs", "of floor", "host µs", "eager", "compile", "cudnn", "", "µs", "eager"),
     ):
         terminalreporter.write_line(_line(*head))
     for cells, is_loss in rows:
@@ -128,20 +162,21 @@ def _row(cases: list[Any]) -> tuple[list[str], bool]:
     ratios = [
         ratio("eager", "channels_last"),
         ratio("compile", "channels_last"),
+        ratio("cudnn", "channels_last"),
         ratio("eager", "contiguous"),
     ]
     times = ["" if math.isnan(value) else f"{value:.2f}x" for value in ratios]
     cells = [
         f"{info['op']} {info['direction']} {info['layer']}",
         microseconds("channels_last"),
-        f"{ours.extra_info['of_copy_bandwidth']:.0%}" if ours else "",
+        f"{ours.extra_info['of_floor']:.0%}" if ours else "",
         f"{ours.extra_info['host_us']:.0f}" if ours else "",
-        *times[:2],
+        *times[:3],
         "",
         microseconds("contiguous"),
-        times[2],
+        times[3],
     ]
-    return cells, ratios[0] < 1 or ratios[2] < 1
+    return cells, ratios[0] < 1 or ratios[3] < 1
 
 
 def _line(name: str, *cells: str) -> str:

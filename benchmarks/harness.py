@@ -7,13 +7,15 @@ float64 by fastconv/_numerics.py; a wrong one fails and gets no time.
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import cudnn
 import eager
 import pytest
 import torch
@@ -60,16 +62,24 @@ class Contender:
     def call(self, layer: Layer, backend: str) -> Call:
         if self.who == "fastconv":
             return functools.partial(getattr(ops, layer.op), **layer.options, backend=backend)
+        if self.who == "cudnn":
+            return functools.partial(cudnn.call, **layer.options)
         call = functools.partial(getattr(eager, layer.op), **layer.options)
         if self.who == "eager":
             return call
         torch._dynamo.reset()
         return torch.compile(call, dynamic=False)
 
+    def is_for(self, layer: Layer, direction: str, device: torch.device) -> bool:
+        if self.who == "cudnn":
+            return device.type == "cuda" and direction == "forward" and cudnn.has(layer)
+        return True
+
 
 CONTENDERS = (
     Contender("fastconv", "channels_last"),
     Contender("eager", "channels_last"),
+    Contender("cudnn", "channels_last"),
     Contender("compile", "channels_last"),
     Contender("fastconv", "contiguous"),
     Contender("eager", "contiguous"),
@@ -113,7 +123,7 @@ def measure(benchmark: BenchmarkFixture, problem: Problem, contender: Contender)
         "batch": problem.settings.batch,
         "bytes": problem.moved_bytes,
         "flop": problem.flop,
-        "copy_s": copy_seconds(problem.moved_bytes, device),
+        "floor_s": max(copy_seconds(problem.moved_bytes, device), problem.flop / peak(device, problem.settings.dtype)),
         "host_us": host_microseconds(problem, contender, call),
         "first_call_s": first_call,
     }
@@ -126,7 +136,7 @@ def measure(benchmark: BenchmarkFixture, problem: Problem, contender: Contender)
         median = benchmark.stats.stats.median
         benchmark.extra_info |= {
             "gb_per_s": problem.moved_bytes / median / 1e9,
-            "of_copy_bandwidth": benchmark.extra_info["copy_s"] / median,
+            "of_floor": benchmark.extra_info["floor_s"] / median,
             "gflop_per_s": problem.flop / median / 1e9,
         }
 
@@ -141,15 +151,18 @@ class Problem:
         torch.manual_seed(0)
         dtype = DTYPES[settings.dtype]
         self._arguments = self.layer.arguments(dtype, torch.contiguous_format, settings.device)
-        exact = mapped(self._arguments, lambda tensor: tensor.cpu().double())
-        self._grads = [
-            (gate * torch.randn(gate.shape)).to(settings.device, dtype) for gate in gates(self.layer, exact, dtype)
-        ]
         self._reference = functools.partial(getattr(ops, layer.op), **layer.options, backend="reference")
-        self._oracle = self._results(
-            self._reference, self._recording(exact), [grad.cpu().double() for grad in self._grads]
-        )
         self._baselines: dict[str, dict[str, Tensor]] = {}
+        # On a GPU, too: a CPU would take most of the time that there is.
+        exact = mapped(self._arguments, Tensor.double)
+        with _untuned_cudnn():
+            self._grads = [
+                (gate * torch.randn(gate.shape, device=settings.device)).to(dtype)
+                for gate in gates(self.layer, exact, dtype)
+            ]
+            self._oracle = self._results(
+                self._reference, self._recording(exact), [grad.double() for grad in self._grads]
+            )
 
     def verify(self, contender: Contender, call: Call) -> float:
         """Raises if a result is beyond the bounds of fastconv/_numerics.py.
@@ -252,6 +265,16 @@ class Problem:
         return {f"grad {name}": grad for name, grad in zip(leaves, found, strict=True)}
 
 
+@contextmanager
+def _untuned_cudnn() -> Iterator[None]:
+    """Trying all float64 algorithms, to run one of them once, would take long."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 # The contenders of a layer follow each other, and need the same one.
 _problem = functools.lru_cache(maxsize=1)(Problem)
 
@@ -294,7 +317,15 @@ def cold_cache(device: torch.device) -> Callable[[], Any]:
     if device.type != "cuda":
         return lambda: None
     size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-    return torch.empty(size, dtype=torch.uint8, device=device).zero_
+    memory = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def flush() -> None:
+        memory.zero_()
+        # Half a millisecond: overwriting alone is done before a host that is slow has launched anything, and the
+        # time between the two events would then be the host's.
+        torch.cuda._sleep(1_000_000)
+
+    return flush
 
 
 def durations(target: Call, setup: Call, now: Callable[[], Any], repeats: int) -> list[float]:
@@ -321,6 +352,17 @@ def copy_seconds(nbytes: int, device: torch.device) -> float:
         return (source,), {}
 
     return statistics.median(durations(target.copy_, setup, clock(device), 20))
+
+
+@functools.cache
+def peak(device: torch.device, dtype: str) -> float:
+    """FLOP/s of a large matrix product on a GPU; on a CPU, where it says less, without limit."""
+    if device.type != "cuda":
+        return math.inf
+    side = 8192
+    left, right = torch.randn(2, side, side, device=device, dtype=DTYPES[dtype])
+    target = functools.partial(torch.mm, left, right)
+    return 2 * side**3 / statistics.median(durations(target, lambda: ((), {}), clock(device), 10))
 
 
 def host_microseconds(problem: Problem, contender: Contender, call: Call) -> float | None:

@@ -47,12 +47,17 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Of the checkout that the package is in, or "unknown"."""
+    """Of the checkout that the package is in, or "unknown"; FASTCONV_COMMIT says it where git cannot."""
+    if named := os.environ.get("FASTCONV_COMMIT"):
+        return named
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return "unknown"
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    process = subprocess.run(command, capture_output=True, text=True)
+    try:
+        process = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no git here
+        return "unknown"
     return process.stdout.strip() or "unknown"
 
 

@@ -86,7 +86,12 @@ def add(name: str, backend: Backend) -> None:
 
 def available() -> dict[str, str | None]:
     """Every backend, with None if it can run here, else the reason why not."""
-    return {name: backend.problem() for name, backend in _BACKENDS.items()}
+    return {name: problem(name) for name in _BACKENDS}
+
+
+def problem(name: str) -> str | None:
+    """Why this backend cannot run here; None if it can. Asks no other one."""
+    return _BACKENDS[name].problem()
 
 
 @contextlib.contextmanager

@@ -164,7 +164,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leaves out 16-bit runs of eager that must take longer: where the processor has no "
         "such instructions they can take minutes; default: 3",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="for all that was measured")
+    parser.add_argument("--no-compile", action="store_true", help="leaves out torch.compile, which takes its time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for all that was measured, after each row")
     parser.add_argument("--markdown", action="store_true", help="tables for a README")
 
 
@@ -177,17 +178,17 @@ def run(args: argparse.Namespace) -> int:
             return 2
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
+    facts = environment()
     rows: list[Row] = []
     try:
         for row in _measure(args):
             rows.append(row)
             print(f"  {row}", file=sys.stderr, flush=True)
+            if args.json:
+                document = {"environment": facts, "rows": [asdict(row) for row in rows]}
+                args.json.write_text(json.dumps(document, indent=1) + "\n")
     except KeyboardInterrupt:
         print("interrupted: here is what was measured", file=sys.stderr)
-    facts = environment()
-    if args.json:
-        document = {"environment": facts, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
     print(*(f"{name}: {value}" for name, value in facts.items()), "", sep="\n")
     for table in tables(rows):
         table.show(markdown=args.markdown)
@@ -201,7 +202,9 @@ def _measure(args: argparse.Namespace) -> Iterator[Row]:
     for name in args.networks:
         print(f"{name}, inference ...", file=sys.stderr, flush=True)
         with backends.use_backend(args.backend):
-            yield from infer(name, args.device, args.dtypes, sorted(args.batches), budget, pace, args.longest)
+            contenders = [who for who in IN_INFERENCE[args.device.type] if not (who == COMPILED and args.no_compile)]
+            batches = sorted(args.batches)
+            yield from infer(name, args.device, contenders, args.dtypes, batches, budget, pace, args.longest)
     for name in args.train:
         print(f"{name}, training ...", file=sys.stderr, flush=True)
         yield train(name, args.train_batch, budget)
@@ -235,7 +238,8 @@ def prepare(who: str, model: nn.Module) -> nn.Module:
     if who in OURS:
         return fastconv.swap(model)
     if who == COMPILED:
-        return cast(nn.Module, torch.compile(model))
+        # Without this the second batch size would get a graph for any: not what a user times.
+        return cast(nn.Module, torch.compile(model, dynamic=False))
     for module in model.modules():
         for name, child in module.named_children():
             if type(child) is nn.LocalResponseNorm:
@@ -282,6 +286,7 @@ class Pace:
 def infer(
     network: str,
     device: torch.device,
+    who_takes_part: Sequence[str],
     dtypes: Sequence[str],
     batches: Sequence[int],
     budget: Budget,
@@ -291,6 +296,7 @@ def infer(
     """A row for each dtype and batch.
 
     Args:
+        who_takes_part: names of contenders, among them CHANNELS_LAST.
         batches: in ascending order.
         longest: seconds; 16-bit runs of eager that must take longer are left out.
     """
@@ -314,7 +320,7 @@ def infer(
         images = all_images.to(DTYPES[dtype])
         ends = images[:: max(1, len(images) - 1)]  # the first and the last
         oracle = copy.deepcopy(typed).double()(ends.double())
-        contenders = {who: prepare(who, copy.deepcopy(typed)) for who in IN_INFERENCE[device.type]}
+        contenders = {who: prepare(who, copy.deepcopy(typed)) for who in who_takes_part}
         baseline = contenders[CHANNELS_LAST](_laid_out(CHANNELS_LAST, ends))
         allowed = BASELINE_FACTOR * _error(baseline, oracle) + torch.finfo(DTYPES[dtype]).eps
         for batch in batches:

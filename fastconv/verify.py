@@ -36,10 +36,10 @@ class Layer:
         """Random tensors; weights are scaled so that activations keep their size."""
 
         def tensor(name: str, shape: Shape) -> Tensor:
-            value = torch.randn(shape)
+            value = torch.randn(shape, device=device)
             if "weight" in name:
                 value *= math.sqrt(2 / math.prod(shape[1:]))
-            value = value.to(device, dtype)
+            value = value.to(dtype)
             return value.contiguous(memory_format=memory_format) if len(shape) == 4 else value
 
         return {

@@ -34,7 +34,7 @@ backends.add("cuda-emulated", backends.Backend("fastconv_emulated", lambda: "cpu
 
 def device_of(backend: str) -> torch.device:
     """The device of a backend's tensors; skips the test where the backend cannot run."""
-    reason = None if backend == "auto" else backends.available()[backend]
+    reason = None if backend == "auto" else backends.problem(backend)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
     return torch.device("cuda" if backend == "cuda" else "cpu")
@@ -94,7 +94,7 @@ def true_float32() -> Iterator[None]:
 @contextmanager
 def on_triton() -> Iterator[torch.device]:
     """Inside, ops run on Triton's kernels, and tensors are made where those run: on the GPU, or in the interpreter."""
-    reason = backends.available()["triton"]
+    reason = backends.problem("triton")
     if reason is not None:
         pytest.skip(reason)
     device = torch.device("cpu" if backends.interpreted() else "cuda")

@@ -128,7 +128,8 @@ def test_contenders_take_turns():
 
 
 def test_slow_16_bit_runs_are_left_out():
-    arguments = ("lenet5", torch.device("cpu"), ["fp32", "bf16"], [1, 4], bench.Budget(0, 4), bench.Pace())
+    arguments = ("lenet5", torch.device("cpu"), bench.IN_INFERENCE["cpu"], ["fp32", "bf16"], [1, 4])
+    arguments += (bench.Budget(0, 4), bench.Pace())
     fp32_1, fp32_4, bf16_1, bf16_4 = bench.infer(*arguments, longest=1e-9)
     for measured in (fp32_1, fp32_4):
         assert all(len(r.seconds) >= bench.FEWEST_RUNS for r in measured.results.values())
@@ -165,3 +166,12 @@ def test_environment():
     facts = _report.environment()
     assert torch.__version__ in facts["versions"]
     assert facts["CPU"].endswith(f"{torch.get_num_threads()} threads")
+
+
+def test_the_commit_without_git(monkeypatch):
+    """Of a checkout without git beside it the environment says it."""
+    monkeypatch.delenv("FASTCONV_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert _report.environment()["commit"] == "unknown"
+    monkeypatch.setenv("FASTCONV_COMMIT", "abc123")
+    assert _report.environment()["commit"] == "abc123"

@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,8 @@ def check(layer, calls):
 def test_suites_run(tmp_path):
     file = tmp_path / "results.json"
     chosen = "fastconv or (lrn and forward)"
-    process = run_benchmarks("--quick", "-k", chosen, f"--benchmark-json={file}")
+    rows = tmp_path / "rows.jsonl"
+    process = run_benchmarks("--quick", "-k", chosen, f"--benchmark-json={file}", f"--rows={rows}")
     assert process.returncode == 0, process.stdout[-5000:]
     assert "slower than eager" in process.stdout
 
@@ -139,8 +141,18 @@ def test_suites_run(tmp_path):
     assert one["flop"] == 0
     for info in found:
         assert info["gb_per_s"] > 0
-        assert info["of_copy_bandwidth"] > 0
+        assert info["of_floor"] > 0
         assert info["host_us"] is None or info["host_us"] > 0
+
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [line["case"].split(",")[0] for line in lines] == [r["fullname"] for r in document["benchmarks"]]
+    assert all(line["outcome"] == "passed" and line["median_s"] >= line["min_s"] > 0 for line in lines)
+    # What is there is not measured again, what failed is.
+    rows.write_text("".join(json.dumps({**line, "outcome": "failed"}) + "\n" for line in lines[:1]))
+    rows.open("a").writelines(json.dumps(line) + "\n" for line in lines[1:])
+    process = run_benchmarks("--quick", "-k", chosen, f"--rows={rows}", "--collect-only", "-q")
+    assert process.stdout.count("::") == 1
+    assert lines[0]["case"].split(",")[0] in process.stdout
 
 
 SABOTAGE = """
@@ -169,6 +181,42 @@ def test_a_wrong_result_gets_no_time(tmp_path):
     assert "1 tests" in table
 
 
+# aten's own in place of cuDNN's, and no other contender.
+CUDNN = """
+import torch
+import torch.nn.functional as F
+
+def relu(input, weight, bias, *geometry):
+    return F.relu(F.conv2d(input, weight, bias, *geometry))
+
+def add_relu(input, weight, residual, alpha, bias, *geometry):
+    return F.relu(F.conv2d(input, weight, bias, *geometry) + alpha * residual)
+
+torch.cudnn_convolution_relu, torch.cudnn_convolution_add_relu = relu, add_relu
+
+def pytest_configure():
+    import harness
+
+    def is_for(self, layer, direction, device):
+        return self.who == "cudnn" and direction == "forward" and harness.cudnn.has(layer)
+
+    harness.Contender.is_for = is_for
+"""
+
+
+def test_cudnn_takes_part_where_it_can(tmp_path: Path) -> None:
+    """Where it has a fused convolution the result is the op's: with groups, and paddings that differ, too."""
+    (tmp_path / "stub.py").write_text(CUDNN)
+    rows, chosen = tmp_path / "rows.jsonl", "layer1 or inception3a or alexnet2012 or 7x7_2"
+    process = run_benchmarks(
+        "-p", "stub", "-k", chosen, f"--rows={rows}", "--benchmark-disable", plugin_folder=tmp_path
+    )
+    assert process.returncode == 0, process.stdout[-5000:]
+    found = Counter(json.loads(line)["op"] for line in rows.read_text().splitlines())
+    assert found == {"conv2d_relu": 4, "conv2d_add_relu": 1, "pointwise_conv2d": 2, "pointwise_conv2d_group": 1}
+    assert "cudnn" not in run_benchmarks("--collect-only", "-q").stdout
+
+
 def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
     """A dry run does what it can and shows the rest."""
     if torch.cuda.is_available():
@@ -178,17 +226,55 @@ def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
         str(ROOT / "benchmarks" / "gpu_check.py"),
         str(tmp_path),
         "--only",
-        "info",
-        "time-ops-cuda",
+        "machine",
+        "ops-triton",
     ]
-    process = subprocess.run(command, capture_output=True, text=True)
+    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": ""})
     assert process.returncode == 0, process.stdout + process.stderr
+    assert "with a GPU: " in process.stdout
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert {name: step["outcome"] for name, step in summary.items()} == {
-        "info": "passed",
-        "time-ops-cuda": "needs a GPU",
-    }
-    assert "backends" in (tmp_path / "info.txt").read_text()
+    assert {name: step["outcome"] for name, step in summary.items()} == {"machine": "passed", "ops-triton": "passed"}
+    # As many files as whoever lends a machine may let through.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files.tar.gz", "summary.json"]
+    with tarfile.open(tmp_path / "files.tar.gz") as archive:
+        assert json.load(archive.extractfile("machine.txt"))["tools"]["git"] is None
+        assert b"fastconv-channels_last" in archive.extractfile("ops-triton.txt").read()
+
+
+def test_gpu_check_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each step all is saved, for the next one may be the last; what needs too long is not begun."""
+    gpu_check = load("gpu_check")
+    saved = f"import json; print(sorted(json.load(open({str(tmp_path / 'summary.json')!r}))))"
+    steps = [gpu_check.Step(str(i), [sys.executable, "-c", saved], 60, [sys.executable, "-c", saved]) for i in range(3)]
+    steps[0].command = steps[0].dry = [sys.executable, "-c", "print('first')"]
+    steps[0].unless = [sys.executable, "-c", "raise SystemExit(1)"]
+    steps[2].unless = [sys.executable, "-c", ""]
+    monkeypatch.setattr(gpu_check, "stages", lambda *_: [[step] for step in steps])
+    monkeypatch.setattr(gpu_check, "find_gpu", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path)])
+    assert gpu_check.main() == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [step["last line"] for step in summary.values()] == ["first", "['0']", "there was nothing to do"]
+    late = gpu_check.run(steps[:1], tmp_path, has_gpu=True, deadline=time.monotonic() + gpu_check.Run.GRACE)
+    assert [result["outcome"] for _, result in late] == ["left out: no time"]
+
+
+@pytest.mark.parametrize("part", ["all", "proofs", "timings"])
+def test_parts_of_gpu_check(part: str, tmp_path: Path) -> None:
+    gpu_check = load("gpu_check")
+    stages = gpu_check.stages(part, "90a", tmp_path)
+    steps = [step for stage in stages for step in stage]
+    assert steps[0].name == "build"
+    assert steps[0].environ["FASTCONV_CUDA_ARCHS"] == "90a"
+    assert len({step.name for step in steps}) == len(steps)
+    assert ("numerics-cuda" in {step.name for step in steps}) == (part != "timings")
+    assert ("ops-cuda" in {step.name for step in steps}) == (part != "proofs")
+    for stage in stages:
+        measures = [step for step in stage if "rows.jsonl" in str(step.command) or "bench" in step.command]
+        assert not measures or len(stage) == 1
+    # All that is selected by name is there to select.
+    named = {word for step in steps for word in step.command if word.startswith("tests/")}
+    assert all((ROOT / word).exists() for word in named)
 
 
 ENDLESS = """

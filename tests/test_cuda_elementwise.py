@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, LAYOUTS, Case, layout_of, mapped, named, run, tensors
-from kernel_backends import CUDA, device_of, emulated, forced, kernel_table
+from kernel_backends import CUDA, device_of, emulated, forced, kernel_table, true_float32
 from torch import Tensor
 
 from fastconv import backends, ops, use_backend
@@ -26,7 +26,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.fixture(params=CUDA)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     device_of(request.param)
-    with use_backend(request.param):
+    with use_backend(request.param), true_float32():
         yield request.param
 
 
@@ -166,7 +166,8 @@ def test_activations_of_special_values(backend: str, activation: str, dtype: tor
     input = torch.tensor(SPECIAL * 4, dtype=dtype, device=device_of(backend))
     zero = torch.full_like(input, -0.0)
     exact = F.relu if activation == "relu" else F.relu6
-    assert same_bits(ops.add_relu(input, zero, activation=activation), exact(input))
+    # As torch's CPU kernels, which keep -0.0; those for GPUs may lose its sign.
+    assert same_bits(ops.add_relu(input, zero, activation=activation).cpu(), exact(input.cpu()))
     mask = operators(backend).add_relu_backward(torch.ones_like(input), input, activation)
     inside = ~(input <= 0) & ~((input >= 6) & (activation == "relu6"))  # NaN passes, as in aten
     assert torch.equal(mask, inside.to(dtype))

@@ -18,6 +18,11 @@ from fastconv.ops._schemas import WITH_OUT
 FIRST = [next(iter(named(op))) for op in ops.__all__]
 
 
+def autocast(arguments: dict[str, Any], dtype: torch.dtype) -> torch.autocast:
+    """On the device of the arguments: where other tests call these, that may be a GPU."""
+    return torch.autocast(tensors(arguments)[0].device.type, dtype=dtype)
+
+
 class Recorder(TorchDispatchMode):
     """The calls of fastconv's operators below autograd, forward and backward."""
 
@@ -207,15 +212,18 @@ def test_autocast_out(case: Case, backend: str) -> None:
     arguments = case.arguments()
     results = run(case.op, arguments)
     arguments |= {"residual": arguments["residual"].bfloat16()} if "residual" in arguments else {}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast(arguments, torch.bfloat16):
         expected = run(case.op, arguments, backend=backend)
+        assert expected[0].dtype == torch.bfloat16
+        kind = expected[0].device.type
         for dtype in (torch.bfloat16, torch.float32):
             joined = Concatenation.of([result.to(dtype) for result in results], 3, "channels_last")
             if dtype == torch.bfloat16:
                 run(case.op, arguments, out=joined.argument(case.op), backend=backend)
                 torch.testing.assert_close(joined.slices, expected)
             else:
-                with pytest.raises(RuntimeError, match=r"float32 on cpu, needed .+ bfloat16 on cpu, as the result is"):
+                refusal = rf"float32 on {kind}.*, needed .+ bfloat16 on {kind}.*, as the result is"
+                with pytest.raises(RuntimeError, match=refusal):
                     run(case.op, arguments, out=joined.argument(case.op), backend=backend)
             joined.check_the_rest()
 
@@ -224,7 +232,7 @@ def test_autocast_out(case: Case, backend: str) -> None:
 @pytest.mark.parametrize("op", ["conv2d_add_relu", "pointwise_conv2d"])
 def test_autocast_out_with_a_wider_residual(op: str, backend: str) -> None:
     arguments = named(op)[0].arguments()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast(arguments, torch.bfloat16):
         (expected,) = run(op, arguments, backend=backend)
         out = torch.zeros_like(expected)
         run(op, arguments, out=out, backend=backend)
@@ -272,7 +280,7 @@ def test_export_out(case: Case) -> None:
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_autocast_dtypes_are_eagers(case: Case, dtype: torch.dtype, cast_to: torch.dtype, backend: str) -> None:
     arguments = case.arguments(dtype, requires_grad=True)
-    with torch.autocast("cpu", dtype=cast_to):
+    with autocast(arguments, cast_to):
         outputs = run(case.op, arguments, backend=backend)
         expected = eager(case.op, arguments)
     assert [o.dtype for o in outputs] == [o.dtype for o in expected]
@@ -310,7 +318,7 @@ def test_autocast_with_a_wider_residual(op: str, residual: torch.dtype) -> None:
     """Eager promotes the sum; a bfloat16 result would lose what the caller kept."""
     arguments = named(op)[0].arguments()
     arguments["residual"] = arguments["residual"].to(residual)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast(arguments, torch.bfloat16):
         (output,) = run(op, arguments)
         (expected,) = eager(op, arguments)
     assert output.dtype == expected.dtype
@@ -321,9 +329,10 @@ def test_autocast_with_a_wider_residual(op: str, residual: torch.dtype) -> None:
 def test_autocast_under_compile(case: Case) -> None:
     torch._dynamo.reset()
     arguments = case.arguments()
+    kind = tensors(arguments)[0].device.type
 
     def step() -> list[Tensor]:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(kind, dtype=torch.bfloat16):
             return run(case.op, arguments)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

@@ -131,3 +131,11 @@ def test_poisoned_outputs_are_nan_and_the_settings_come_back():
         assert torch.empty(3).isnan().all()
         assert torch.empty_like(torch.ones(2, 2)).isnan().all()
     assert torch.are_deterministic_algorithms_enabled() == before
+
+
+def test_the_comparison_stays_on_the_oracles_device():
+    """Whatever the default device is: where the Triton tests run, a GPU."""
+    _, _, oracle, baseline = conv_case(torch.float32)
+    expected = _numerics.compare(baseline, oracle, baseline, border=1)
+    with torch.device("meta"):
+        assert _numerics.compare(baseline, oracle, baseline, border=1) == expected

@@ -4,16 +4,21 @@
     python tests/emulator/conformance.py --require-gpu    fails where there is no GPU
     python tests/emulator/conformance.py --record         ... and writes the GPU's words to goldens/
 
-Without a GPU the emulator is compared with the recorded words of GPUs, once there are any.
+The GPU is asked first, each case in a process of its own: what one of them breaks costs the others nothing. Without a
+GPU the emulator is compared with the recorded words of GPUs, once there are any. Without clang it does not see plain
+stores, and the cases that need them are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ import numpy as np
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import emulator
-from emulator.build import CSRC, HERE, ROOT, _import_build
+from emulator.build import CSRC, HERE, ROOT, _import_build, find_clang
 
 GOLDENS = HERE / "goldens"
 ARCHS = ["80", "90a"]
@@ -30,6 +35,9 @@ ARCHS = ["80", "90a"]
 UNWRITTEN = 0xA5A5A5A5
 # Of rounded results: float32 sums of at most 17 terms, powf and rsqrtf
 TOLERANCE = 1e-5
+CASE_SECONDS = 30
+
+Outputs = dict[str, list[int]]
 
 
 def words(kind: str, count: int) -> np.ndarray:
@@ -104,12 +112,20 @@ class Program:
             raise RuntimeError(said)
         return out
 
-    def run(self) -> dict[str, list[int]]:
-        """The output words of every case."""
-        return {
-            case["name"]: self.run_words(case["name"], words(case["input"], case["in_words"])).tolist()
-            for case in self.cases
-        }
+    def run_case(self, name: str) -> list[int]:
+        """The output words of a case."""
+        case = next(case for case in self.cases if case["name"] == name)
+        return self.run_words(name, words(case["input"], case["in_words"])).tolist()
+
+    def run(self) -> tuple[Outputs, list[str]]:
+        """The output words of every case; a line for each that failed."""
+        outputs, problems = {}, []
+        for case in self.cases:
+            try:
+                outputs[case["name"]] = self.run_case(case["name"])
+            except RuntimeError as error:
+                problems.append(f"{case['name']}: {error}")
+        return outputs, problems
 
 
 def emulated() -> Program:
@@ -117,27 +133,57 @@ def emulated() -> Program:
 
 
 def compile_for_gpu() -> Path | None:
-    """The library that nvcc makes of the program; None where there is no nvcc."""
+    """The library that nvcc makes of the program, unless it did before; None where there is neither."""
+    sources = [HERE / "conformance.cu", HERE / "gpu" / "conformance_memory.cu"]
+    digest = hashlib.sha256()
+    for path in [*sources, HERE / "conformance_memory.h", *sorted((CSRC / "cuda").rglob("*.*h"))]:
+        digest.update(path.read_bytes())
+    library = ROOT / "build" / "emulator" / "gpu" / f"libconformance-{digest.hexdigest()[:12]}.so"
+    if library.exists():
+        return library
     _, toolchain = _import_build()
     cuda = toolchain.find_cuda()
     if cuda is None:
         return None
-    library = ROOT / "build" / "emulator" / "gpu" / "libconformance.so"
     library.parent.mkdir(parents=True, exist_ok=True)
     archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
     # PTX of the first one: for later GPUs
     archs.append(f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}")
     flags = ["-std=c++20", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=static", f"-I{CSRC}", f"-I{HERE}"]
-    sources = [HERE / "conformance.cu", HERE / "gpu" / "conformance_memory.cu"]
-    subprocess.run([cuda.nvcc, *flags, *archs, *map(str, sources), "-o", str(library)], check=True)
-    return library
+    fresh = library.with_suffix(f".{os.getpid()}")
+    subprocess.run([cuda.nvcc, *flags, *archs, *map(str, sources), "-o", str(fresh)], check=True)
+    return fresh.rename(library)
 
 
-def compare(cases: list[dict[str, Any]], mine: dict[str, list[int]], theirs: dict[str, list[int]]) -> list[str]:
-    """One line for every case in which the two differ."""
+def ask_gpu(library: Path) -> tuple[Outputs, list[str]]:
+    """The GPU's output words of every case; a line for each that failed."""
+
+    def ask(name: str) -> tuple[Outputs, list[str]]:
+        command = [sys.executable, __file__, "--case", name, "--library", str(library)]
+        try:
+            process = subprocess.run(command, capture_output=True, text=True, timeout=CASE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return {}, [f"{name}: it took more than {CASE_SECONDS} s"]
+        if process.returncode == 0:
+            return {name: json.loads(process.stdout)}, []
+        said = process.stderr.strip().splitlines() or [f"it ended with status {process.returncode}"]
+        return {}, [f"{name}: {said[-1]}"]
+
+    outputs, problems = {}, []
+    with ThreadPoolExecutor(8) as pool:
+        for found, failed in pool.map(ask, [case["name"] for case in Program(ctypes.CDLL(str(library))).cases]):
+            outputs |= found
+            problems += failed
+    return outputs, problems
+
+
+def compare(cases: list[dict[str, Any]], mine: Outputs, theirs: Outputs) -> list[str]:
+    """One line for every case in which the two differ, among those that mine has."""
     problems = []
     for case in cases:
         name = case["name"]
+        if name not in mine:
+            continue
         if name not in theirs:
             problems.append(f"{name}: not among the recorded cases; record again")
             continue
@@ -160,36 +206,49 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--require-gpu", action="store_true", help="fail where there is no GPU")
     parser.add_argument("--record", action="store_true", help="write the GPU's words to tests/emulator/goldens")
+    parser.add_argument("--case", metavar="NAME", help="only print the words of this case ...")
+    parser.add_argument("--library", help="... as this build of the program has them")
     options = parser.parse_args()
+    if options.case:
+        print(Program(ctypes.CDLL(options.library)).run_case(options.case))
+        return 0
 
-    program = emulated()
-    mine = program.run()
-    print(f"emulated: {len(mine)} cases ran")
     library = compile_for_gpu()
-    print(f"compiled for sm_{', sm_'.join(ARCHS)}" if library else "not compiled: there is no nvcc")
+    print(f"compiled for sm_{', sm_'.join(ARCHS)}" if library else "not compiled: there is no nvcc", flush=True)
 
     import torch
 
-    problems = []
+    problems, compared, gpu = [], {}, None
     if library and torch.cuda.is_available():
-        theirs = Program(ctypes.CDLL(str(library))).run()
         gpu = torch.cuda.get_device_name()
-        problems += [f"{gpu}: {line}" for line in compare(program.cases, mine, theirs)]
-        print(f"compared with {gpu}")
+        compared[gpu], failed = ask_gpu(library)
+        problems += [f"{gpu}: {line}" for line in failed]
+        print(f"{gpu}: {len(compared[gpu])} cases ran", *problems, sep="\n", flush=True)
         if options.record:
             GOLDENS.mkdir(exist_ok=True)
             file = GOLDENS / f"{gpu.lower().replace(' ', '-')}.json"
-            file.write_text(json.dumps({"gpu": gpu, "cuda": torch.version.cuda, "cases": theirs}) + "\n")
-            print(f"recorded in {file}")
+            document = {"gpu": gpu, "cuda": torch.version.cuda, "cases": compared[gpu]}
+            file.write_text(json.dumps(document) + "\n")
+            print(f"recorded in {file}", flush=True)
     elif options.require_gpu or options.record:
         problems.append("there is no GPU here" if library else "there is no nvcc here")
     else:
         print("not compared with a GPU: there is none here")
     for file in sorted(GOLDENS.glob("*.json")):
-        problems += [
-            f"{file.name}: {line}" for line in compare(program.cases, mine, json.loads(file.read_text())["cases"])
-        ]
-        print(f"compared with {file.name}")
+        compared[file.name] = json.loads(file.read_text())["cases"]
+
+    program = emulated()
+    mine, failed = program.run()
+    print(f"emulated: {len(mine)} cases ran")
+    if find_clang() is None:
+        print(*(f"left out, there is no clang: {line}" for line in failed), sep="\n")
+    else:
+        problems += [f"emulated: {line}" for line in failed]
+    for name, theirs in compared.items():
+        # What failed on the GPU that is here was said above.
+        cases = [case for case in program.cases if name != gpu or case["name"] in theirs]
+        problems += [f"{name}: {line}" for line in compare(cases, mine, theirs)]
+        print(f"compared with {name}")
     print("\n".join(["DIFFERENT", *problems]) if problems else "no difference")
     return bool(problems)
 

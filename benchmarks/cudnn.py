@@ -1,0 +1,42 @@
+"""cuDNN's fused convolutions, as torch has them: the best that a user could write by hand on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from shapes import Layer
+from torch import Tensor
+
+
+def has(layer: Layer) -> bool:
+    """Whether there is one for it: they know ReLU alone, and no gradients."""
+    is_dense = layer.op in ("conv2d_relu", "conv2d_add_relu", "pointwise_conv2d", "pointwise_conv2d_group")
+    return is_dense and layer.activation == "relu" and ("bias" in layer.shapes or "biases" in layer.shapes)
+
+
+def call(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    weights: list[Tensor] | None = None,
+    biases: list[Tensor] | None = None,
+    activation: str = "relu",
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Any:
+    """What an op for which `has` says yes computes."""
+    geometry = (_pair(stride), _pair(padding), _pair(dilation), groups)
+    if weights is not None and biases is not None:
+        return [torch.cudnn_convolution_relu(input, w, b, *geometry) for w, b in zip(weights, biases, strict=True)]
+    if residual is not None:
+        return torch.cudnn_convolution_add_relu(input, weight, residual, 1.0, bias, *geometry)
+    return torch.cudnn_convolution_relu(input, weight, bias, *geometry)
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
