@@ -173,6 +173,8 @@ _NOT = (
     "classproperty",
     "from_file",
 )
+# These give addresses, or memory as it is.
+_NOT_METHODS = ("backward", "retain_grad", "data_ptr", "const_data_ptr", "new", "resize", "resize_")
 
 
 def calls() -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
@@ -188,7 +190,7 @@ def calls() -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
                 yield f"{prefix}.{name}", lambda v, f=function: f(v)
                 yield f"{prefix}.{name} of two", lambda v, f=function: f(v, v)
     for name in dir(Tensor):
-        if not name.startswith("_") and name not in ("backward", "retain_grad"):
+        if not name.startswith(("_", "new_empty")) and name not in _NOT_METHODS:
             yield f".{name}", lambda v, n=name: m() if callable(m := getattr(v, n)) else m
             yield f".{name}(2)", lambda v, n=name: m(2) if callable(m := getattr(v, n)) else m
     for name in ("abs", "bool", "bytes", "complex", "float", "hash", "id", "int", "iter", "len", "list", "repr"):
@@ -214,7 +216,7 @@ def outcome(net: nn.Module, x: Tensor) -> Any:
         loss = sum(t.sum() for t in _tensors(found) if t.requires_grad)
         return found, torch.autograd.grad(loss, x)[0] if isinstance(loss, Tensor) else None
     except Exception as error:
-        return type(error)
+        return error
 
 
 def _tensors(found: Any) -> list[Tensor]:
@@ -222,6 +224,8 @@ def _tensors(found: Any) -> list[Tensor]:
 
 
 def same(one: Any, two: Any) -> bool:
+    if isinstance(one, Exception) or isinstance(two, Exception):
+        return isinstance(one, Exception) and isinstance(two, Exception)
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         return (
             one.shape == two.shape

@@ -167,7 +167,10 @@ def _classify_function(node: fx.Node) -> Effect:
         return Effect.NEW
     if node.target is getattr:
         return _classify_name(node.args[1])
-    if not isinstance(node.target, type(torch.relu)) and argument(node, "inplace"):
+    inplace = None if isinstance(node.target, type(torch.relu)) else argument(node, "inplace")
+    if isinstance(inplace, fx.Node):
+        return Effect.UNKNOWN
+    if inplace:
         return Effect.IN_PLACE if node.target in _FUNCTIONS else Effect.UNKNOWN
     if argument(node, "return_indices"):
         return Effect.UNKNOWN

@@ -116,6 +116,12 @@ _MODULES = {
     *("math", "cmath", "_operator", "operator", "_functools", "_collections", "_abc", "_typing", "_sre", "itertools"),
     *("torch._C._nn", "torch._C._linalg", "torch._C._special", "torch._C._fft", "torch._C._sparse"),
 }
+_NOT_FOR_TENSORS = {"concat", "iconcat"}  # which an object with + takes for its own
+# Functions of Python code that is trusted else.
+_REFUSED = {
+    contextlib.suppress.__init__.__code__: "its forward handles exceptions",
+    torch.typename.__code__: "its forward tests the type of a value",
+}
 # Methods by which a tensor's numbers leave torch.
 _READERS = {
     "numpy",
@@ -139,7 +145,7 @@ def _is_harmless(function: Any) -> bool:
     if name in _FUNCTIONS.get(function.__module__, ()):
         return True
     if isinstance(owner, types.ModuleType):
-        return owner.__name__ in _MODULES
+        return owner.__name__ in _MODULES and name not in _NOT_FOR_TENSORS
     if isinstance(owner, type):
         return name == "__new__" or issubclass(owner, _VALUES) or owner.__module__.partition(".")[0] == "torch"
     if isinstance(owner, (torch.Tensor, torch.dtype, torch.device)):
@@ -373,8 +379,8 @@ class Observer:
     def _meet(self, frame: types.FrameType) -> bool:
         """Looks at a function that runs for the first time; whether it is trusted."""
         code, module = frame.f_code, frame.f_globals.get("__name__") or ""
-        if code is contextlib.suppress.__init__.__code__:
-            raise Refusal("its forward handles exceptions")
+        if code in _REFUSED:
+            raise Refusal(_REFUSED[code])
         if _is_trusted(module):
             self._codes[code] = True
             return True
