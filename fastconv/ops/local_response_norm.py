@@ -56,7 +56,11 @@ def local_response_norm(
     Source: Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural
     Networks", section 3.3.
     """
-    return _operator.run(backend, input, size, float(alpha), float(beta), float(k), activation)
+    _checks.tensors(_NAME, input=input)
+    _checks.activation(_NAME, activation)
+    size = _checks.count(_NAME, "size", size, _checks.CHANNELS)
+    alpha, beta, k = (_checks.real(_NAME, *given) for given in (("alpha", alpha), ("beta", beta), ("k", k)))
+    return _operator.run(backend, input, size, alpha, beta, k, activation)
 
 
 def _reference(input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str) -> Tensor:
