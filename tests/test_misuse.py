@@ -368,6 +368,20 @@ def test_the_largest_steps(where: str) -> None:
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("where", BACKENDS)
+def test_the_largest_windows(where: str) -> None:
+    """More channels than there are make no difference either, other than to the mean."""
+    device_of(where)
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    for size, equal in ((2**31 - 1, 13), (2**31 - 2, 12)):
+        results = []
+        for window, alpha, backend in ((size, 2.0 * size, where), (equal, 2.0 * equal, "cpu")):
+            result = ops.local_response_norm(x, window, alpha, backend=backend)
+            (grad,) = torch.autograd.grad(result.square().sum(), x, create_graph=True)
+            results.append((result, grad, *torch.autograd.grad(grad.square().sum(), x)))
+        torch.testing.assert_close(*results)
+
+
 # ---------------------------------------------------------------------------------------------- out
 
 
@@ -451,10 +465,11 @@ def test_sums_are_promoted_as_eagers(where: str, cast_to: torch.dtype | None) ->
     for one, two in itertools.product(itertools.product(DTYPES, SHAPES), repeat=2):
         pair = [torch.ones(shape).to(dtype) for dtype, shape in (one, two)]
         with torch.autocast("cpu", dtype=cast_to, enabled=cast_to is not None), use_backend(where):
-            expected = F.relu(pair[0] + pair[1])
+            expected = pair[0] + pair[1]
             if not expected.is_floating_point():
                 check_words("add_relu", message_of(lambda pair=pair: ops.add_relu(*pair)))
                 continue
+            expected = F.relu(expected)
             for found in (ops.add_relu(*pair), nn.AddReLU()(*pair), add_activation(*pair, "relu")):
                 assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
                 torch.testing.assert_close(found, expected)

@@ -171,6 +171,8 @@ def pair(op: str, name: str, value: Any, least: int) -> list[int]:
 
 def count(op: str, name: str, value: Any, remedy: str) -> int:
     """An int from 1 on."""
+    if type(value) is int and 1 <= value <= _MOST:
+        return value
     number = _integer(value)
     if number is None:
         fail(op, given(name, value), "an integer", remedy)
@@ -218,8 +220,10 @@ def storage(op: str, name: str, tensor: Tensor) -> None:
     """All elements lie within the memory: it can be freed or shrunk behind a tensor's back."""
     if torch.compiler.is_compiling() or not _has_memory(tensor):
         return
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    span = tensor.numel()
+    if not tensor.is_contiguous():
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + span) * tensor.element_size()
     held = tensor.untyped_storage().nbytes()
     if needed > held:
         fail(

@@ -119,6 +119,7 @@ class PublicOperator(Operator):
         fake: Callable[..., Any] | None = None,
         **others: Any,
     ) -> None:
+        self._qualified = f"fastconv::{name}"
         self._reference = reference
         self._autocast = autocast
         super().__init__(name, fake=fake or reference, **others)
@@ -131,7 +132,7 @@ class PublicOperator(Operator):
 
     def run(self, backend: str | None, input: Tensor, *args: Any) -> Any:
         """The op on the backend that was asked for, or else on the one chosen for the input."""
-        namespace = backends.namespace(backends.choose(backend, input, f"fastconv::{self._name}"))
+        namespace = backends.namespace(backends.choose(backend, input, self._qualified))
         if namespace is not None and not _only_aten_has_derivatives():
             return self._overloads[namespace](input, *args)
         device = input.device.type
@@ -177,7 +178,7 @@ class OutOperator(PublicOperator):
         """As for every operator; into `out`, if there is one, which is then returned."""
         if out is None:
             return super().run(backend, input, *args)
-        namespace = backends.namespace(backends.choose(backend, input, f"fastconv::{self._name}"))
+        namespace = backends.namespace(backends.choose(backend, input, self._qualified))
         if namespace is not None and not _only_aten_has_derivatives():
             self._out_overloads[namespace](input, *args, out)
         else:
