@@ -44,10 +44,10 @@ def conv2d_relu(
             convolution.
         backend: see :func:`fastconv.use_backend`.
         out: where the result goes, of its shape, dtype and device: a slice of the channels of a
-            concatenation, say. Overlaps neither itself nor another argument, and nothing may require grad. CUDA and
-            Triton kernels write it in place; CUDA's only where its channels lie side by side, as in
-            channels_last and slices of that, and a residual has its strides. Elsewhere, on the CPU
-            too, the result is copied there.
+            concatenation, say. Overlaps neither itself nor another argument, and nothing may
+            require grad. CUDA and Triton kernels write it in place; CUDA's only where its channels
+            lie side by side, as in channels_last and slices of that, and a residual has its
+            strides. Elsewhere, on the CPU too, the result is copied there.
 
     Returns:
         [N, K, P, Q] with P = (H + 2 * padding - dilation * (R - 1) - 1) // stride + 1, Q likewise;
