@@ -123,8 +123,8 @@ def current() -> str:
     return _current
 
 
-def choose(backend: str | None, input: torch.Tensor) -> str:
-    """The backend that an op runs for `input`: a name from `names`, other than "auto".
+def choose(backend: str | None, input: torch.Tensor, asker: str = "fastconv") -> str:
+    """The backend that an op runs for `input`: a name from `names`, other than "auto". Errors begin with the `asker`.
 
     Raises:
         ValueError: the name is unknown.
@@ -132,13 +132,13 @@ def choose(backend: str | None, input: torch.Tensor) -> str:
     """
     name = _current if backend is None else backend
     device = input.device.type
-    if name == "auto":
+    if isinstance(name, str) and name == "auto":
         return _AUTO.get(device, "reference") if _library.LOADED else "reference"
-    _require(name)
+    _require(name, asker)
     needed = _BACKENDS[name].device()
     if needed and device not in (needed, "meta"):
         raise RuntimeError(
-            f"fastconv: got a tensor on {input.device} for backend '{name}', needed one on "
+            f"{asker}: got a tensor on {input.device} for backend '{name}', needed one on "
             f"{needed}; move it, or leave the backend to 'auto'"
         )
     return name
@@ -149,18 +149,18 @@ def namespace(name: str) -> str | None:
     return _BACKENDS[name].namespace
 
 
-def _require(name: str) -> None:
+def _require(name: str, asker: str = "fastconv") -> None:
+    if not isinstance(name, str) or name not in names():
+        shown = repr(name[:40]) if isinstance(name, str) else f"of type {type(name).__name__[:40]}"
+        raise ValueError(
+            f"{asker}: got backend {shown}, needed one of {', '.join(names())}; see `python -m fastconv info`"
+        )
     if name == "auto":
         return
-    backend = _BACKENDS.get(name)
-    if backend is None:
-        raise ValueError(
-            f"fastconv: got backend {name!r}, needed one of {', '.join(names())}; see `python -m fastconv info`"
-        )
     reason = _prepare(name)
     if reason is not None:
         raise RuntimeError(
-            f"fastconv: got backend '{name}', which cannot run here: {reason}; leave the backend to 'auto'"
+            f"{asker}: got backend '{name}', which cannot run here: {reason}; leave the backend to 'auto'"
         )
 
 

@@ -293,7 +293,7 @@ OUT_TABLE = [
         "pointwise_conv2d",
         {"out": t(1, 5, 3, 4).expand(2, 5, 3, 4)},
         "got out of shape [2, 5, 3, 4] with strides [0, 12, 4, 1], needed memory for every element; "
-        "pass a tensor that is not expanded",
+        "pass a tensor whose elements do not overlap",
     ),
     Bad(
         "pointwise_conv2d_group",

@@ -20,6 +20,7 @@ inline const ConvGeometry kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
 // Each throws std::runtime_error, RuntimeError in Python. `op` is the operator's full name.
 Activation parse_activation(const char* op, const std::string& name);
 
+// These two also see to it that the tensor's storage holds its elements.
 void check_floating(const char* op, const Tensor& input);
 // `other` has the dtype and the device of `input`.
 void check_like_input(const char* op, const Tensor& input, const char* name, const Tensor& other);

@@ -28,7 +28,7 @@ class Conv2dAddReLU(torch.nn.Conv2d):
         self.activation = checked_activation(self, activation)
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        input, padding = pad(self, input)
+        input, padding = pad("conv2d_add_relu", self, input)
         return ops.conv2d_add_relu(
             input,
             self.weight,

@@ -27,7 +27,7 @@ class Conv2dReLU(torch.nn.Conv2d):
         self.activation = checked_activation(self, activation)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        input, padding = pad(self, input)
+        input, padding = pad("conv2d_relu", self, input)
         return ops.conv2d_relu(
             input,
             weight,

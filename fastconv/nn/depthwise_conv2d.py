@@ -62,7 +62,7 @@ class DepthwiseConv2d(torch.nn.Conv2d):
         self.activation = checked_activation(self, activation)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        input, padding = pad(self, input)
+        input, padding = pad("depthwise_conv2d", self, input)
         return ops.depthwise_conv2d(
             input,
             weight,

@@ -69,7 +69,7 @@ class DepthwiseSeparableConv2d(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         depthwise, pointwise = self.depthwise, self.pointwise
-        input, padding = pad(depthwise, input)
+        input, padding = pad("depthwise_separable_conv2d", depthwise, input)
         return ops.depthwise_separable_conv2d(
             input,
             depthwise.weight,

@@ -18,6 +18,8 @@ from ._registration import AutocastRule, Operator, autocast_to_low_precision, ca
 
 aten = torch.ops.aten
 
+_LONG = 1024  # a stride that no image has
+
 Size2 = int | Sequence[int]
 Padding = int | Sequence[int] | str
 
@@ -25,21 +27,20 @@ Padding = int | Sequence[int] | str
 # ---------------------------------------------------------------------------------------- arguments
 
 
-def pair(value: Size2) -> list[int]:
-    """An int or a pair as the dispatcher's list."""
-    return list(value) if isinstance(value, Sequence) else [value, value]
-
-
-def batch(input: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def batch(op: str, input: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """An unbatched [C, H, W] as a batch of one, and what takes the batch off the result."""
     if input.dim() == 3:
+        _checks.storage(op, "input", input)
         return input.unsqueeze(0), _first
     return input, as_it_is
 
 
-def batch_like(unbatch: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
+def batch_like(op: str, unbatch: Callable[[Tensor], Tensor], name: str, tensor: Tensor | None) -> Tensor | None:
     """What goes with the input, or None, as a batch of one if `batch` made the input one."""
-    return tensor if tensor is None or unbatch is as_it_is else tensor.unsqueeze(0)
+    if tensor is None or unbatch is as_it_is:
+        return tensor
+    _checks.storage(op, name, tensor)
+    return tensor.unsqueeze(0)
 
 
 def _first(output: Tensor) -> Tensor:
@@ -50,7 +51,28 @@ def as_it_is(output: Tensor) -> Tensor:
     return output
 
 
-def resolve_padding(
+def geometry(
+    op: str, input: Tensor, weight: Tensor, stride: Size2, padding: Padding, dilation: Size2
+) -> tuple[Tensor, Callable[[Tensor], Tensor], list[int], list[int], list[int]]:
+    """The input as a batch, what takes the batch off the result, then stride, padding and dilation as lists."""
+    input, unbatch = batch(op, input)
+    steps, spread = _checks.pair(op, "stride", stride, 1), _checks.pair(op, "dilation", dilation, 1)
+    input, border = _resolve_padding(op, input, weight, steps, padding, spread)
+    return input, unbatch, within(input, steps, border), border, spread
+
+
+def within(input: Tensor, stride: list[int], padding: list[int]) -> list[int]:
+    """The strides, or shorter ones that leave the padded image with their first step as well.
+
+    torch's CPU backward crashes where a stride is thousands of times longer than the image.
+    """
+    if max(stride) <= _LONG or input.dim() != 4:
+        return stride
+    sizes = zip(stride, input.shape[2:], padding, strict=True)
+    return [min(step, max(size + 2 * border, 1)) if step > _LONG else step for step, size, border in sizes]
+
+
+def _resolve_padding(
     op: str, input: Tensor, weight: Tensor, stride: list[int], padding: Padding, dilation: list[int]
 ) -> tuple[Tensor, list[int]]:
     """``"same"`` and ``"valid"`` in numbers.
@@ -59,16 +81,18 @@ def resolve_padding(
     padded with the last of them (bottom, right), as ``torch.nn.functional.conv2d`` does.
     """
     if not isinstance(padding, str):
-        return input, pair(padding)
+        return input, _checks.pair(op, "padding", padding, 0)
     if padding == "valid":
         return input, [0, 0]
     if padding != "same":
-        _checks.fail(op, f"padding '{padding}'", "integers, 'same' or 'valid'", "pass one of them")
+        _checks.fail(op, _checks.given("padding", padding), "integers, 'same' or 'valid'", "pass one of them")
     if any(step != 1 for step in stride):
         _checks.fail(op, f"padding 'same' with stride {stride}", "stride 1", "pass the padding in numbers")
+    _checks.images(op, input, weight)
     total = [d * (r - 1) for d, r in zip(dilation, weight.shape[2:], strict=True)]
     odd = [t % 2 for t in total]
     if any(odd):
+        _checks.storage(op, "input", input)
         input = F.pad(input, (0, odd[1], 0, odd[0]))
     return input, [t // 2 for t in total]
 

@@ -6,6 +6,7 @@ namespace is a set of kernels for all operators: "fastconv" is the library's.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ class Operator:
         self._setup_context = setup_context
         self._backward = backward
         self._fold_batch = fold_batch
+        self._arguments = tuple(inspect.signature(fake).parameters)
         self._overloads: dict[str, Callable[..., Any]] = {}
         _operators.append(self)
         for namespace in _namespaces:
@@ -77,7 +79,22 @@ class Operator:
 
         torch.library.register_fake(qualified, self._fake)
         torch.library.register_autograd(qualified, self._backward, setup_context=setup_context)
-        torch.library.register_vmap(qualified, _vmap_rule(overload, self._fold_batch))
+        torch.library.register_vmap(qualified, self._vmap_rule(overload))
+
+    def _check_storage(self, args: Sequence[Any]) -> None:
+        """Before anything but a kernel reads the arguments; kernels have checks of their own."""
+        for name, value in zip(self._arguments, args, strict=True):
+            for tensor in _tensors([value]):
+                _checks.storage(self._name, name, tensor)
+
+    def _vmap_rule(self, overload: Callable[..., Any]) -> Callable[..., Any]:
+        mapped = _mapped(overload, self._fold_batch)
+
+        def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+            self._check_storage(args)
+            return mapped(info, in_dims, *args)
+
+        return rule
 
     def __call__(self, namespace: str, *args: Any) -> Any:
         return self._overloads[namespace](*args)
@@ -102,6 +119,7 @@ class PublicOperator(Operator):
         fake: Callable[..., Any] | None = None,
         **others: Any,
     ) -> None:
+        self._qualified = f"fastconv::{name}"
         self._reference = reference
         self._autocast = autocast
         super().__init__(name, fake=fake or reference, **others)
@@ -114,18 +132,22 @@ class PublicOperator(Operator):
 
     def run(self, backend: str | None, input: Tensor, *args: Any) -> Any:
         """The op on the backend that was asked for, or else on the one chosen for the input."""
-        namespace = backends.namespace(backends.choose(backend, input))
+        namespace = backends.namespace(backends.choose(backend, input, self._qualified))
         if namespace is not None and not _only_aten_has_derivatives():
             return self._overloads[namespace](input, *args)
         device = input.device.type
         if torch.is_autocast_enabled(device):
-            return self._autocast(self._reference, device, (input, *args))
+            return self._cast(self._reference, device, (input, *args))
         return self._reference(input, *args)
+
+    def _cast(self, function: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Any:
+        self._check_storage(args)
+        return self._autocast(function, device, args)
 
     def _autocast_kernel(self, overload: Callable[..., Any], device: str) -> Callable[..., Any]:
         def kernel(*args: Any) -> Any:
             with _below_autocast(device):
-                return self._autocast(overload, device, args)
+                return self._cast(overload, device, args)
 
         return kernel
 
@@ -148,7 +170,7 @@ class OutOperator(PublicOperator):
         torch.library.register_fake(f"{namespace}::{name}", self._fake_out)
         library = _namespaces[namespace]
         library.impl(name, self._autograd_out_kernel(overload), "Autograd")
-        library.impl(name, _version_kernel(overload), "ADInplaceOrView")
+        library.impl(name, self._version_kernel(overload), "ADInplaceOrView")
         for device in _AUTOCAST_DEVICES:
             library.impl(name, self._autocast_out_kernel(overload, device), f"Autocast{device.upper()}")
 
@@ -156,11 +178,13 @@ class OutOperator(PublicOperator):
         """As for every operator; into `out`, if there is one, which is then returned."""
         if out is None:
             return super().run(backend, input, *args)
-        namespace = backends.namespace(backends.choose(backend, input))
+        namespace = backends.namespace(backends.choose(backend, input, self._qualified))
         if namespace is not None and not _only_aten_has_derivatives():
             self._out_overloads[namespace](input, *args, out)
         else:
             self._refuse_gradients(input, *args, out)
+            if not torch.compiler.is_compiling():
+                self._check_writable(out)
             self._store(super().run("reference", input, *args), (input, *args), out)
         return out
 
@@ -181,11 +205,26 @@ class OutOperator(PublicOperator):
             *given, out = args
             self._refuse_gradients(*args)
             with _below_autocast(device):
-                found = self._autocast(lambda *cast: overload(*cast, out), device, tuple(given))
+                found = self._cast(lambda *cast: overload(*cast, out), device, tuple(given))
                 if found is not None:  # the rule did without the overload
                     self._store(found, given, out)
 
         return kernel
+
+    def _version_kernel(self, overload: Callable[..., Any]) -> Callable[..., Any]:
+        """Counts the write, so that autograd notices where an older value was needed."""
+
+        def kernel(*args: Any) -> None:
+            self._check_writable(args[-1])
+            torch.autograd.graph.increment_version(args[-1])
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                overload(*args)
+
+        return kernel
+
+    def _check_writable(self, out: Any) -> None:
+        for tensor in _tensors([out]):
+            _checks.writable(self._name, tensor)
 
     def _refuse_gradients(self, *args: Any) -> None:
         wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
@@ -208,17 +247,6 @@ def _tensors(args: Sequence[Any]) -> list[Tensor]:
     """Those among an operator's arguments, in lists too."""
     lists = [arg if isinstance(arg, (list, tuple)) else [arg] for arg in args]
     return [value for values in lists for value in values if isinstance(value, Tensor)]
-
-
-def _version_kernel(overload: Callable[..., Any]) -> Callable[..., Any]:
-    """Counts the write, so that autograd notices where an older value was needed."""
-
-    def kernel(*args: Any) -> None:
-        torch.autograd.graph.increment_version(args[-1])
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            overload(*args)
-
-    return kernel
 
 
 def _only_aten_has_derivatives() -> bool:
@@ -264,7 +292,7 @@ def autocast_to_low_precision(function: Callable[..., Any], device: str, args: t
 # --------------------------------------------------------------------------------------------- vmap
 
 
-def _vmap_rule(op: Callable[..., Any], fold_batch: Sequence[int]) -> Callable[..., Any]:
+def _mapped(op: Callable[..., Any], fold_batch: Sequence[int]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         size = info.batch_size
         leaves, structure = pytree.tree_flatten(args)

@@ -16,13 +16,14 @@ _NAME = "add_relu"
 
 def add_relu(input: Tensor, other: Tensor, *, activation: str = "relu", backend: str | None = None) -> Tensor:
     """``relu(input + other)`` in one pass; broadcasts and promotes dtypes as ``input + other``
-    does.
+    does: a tensor without dimensions gives way to one that has some, whichever is wider.
 
     The backward keeps the output alone, whose sign is the ReLU's mask. Differentiable twice.
 
     Args:
         input: any shape; float32, float64, bfloat16 or float16, in any memory layout.
-        other: a shape that broadcasts with that of `input`, on the same device.
+        other: a shape that broadcasts with that of `input`, on the same device. One of the two may
+            hold integers or bools.
         activation: ``"relu"``, ``"relu6"`` for min(max(v, 0), 6), or ``"none"`` for the sum alone.
         backend: see :func:`fastconv.use_backend`.
 
@@ -35,11 +36,15 @@ def add_relu(input: Tensor, other: Tensor, *, activation: str = "relu", backend:
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition", equation 1 with the ReLU
     after it.
     """
-    if input.shape != other.shape and _broadcast(input, other):
-        input, other = torch.broadcast_tensors(input, other)
-    if input.dtype != other.dtype:
-        dtype = torch.result_type(input, other)
+    _checks.activation(_NAME, activation)
+    _checks.summands(_NAME, input, other)
+    if input.dtype != other.dtype or input.shape != other.shape:
+        _checks.storage(_NAME, "input", input)
+        _checks.storage(_NAME, "other", other)
+        dtype = torch.result_type(input, other)  # before they are broadcast: it asks for their dimensions
         input, other = input.to(dtype), other.to(dtype)
+        if _broadcast(input, other):
+            input, other = torch.broadcast_tensors(input, other)
     return _operator.run(backend, input, other, activation)
 
 

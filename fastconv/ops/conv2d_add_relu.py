@@ -53,10 +53,15 @@ def conv2d_add_relu(
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition", equation 1 with the ReLU
     after it.
     """
-    input, unbatch = _conv.batch(input)
-    stride, dilation = _conv.pair(stride), _conv.pair(dilation)
-    input, padding = _conv.resolve_padding(_NAME, input, weight, stride, padding, dilation)
-    added, destination = _conv.batch_like(unbatch, residual), _conv.batch_like(unbatch, out)
+    _checks.tensors(_NAME, input=input, weight=weight, residual=residual)
+    _checks.optional_tensors(_NAME, bias=bias, out=out)
+    _checks.activation(_NAME, activation)
+    groups = _checks.count(_NAME, "groups", groups, _checks.DENSE)
+    input, unbatch, stride, padding, dilation = _conv.geometry(_NAME, input, weight, stride, padding, dilation)
+    added, destination = (
+        _conv.batch_like(_NAME, unbatch, "residual", residual),
+        _conv.batch_like(_NAME, unbatch, "out", out),
+    )
     found = _operator.run(
         backend, input, weight, bias, added, stride, padding, dilation, groups, activation, out=destination
     )

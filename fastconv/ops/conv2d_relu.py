@@ -44,10 +44,10 @@ def conv2d_relu(
             convolution.
         backend: see :func:`fastconv.use_backend`.
         out: where the result goes, of its shape, dtype and device: a slice of the channels of a
-            concatenation, say. Overlaps no other argument, and nothing may require grad. CUDA and
-            Triton kernels write it in place; CUDA's only where its channels lie side by side, as in
-            channels_last and slices of that, and a residual has its strides. Elsewhere, on the CPU
-            too, the result is copied there.
+            concatenation, say. Overlaps neither itself nor another argument, and nothing may
+            require grad. CUDA and Triton kernels write it in place; CUDA's only where its channels
+            lie side by side, as in channels_last and slices of that, and a residual has its
+            strides. Elsewhere, on the CPU too, the result is copied there.
 
     Returns:
         [N, K, P, Q] with P = (H + 2 * padding - dilation * (R - 1) - 1) // stride + 1, Q likewise;
@@ -61,10 +61,12 @@ def conv2d_relu(
     Source: Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural
     Networks", section 3.1 (ReLU); Howard et al. 2017, "MobileNets" (ReLU6).
     """
-    input, unbatch = _conv.batch(input)
-    stride, dilation = _conv.pair(stride), _conv.pair(dilation)
-    input, padding = _conv.resolve_padding(_NAME, input, weight, stride, padding, dilation)
-    destination = _conv.batch_like(unbatch, out)
+    _checks.tensors(_NAME, input=input, weight=weight)
+    _checks.optional_tensors(_NAME, bias=bias, out=out)
+    _checks.activation(_NAME, activation)
+    groups = _checks.count(_NAME, "groups", groups, _checks.DENSE)
+    input, unbatch, stride, padding, dilation = _conv.geometry(_NAME, input, weight, stride, padding, dilation)
+    destination = _conv.batch_like(_NAME, unbatch, "out", out)
     found = _operator.run(backend, input, weight, bias, stride, padding, dilation, groups, activation, out=destination)
     return unbatch(found) if out is None else out
 

@@ -49,9 +49,10 @@ def depthwise_conv2d(
     Source: Howard et al. 2017, "MobileNets: Efficient Convolutional Neural Networks for Mobile
     Vision Applications", equation 3; Chollet 2017, "Xception" (channel multiplier 1).
     """
-    input, unbatch = _conv.batch(input)
-    stride, dilation = _conv.pair(stride), _conv.pair(dilation)
-    input, padding = _conv.resolve_padding(_NAME, input, weight, stride, padding, dilation)
+    _checks.tensors(_NAME, input=input, weight=weight)
+    _checks.optional_tensors(_NAME, bias=bias)
+    _checks.activation(_NAME, activation)
+    input, unbatch, stride, padding, dilation = _conv.geometry(_NAME, input, weight, stride, padding, dilation)
     return unbatch(_operator.run(backend, input, weight, bias, stride, padding, dilation, activation))
 
 

@@ -59,9 +59,13 @@ def depthwise_separable_conv2d(
     Source: Chollet 2017, "Xception: Deep Learning with Depthwise Separable Convolutions"; Howard et
     al. 2017, "MobileNets", section 3.1.
     """
-    input, unbatch = _conv.batch(input)
-    stride, dilation = _conv.pair(stride), _conv.pair(dilation)
-    input, padding = _conv.resolve_padding(_NAME, input, depthwise_weight, stride, padding, dilation)
+    _checks.tensors(_NAME, input=input, depthwise_weight=depthwise_weight, pointwise_weight=pointwise_weight)
+    _checks.optional_tensors(_NAME, depthwise_bias=depthwise_bias, pointwise_bias=pointwise_bias)
+    _checks.activation(_NAME, depthwise_activation)
+    _checks.activation(_NAME, pointwise_activation)
+    input, unbatch, stride, padding, dilation = _conv.geometry(
+        _NAME, input, depthwise_weight, stride, padding, dilation
+    )
     return unbatch(
         _operator.run(
             backend,

@@ -56,15 +56,27 @@ def local_response_norm(
     Source: Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural
     Networks", section 3.3.
     """
-    return _operator.run(backend, input, size, float(alpha), float(beta), float(k), activation)
+    _checks.tensors(_NAME, input=input)
+    _checks.activation(_NAME, activation)
+    size = _checks.count(_NAME, "size", size, _checks.CHANNELS)
+    alpha, beta = _checks.real(_NAME, "alpha", alpha), _checks.real(_NAME, "beta", beta)
+    return _operator.run(backend, input, size, alpha, beta, _checks.real(_NAME, "k", k), activation)
 
 
 def _reference(input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str) -> Tensor:
     _checks.local_response_norm(_NAME, input, size, activation)
     a = _conv.activate(input, activation)
+    reach = _reach(size, input)
+    if reach < size:
+        size, alpha = reach, alpha * reach / size
     if a.dtype in (torch.bfloat16, torch.float16):  # squares overflow, and aten has no CPU kernel
         return F.local_response_norm(a.float(), size, alpha, beta, k).to(a.dtype)
     return F.local_response_norm(a, size, alpha, beta, k)
+
+
+def _reach(size: int, input: Tensor) -> int:
+    """A window that sums as many channels; aten pads with the whole window, however large."""
+    return min(size, 2 * max(input.shape[1], 1) + size % 2)
 
 
 def _fake(input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str) -> Tensor:
@@ -132,6 +144,7 @@ def _double_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
 
 def _window_sum(values: Tensor, size: int, *, adjoint: bool = False) -> Tensor:
     """Sums over the `size` channels around each one; the adjoint mirrors the window."""
+    size = _reach(size, values)
     before, after = size // 2, (size - 1) // 2
     if adjoint:
         before, after = after, before

@@ -52,9 +52,15 @@ def pointwise_conv2d(
     Source: Lin et al. 2013, "Network In Network"; He et al. 2016, "Deep Residual Learning for Image
     Recognition", figure 5 (bottleneck).
     """
-    input, unbatch = _conv.batch(input)
-    stride = _conv.pair(stride)
-    added, destination = _conv.batch_like(unbatch, residual), _conv.batch_like(unbatch, out)
+    _checks.tensors(_NAME, input=input, weight=weight)
+    _checks.optional_tensors(_NAME, bias=bias, residual=residual, out=out)
+    _checks.activation(_NAME, activation)
+    input, unbatch = _conv.batch(_NAME, input)
+    stride = _conv.within(input, _checks.pair(_NAME, "stride", stride, 1), [0, 0])
+    added, destination = (
+        _conv.batch_like(_NAME, unbatch, "residual", residual),
+        _conv.batch_like(_NAME, unbatch, "out", out),
+    )
     found = _operator.run(backend, input, weight, bias, added, stride, activation, out=destination)
     return unbatch(found) if out is None else out
 

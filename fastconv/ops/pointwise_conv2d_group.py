@@ -48,20 +48,28 @@ def pointwise_conv2d_group(
 
     Source: Szegedy et al. 2015, "Going Deeper with Convolutions", figure 2b.
     """
-    input, unbatch = _conv.batch(input)
-    weights = list(weights)
-    given = None if out is None else list(out)
-    destinations = None if given is None else [_conv.batch_like(unbatch, tensor) for tensor in given]
+    _checks.tensors(_NAME, input=input)
+    _checks.activation(_NAME, activation)
+    weights = _checks.tensor_list(_NAME, "weights", weights)
+    given = None if out is None else _checks.tensor_list(_NAME, "out", out)
+    input, unbatch = _conv.batch(_NAME, input)
+    destinations = (
+        None
+        if given is None
+        else [_conv.batch_like(_NAME, unbatch, f"out[{i}]", tensor) for i, tensor in enumerate(given)]
+    )
     found = _operator.run(backend, input, weights, _tensors(weights, biases), activation, out=destinations)
     return [unbatch(output) for output in found] if given is None else given
 
 
 def _tensors(weights: list[Tensor], biases: Sequence[Tensor | None] | None) -> list[Tensor]:
     """The operator takes a bias for every branch or for none."""
-    given = [] if biases is None else list(biases)
+    given = [] if biases is None else _checks.tensor_list(_NAME, "biases", biases, optional=True)
     _checks.group(_NAME, weights, given)
     if all(bias is None for bias in given):
         return []
+    for i, weight in enumerate(weights):
+        _checks.pointwise_weight(_NAME, f"weights[{i}]", weight)
     return [
         weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in zip(weights, given, strict=True)
     ]

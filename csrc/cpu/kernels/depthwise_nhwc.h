@@ -111,9 +111,9 @@ class DepthwiseRow {
             .weight_column = channels,
             .output_pixel = channels,
             .ahead = input + ((rows_.last - 1) * params_.dilation_height + 1) * row_pitch,
-            .ahead_rows = prefetches_ ? params_.stride_height : 0,
+            .ahead_rows = prefetches_ ? min(params_.stride_height, params_.height) : 0,
             .ahead_row = row_pitch,
-            .ahead_columns = pixels * params_.stride_width,
+            .ahead_columns = min(pixels * params_.stride_width, params_.width),
             .ahead_column = channels};
   }
 

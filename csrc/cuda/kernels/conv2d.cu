@@ -67,10 +67,10 @@ bool has_vectors(const void* data, const Strides& strides, int channels, int vec
          is_multiple(strides.h, vector) && is_multiple(strides.w, vector);
 }
 
-// The pixels of one axis that meet the filter at positions r with r * dilation = index modulo the stride, and these.
-Phase phase(int index, int stride, int padding, int dilation, int filter, int pixels) {
-  Phase found{((index - padding) % stride + stride) % stride, stride, 0, 0, 1, 0};
-  found.pixels = found.first_pixel < pixels ? static_cast<int>(ceil_div(pixels - found.first_pixel, stride)) : 0;
+// Every stride-th pixel of one axis from this one on, and the filter's positions r that meet them.
+Phase phase(int first_pixel, int stride, int padding, int dilation, int filter, int pixels) {
+  Phase found{first_pixel, stride, static_cast<int>(ceil_div(pixels - first_pixel, stride)), 0, 1, 0};
+  const int64_t index = (int64_t{first_pixel} + padding) % stride;
   for (int r = 0; r < filter; ++r) {
     if (int64_t{r} * dilation % stride != index) continue;
     if (found.positions == 0) found.first_position = r;
@@ -107,15 +107,15 @@ ConvParams parameters(Pass pass, const ConvArguments& arg, const Phase& rows, co
   return p;
 }
 
-// One GEMM, or in dgrad one for each phase that has pixels. The deepest comes first.
+// One GEMM, or in dgrad one for each phase. The deepest comes first.
 std::vector<ConvParams> parameters(Pass pass, const ConvArguments& arg) {
   std::vector<ConvParams> found;
   const int stride_h = pass == Pass::kDgrad ? arg.stride_h : 1, stride_w = pass == Pass::kDgrad ? arg.stride_w : 1;
-  for (int h = 0; h < stride_h; ++h) {
+  // A stride may be longer than the image.
+  for (int h = 0; h < std::min(stride_h, arg.h); ++h) {
     const Phase rows = phase(h, stride_h, arg.pad_h, arg.dilation_h, arg.r, arg.h);
-    for (int w = 0; w < stride_w; ++w) {
-      const Phase columns = phase(w, stride_w, arg.pad_w, arg.dilation_w, arg.s, arg.w);
-      if (rows.pixels > 0 && columns.pixels > 0) found.push_back(parameters(pass, arg, rows, columns));
+    for (int w = 0; w < std::min(stride_w, arg.w); ++w) {
+      found.push_back(parameters(pass, arg, rows, phase(w, stride_w, arg.pad_w, arg.dilation_w, arg.s, arg.w)));
     }
   }
   std::sort(found.begin(), found.end(), [](const ConvParams& a, const ConvParams& b) { return a.depth > b.depth; });
