@@ -25,6 +25,8 @@ from zoo import Subject, Unusable, build, in_layout
 import fastconv
 from fastconv._numerics import compare
 from fastconv.swapping import patterns
+from fastconv.swapping.explanation import _traced_parts
+from fastconv.swapping.regions import programs_of
 from fastconv.swapping.tracing import REGION
 
 LAYOUTS = ("contiguous", "channels_last")
@@ -668,25 +670,45 @@ def _describe(report: Report, fast: nn.Module) -> None:
     explanation = fastconv.explain(fast)
     report.facts["layers"] = [len(explanation.swapped), len(explanation.rows)]
     report.facts["untraced"] = {path or "the model": reason for path, reason in explanation.untraced.items()}
-    report.facts["convolutions"] = dict(Counter(_followed(explanation, fast)))
+    report.facts["convolutions"] = dict(Counter(_followed(fast)))
 
 
-def _followed(explanation: fastconv.swapping.explanation.Explanation, fast: nn.Module) -> Iterator[str]:
-    """For every convolution: what is computed with it in inference, and what comes then."""
-    modules = dict(fast.named_modules())
-    for row in explanation.rows:
-        choice = row.inference
-        if choice.pattern.startswith("with "):
-            continue  # counted with the depthwise one before it
-        if not choice.op:
-            if choice.reason != "not called" or patterns.is_convolution(modules.get(row.module)):
-                yield f"as before: {choice.reason}"
-            continue
-        chunks = [chunk.strip(" +") for chunk in f"{choice.pattern} ".split("conv ")[1:]]
-        for i, chunk in enumerate(chunks):
-            parts = " + ".join(["conv", *([chunk] if chunk else [])])
-            then = choice.reason if i == len(chunks) - 1 else "a 1x1 convolution follows"
-            yield f"{parts}, then: {then or 'complete'}"
+def _followed(fast: nn.Module) -> Iterator[str]:
+    """For every convolution: what is computed with it in inference, what comes then, and why that is not taken."""
+    called = set()
+    for _, part in _traced_parts(fast, {}):
+        program = programs_of(part, False).inference
+        modules = dict(part.named_modules(remove_duplicate=False))
+        for node, reason in program.findings.skipped.items():
+            called.add(id(modules.get(node.target)))
+            yield f"as before: {reason}"
+        for group in program.findings.groups:
+            if group.conv is None:
+                continue
+            called |= {id(one.conv) for one in (group, group.pointwise) if one is not None}
+            chunks = [chunk.strip(" +") for chunk in f"{group.pattern} ".split("conv ")[1:]]
+            for chunk in chunks[:-1]:
+                yield f"{_joined(chunk)}, then: a 1x1 convolution"
+            then = " and ".join(sorted({_what(reader, group.nodes[-1], modules) for reader in group.nodes[-1].users}))
+            yield f"{_joined(chunks[-1])}, then: {then or 'nothing'}{f' ({group.reason})' if group.reason else ''}"
+    for module in fast.modules():
+        if patterns.is_convolution(module) and id(module) not in called:
+            yield "as before: not in a traced part"
+
+
+def _joined(chunk: str) -> str:
+    return f"conv + {chunk}" if chunk else "conv"
+
+
+def _what(reader: fx.Node, node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    """The outermost module that the reader is in and the node is not; else the module or function itself."""
+    around = node.meta.get("nn_module_stack", {})
+    for key, (_, cls) in reader.meta.get("nn_module_stack", {}).items():
+        if key not in around:
+            return getattr(cls, "fastconv_plain_class", cls).__name__
+    if reader.op == "call_module":
+        return type(modules[reader.target]).__name__
+    return "the end" if reader.op == "output" else str(getattr(reader.target, "__name__", reader.target))
 
 
 def _measure(report: Report, subject: Subject, fast: nn.Module) -> None:

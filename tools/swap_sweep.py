@@ -234,16 +234,15 @@ def _kind(text: str) -> str:
 
 
 def _group(what: str) -> str:
-    parts = what.split(", then: ")[0].split(" + ")
     if what.startswith("as before"):
         return "left to eager"
+    at_once, follows = what.split(", then: ")
+    parts, follows = at_once.split(" + "), follows.split(" (")[0]
     if any(part.startswith("relu") for part in parts):
         return "conv + bn + activation at once" if "bn" in parts else "conv + activation at once"
-    followed = what.split(", then: ")[1]
     if "bn" in parts:
-        ends = "complete" in followed or "the end of the forward" in followed
-        return "conv + bn at once, nothing else to do" if ends else "conv + bn, then another pass"
-    return "conv alone"
+        return "conv + bn at once, then " + ("the end" if follows == "the end" else "another pass")
+    return "conv alone, then a norm" if "Norm" in follows else "conv alone"
 
 
 def _histogram(title: str, counts: dict[str, int], names: dict[str, list[str]] | None = None) -> Iterator[str]:
