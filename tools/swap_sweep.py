@@ -209,8 +209,10 @@ def summary(records: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{len(records)} models: {', '.join(f'{count} {status}' for status, count in outcomes.most_common())}"
     by_kind = defaultdict(list)
     for record in records:
-        for check, text in record["findings"]:
-            by_kind[f"{check}: {_kind(text)}"].append(record["name"])
+        for checks, text in record["findings"]:
+            first, *others = checks.split(", ")
+            more = f" and {len(others)} more" if others else ""
+            by_kind[f"{first}{more}: {_kind(text)}"].append(record["name"])
     yield from _histogram("findings", {kind: len(set(names)) for kind, names in by_kind.items()}, by_kind)
     untraced: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
