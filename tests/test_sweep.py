@@ -110,7 +110,7 @@ FAULTS = {
     "NaN": ("by-shape", lambda self, plain, x: plain(self, x).nan_to_num(), "NaN"),
     "attribute": ("by-shape", lambda self, plain, x: (setattr(self, "calls", 7), plain(self, x))[1], "effects"),
     "weights": ("by-shape", _overwrites, "model after a run of the copy"),
-    "stale": ("by-shape", _stale, "new weights"),
+    "stale": ("by-shape", _stale, "new weights and attributes"),
     "gradient": ("by-shape", _in_training(lambda y: y.detach() * 0.5 + y * 0.5), "step in training"),
 }
 

@@ -129,9 +129,11 @@ def _examine(
     for mode in ("training",) if quick else ("training", "evaluation"):
         with report.check(f"step in {mode}") as found:
             _compare_step(subject, mode == "training", found)
-    # From here on the weights are others.
-    with report.check("new weights") as found:
+    # From here on weights and attributes are others.
+    with report.check("new weights and attributes") as found:
         _change_weights(model)
+        for one in (model, fast):
+            synthetic.change(one)
         _compare_outputs(subject, fast, calls[0], "after a step", found)
     if not quick:
         with report.check("times"):
@@ -313,12 +315,12 @@ def _compare_outputs(
     for run in ("first run", "second run"):
         # Of the model as it is now: a forward may change buffers, which the two share.
         model, expected_args, given = copy.deepcopy(subject.model), copy.deepcopy(args), copy.deepcopy(args)
-        oracle = _oracle(subject, args, settings)
+        oracle = _oracle(subject, args, settings, grad)
         expected = _eager(model, expected_args, settings, grad=grad)
         got = _run(fast, given, settings, grad=grad)
         texts = _compare_values(expected, got, oracle, _WITHOUT_ORACLE)
         if texts == [_DISCRETE]:
-            texts = _compare_in_double(subject, args)
+            texts = _compare_in_double(subject, args, grad)
         texts += [f"argument {text}" for text in _compare_values(expected_args, given, None)]
         if texts:
             # The nature of outputs does not depend on where it was seen.
@@ -327,10 +329,10 @@ def _compare_outputs(
             return
 
 
-def _oracle(subject: Subject, args: Any, settings: dict[str, Any]) -> Any:
+def _oracle(subject: Subject, args: Any, settings: dict[str, Any], grad: bool) -> Any:
     """The outputs of float64; None if the model cannot do that."""
     try:
-        return _run(copy.deepcopy(subject.model).double(), to_double(args), settings)
+        return _run(copy.deepcopy(subject.model).double(), to_double(args), settings, grad=grad)
     except Exception:
         return None
 
@@ -338,18 +340,18 @@ def _oracle(subject: Subject, args: Any, settings: dict[str, Any]) -> Any:
 _DISCRETE = "rounding decides what is in the outputs"
 
 
-def _compare_in_double(subject: Subject, args: Any) -> list[str]:
+def _compare_in_double(subject: Subject, args: Any, grad: bool) -> list[str]:
     """For outputs that rounding decides, such as which boxes are kept: there is less of it."""
     model, settings = copy.deepcopy(subject.model).double(), subject.settings
-    expected = _eager(copy.deepcopy(model), to_double(args), settings)
-    got = _run(fastconv.swap(model), to_double(args), settings)
+    expected = _eager(copy.deepcopy(model), to_double(args), settings, grad=grad)
+    got = _run(fastconv.swap(model), to_double(args), settings, grad=grad)
     texts = _compare_values(expected, got, None)
     if texts:
         nearly = to_double(args)
         for _, image in leaves(nearly):
             if image.is_floating_point():
                 image *= 1 + 1e-14 * torch.randn_like(image)
-        if _compare_values(expected, _eager(copy.deepcopy(model), nearly, settings), None):
+        if _compare_values(expected, _eager(copy.deepcopy(model), nearly, settings, grad=grad), None):
             raise _Eager("rounding decides what it returns, in float64, too")
     return [f"in float64: {text}" for text in texts]
 

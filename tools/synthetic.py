@@ -46,6 +46,7 @@ class Note:
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
+        self.scale = 2.0
 
 
 class Net(nn.Module):
@@ -63,6 +64,8 @@ class Net(nn.Module):
         self.kept: list[Any] = []
         self.cache: dict[Any, Any] = {}
         self.note = Note()
+        self.settings = {"scale": 2.0}
+        self.scales = [2.0]
 
     def forward(self, x: Tensor) -> Any:
         y = self.stem(x)
@@ -151,6 +154,18 @@ def _by_value(model: Net, logits: Tensor, features: Tensor) -> Tensor:
     return logits if logits.sum() > 0 else -logits
 
 
+def _by_grad_mode(model: Net, logits: Tensor, features: Tensor) -> Tensor:
+    return logits if torch.is_grad_enabled() else logits * 2
+
+
+def _by_type(model: Net, logits: Tensor, features: Tensor) -> Tensor:
+    return logits if type(features) is Tensor else logits * 2
+
+
+def _by_what_it_has(model: Net, logits: Tensor, features: Tensor) -> Tensor:
+    return logits * 2 if hasattr(features, "mask") else logits
+
+
 def _by_shape(model: Net, logits: Tensor, features: Tensor) -> Tensor:
     return logits if features.shape[-1] > 16 else logits * 2
 
@@ -164,6 +179,13 @@ def _try(model: Net, logits: Tensor, features: Tensor) -> Any:
         return logits.view(-1, 3)
     except RuntimeError:
         return logits.view(-1, 5)
+
+
+def change(model: nn.Module) -> None:
+    """What a user may change in the attributes of a network between two forwards."""
+    if isinstance(model, Net):
+        model.settings["scale"] = model.scales[0] = model.note.scale = 5.0
+        model.extra = 3.0
 
 
 _CONTAINERS: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
@@ -206,6 +228,13 @@ _EFFECTS = {
     "no-grad": _no_grad,
     "by-value": _by_value,
     "by-shape": _by_shape,
+    "by-grad-mode": _by_grad_mode,
+    "by-type": _by_type,
+    "by-what-it-has": _by_what_it_has,
+    "by-item-of-dict": lambda model, logits, features: logits * model.settings["scale"],
+    "by-item-of-list": lambda model, logits, features: logits * model.scales[0],
+    "by-attribute-of-object": lambda model, logits, features: logits * model.note.scale,
+    "by-new-attribute": lambda model, logits, features: logits * getattr(model, "extra", 1.0),
     "by-mode": _by_mode,
     "try": _try,
 }
