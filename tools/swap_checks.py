@@ -524,35 +524,13 @@ def _aliases(value: Any) -> list[list[str]]:
 def _compare_effects(subject: Subject, found: Callable[[str], None]) -> None:
     """What two runs leave behind: in the modules' attributes, in the generators, in the world."""
     model = copy.deepcopy(subject.model).double()
-    fast = copy.deepcopy(model)
-    after = []
-    for network in (model, fast):
-        if network is fast:
-            network = fastconv.swap(network)
-        synthetic.LOG.clear()
-        run = _eager if network is model else _run
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.manual_seed(1)
-            random.seed(1)
-            for _ in range(2):
-                try:
-                    with torch.no_grad():
-                        network(*to_double(subject.calls[0]), **subject.settings)
-                except Exception as error:
-                    if run is _eager:
-                        raise _Eager(f"in float64: {_line(error)}") from error
-                    raise
-        world = {
-            "printed": printed.getvalue(),
-            "logged": list(synthetic.LOG),
-            "warnings": [str(warning.message) for warning in caught],
-            "torch's random state": torch.get_rng_state(),
-            "Python's random state": random.getstate(),
-        }
-        after.append((_values(network), world))
-    (theirs, world), (ours, our_world) = after
+    twin = copy.deepcopy(model)
+    try:
+        theirs, world = _effects(model, subject)
+    except Exception as error:
+        raise _Eager(f"in float64: {_line(error)}") from error
+    # Swapped only now: a forward that seeds a generator leaves it as a trace does.
+    ours, our_world = _effects(fastconv.swap(twin), subject)
     for text in [f"{path} is missing" for path in sorted(theirs.keys() - ours.keys())][:3]:
         found(text)
     for text in [f"{path} is there, not so in eager" for path in sorted(ours.keys() - theirs.keys())][:3]:
@@ -563,6 +541,24 @@ def _compare_effects(subject: Subject, found: Callable[[str], None]) -> None:
     for what, value in world.items():
         if not _equal(value, our_world[what]):
             found(f"{what}: {_short(our_world[what])}, in eager {_short(value)}")
+
+
+def _effects(model: nn.Module, subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
+    synthetic.LOG.clear()
+    printed = io.StringIO()
+    torch.manual_seed(1)
+    random.seed(1)
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(*to_double(subject.calls[0]), **subject.settings)
+    return _values(model), {
+        "printed": printed.getvalue(),
+        "logged": list(synthetic.LOG),
+        "warnings": [str(warning.message) for warning in caught],
+        "torch's random state": torch.get_rng_state(),
+        "Python's random state": random.getstate(),
+    }
 
 
 def _values(model: nn.Module) -> dict[str, Any]:
@@ -699,13 +695,15 @@ def _describe(report: Report, fast: nn.Module) -> None:
 
 def _followed(fast: nn.Module) -> Iterator[str]:
     """For every convolution: what is computed with it in inference, what comes then, and why that is not taken."""
-    called = set()
+    called: set[int] = set()
     for _, part in _traced_parts(fast, {}):
         program = programs_of(part, False).inference
         modules = dict(part.named_modules(remove_duplicate=False))
         for node, reason in program.findings.skipped.items():
-            called.add(id(modules.get(node.target)))
-            yield f"as before: {reason}"
+            conv = modules.get(node.target) if node.op == "call_module" else node
+            if id(conv) not in called:  # a shared one has several nodes
+                yield f"as before: {reason}"
+            called.add(id(conv))
         for group in program.findings.groups:
             if group.conv is None:
                 continue
