@@ -183,6 +183,15 @@ def runs_along(tensor: Tensor) -> str:
     return "pixels" if tensor.stride(3) == 1 and tensor.stride(1) != 1 else "channels"
 
 
+def by_taps(weight: Tensor) -> Tensor:
+    """The same [K, 1, R, S] in memory as [R, S, K]: a tile along channels loads a tap's weights as vectors.
+
+    As they come they lie R * S apart. Those loads, one for each channel and tap, are most of a tile's instructions,
+    and their addresses most of its registers.
+    """
+    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+
 def fprop(
     input: Tensor,
     weight: Tensor,
@@ -195,7 +204,10 @@ def fprop(
     """Writes activation(depthwise(input, weight) + bias + residual) into `output`, which has any strides."""
     (stride, padding, dilation, _), (N, _, P, Q) = geometry, output.shape
     (K, _, R, S), (_, C, H, W) = weight.shape, input.shape
-    config = table.config("depthwise_fprop", runs_along(input))
+    along = runs_along(input)
+    if along == "channels":
+        weight = by_taps(weight)
+    config = table.config("depthwise_fprop", along)
     tiles = triton.cdiv(N * P * Q, config["BLOCK_M"]) * triton.cdiv(K, config["BLOCK_N"])
     _launch.launch(
         depthwise_fprop,

@@ -101,17 +101,18 @@ def depthwise_separable_conv2d(
         torch.empty_like(hidden, memory_format=hidden_layout), pointwise_weight, _conv.POINTWISE
     )
     output = torch.empty((N, K, P, Q), dtype=input.dtype, device=input.device, memory_format=layout)
+    taps = _depthwise.by_taps(depthwise_weight)
     _launch.launch(
         depthwise_separable_fprop,
         triton.cdiv(N * P * Q, config["BLOCK_M"]) * columns,
         input,
-        depthwise_weight,
+        taps,
         None if depthwise_bias is None else depthwise_bias.contiguous(),
         pointwise_weight.reshape(K, C).contiguous(),
         None if pointwise_bias is None else pointwise_bias.contiguous(),
         output,
         N * P * Q, C, *input.shape[2:], K, P, Q,
-        *input.stride(), *depthwise_weight.stride(), *output.stride(),
+        *input.stride(), *taps.stride(), *output.stride(),
         *stride, *padding, *dilation,
         M=C // groups, R=R, S=S, UNROLL=R * S <= _depthwise.UNROLLED_TAPS,
         PADDED=any(padding),
