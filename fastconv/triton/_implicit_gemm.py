@@ -20,13 +20,17 @@ from __future__ import annotations
 
 from math import gcd
 
+import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from . import _launch, table
 from ._device import activate, dot, grouped_tile, index, narrow, pixel
 from ._reduce import room_for_parts, sum_parts
+from ._samples import Maker, Sample, sample
 
 # A reduction over so few channels is flattened over taps and channels together: a block of channels would be mostly
 # empty. The 3 of an image, and the 1 of a group that has a filter for each channel.
@@ -366,3 +370,51 @@ def wgrad(grad: Tensor, input: Tensor, grad_weight: Tensor, geometry: _launch.Ge
     )  # fmt: skip
     if parts > 1:
         sum_parts(sums, parts, grad_weight)
+
+
+# ------------------------------------------------------------------------------------------ samples
+
+
+def _layer(make: Maker) -> tuple[Tensor, Tensor, Tensor, _launch.Geometry]:
+    """(x, w, gradient of the output, geometry) of a stem, a 1x1 or a 3x3 convolution that keeps the image's size."""
+    stem = "ragged" in make.classes
+    taps = 7 if stem else 1 if "pointwise" in make.classes else 3
+    x = make.images(3 if stem else make.width)
+    w = make.filters(make.width, x.shape[1], taps)
+    return x, w, make.images(make.width), ([1, 1], [taps // 2] * 2, [1, 1], 1)
+
+
+@sample("conv2d_fprop")
+def _fprop_sample(make: Maker) -> Sample:
+    x, w, _, geometry = _layer(make)
+
+    def run(x: Tensor, w: Tensor) -> list[Tensor]:
+        output = _launch.new_output(x, w, geometry)
+        fprop(x, w, None, None, output, geometry, "relu")
+        return [output]
+
+    return Sample((x, w), run, lambda x, w: [F.conv2d(x, w, None, *geometry).relu()], w[0, 0].numel())
+
+
+@sample("conv2d_dgrad")
+def _dgrad_sample(make: Maker) -> Sample:
+    x, w, g, geometry = _layer(make)
+
+    def run(g: Tensor, w: Tensor) -> list[Tensor]:
+        grad_input = torch.empty_like(x)
+        dgrad(g, w, grad_input, geometry)
+        return [grad_input]
+
+    return Sample((g, w), run, lambda g, w: [conv2d_input(x.shape, w, g, *geometry)], w[0, 0].numel())
+
+
+@sample("conv2d_wgrad")
+def _wgrad_sample(make: Maker) -> Sample:
+    x, w, g, geometry = _layer(make)
+
+    def run(g: Tensor, x: Tensor) -> list[Tensor]:
+        grad_weight = torch.empty_like(w)
+        wgrad(g, x, grad_weight, geometry)
+        return [grad_weight]
+
+    return Sample((g, x), run, lambda g, x: [conv2d_weight(x, w.shape, g, *geometry)], w[0, 0].numel())

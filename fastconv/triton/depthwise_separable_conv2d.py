@@ -11,6 +11,7 @@ beyond `_MOST_COLUMNS` of these that costs more than writing and reading it, and
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +21,7 @@ from ..ops import _conv as ops_conv
 from . import _conv, _depthwise, _launch, table
 from ._depthwise import depthwise_tile
 from ._device import activate, dot, index, narrow, pixel
+from ._samples import Maker, Sample, sample
 
 _MOST_COLUMNS = 4
 
@@ -173,3 +175,18 @@ def depthwise_separable_conv2d_backward(
         [output_mask[0], output_mask[1], output_mask[3], False],
     )  # fmt: skip
     return grad_input, grad_depthwise, grad_pointwise, grad_depthwise_bias, grad_pointwise_bias
+
+
+@sample("depthwise_separable_fprop")
+def _sample(make: Maker) -> Sample:
+    channels = 256
+    same = ([1, 1], [1, 1], [1, 1])
+
+    def run(x: Tensor, d: Tensor, w: Tensor) -> list[Tensor]:
+        return [depthwise_separable_conv2d(x, d, w, None, None, *same, "relu6", "none")]
+
+    def reference(x: Tensor, d: Tensor, w: Tensor) -> list[Tensor]:
+        return [F.conv2d(F.relu6(F.conv2d(x, d, None, *same, channels)), w)]
+
+    x, d = make.images(channels, shrink=2), make.filters(channels, 1, 3)
+    return Sample((x, d, make.filters(make.width, channels)), run, reference)
