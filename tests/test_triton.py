@@ -292,11 +292,20 @@ def test_no_more_than_four_warps_for_large_filters() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("warps", [4, 8])
-@pytest.mark.parametrize("taps", [1, 3, 5])
+@pytest.mark.parametrize(("taps", "stride", "padding"), [(1, 1, 0), (3, 1, 1), (5, 1, 2), (3, (2, 3), (4, 5))], ids=str)
 def test_eight_warps(
-    taps: int, warps: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    taps: int,
+    stride: Any,
+    padding: Any,
+    warps: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What `_launch.guarded` guards against, on the real compiler: every entry of the table, and twice its warps."""
+    """What `_launch.guarded` guards against, on the real compiler: every entry of the table, and twice its warps.
+
+    The miscompilation was seen in float32 with the uneven stride and padding.
+    """
     if device.type != "cuda":
         pytest.skip("a miscompilation shows on a GPU only")
     from fastconv.triton import table
@@ -311,7 +320,7 @@ def test_eight_warps(
             "input": random(4, channels, 28, 28, dtype=dtype, device=device),
             "weight": random(channels, channels, taps, taps, dtype=dtype, device=device) / (taps * channels**0.5),
         }
-        judge("conv2d_relu", {**arguments, "padding": taps // 2, "activation": "none"})
+        judge("conv2d_relu", {**arguments, "stride": stride, "padding": padding, "activation": "none"})
 
 
 def test_tensors_past_32_bits(device: torch.device) -> None:

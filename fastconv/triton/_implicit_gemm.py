@@ -37,6 +37,16 @@ from ._samples import Maker, Sample, sample
 STEM_CHANNELS = 8
 
 
+@triton.jit
+def one_of(step, blocks, TAPS: tl.constexpr):
+    """(block of channels, tap) of a step of the flat loop; without a division where there is but one tap."""
+    if TAPS == 1:
+        block, tap = step, 0
+    else:
+        block, tap = step % blocks, step // blocks
+    return block, tap
+
+
 @triton.jit(do_not_specialize=["pixels"])
 def conv2d_fprop(
     x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr,
@@ -85,9 +95,9 @@ def conv2d_fprop(
     else:
         blocks = tl.cdiv(C, BLOCK_K)
         for step in range(R * S * blocks):
-            tap = index(step // blocks, WIDE)
-            c = index(step % blocks, WIDE) * BLOCK_K + tl.arange(0, BLOCK_K)
-            r, s = tap // S, tap % S
+            block, tap = one_of(step, blocks, R * S)
+            c = index(block, WIDE) * BLOCK_K + tl.arange(0, BLOCK_K)
+            r, s = index(tap, WIDE) // S, index(tap, WIDE) % S
             inside = m < pixels
             if PADDED:
                 h, w = h0 + r * dilation_h, w0 + s * dilation_w
@@ -168,9 +178,9 @@ def conv2d_dgrad(
     blocks = tl.cdiv(K, BLOCK_K)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(taps_h * taps_w * blocks):
-        tap = index(step // blocks, WIDE)
-        k = index(step % blocks, WIDE) * BLOCK_K + tl.arange(0, BLOCK_K)
-        u, v = tap // taps_w, tap % taps_w
+        block, tap = one_of(step, blocks, R * S)
+        k = index(block, WIDE) * BLOCK_K + tl.arange(0, BLOCK_K)
+        u, v = index(tap, WIDE) // taps_w, index(tap, WIDE) % taps_w
         p = p0 - u * (dilation_h // divisor_h)
         q = q0 - v * (dilation_w // divisor_w)
         inside = wanted

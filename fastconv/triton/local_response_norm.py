@@ -70,7 +70,7 @@ def local_response_norm_kernel(
     m = index(tl.program_id(0) // columns, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_N)
     channel = tl.program_id(0) % columns * owned - halo + lane
-    offset = (m // inner * (C * inner) + m % inner)[:, None] + (index(channel, WIDE) * inner)[None, :]
+    offset = (m // inner * (index(C, WIDE) * inner) + m % inner)[:, None] + (index(channel, WIDE) * inner)[None, :]
     inside = (m < pixels)[:, None] & ((channel >= 0) & (channel < C))[None, :]
     x = activate(tl.load(x_ptr + offset, inside, 0.0).to(tl.float32), ACTIVATION)
     d = k + scale * window_sum(x * x, channel, C, lane, before, after, BLOCK_M, BLOCK_N)
