@@ -6,6 +6,7 @@ Timers are made up, so that everything else of a run is the real thing, on small
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -96,11 +97,9 @@ def test_every_entry(
         return 1.0
 
     monkeypatch.setattr(table, "config", config)
-    before = torch.backends.cudnn.conv.fp32_precision
     assert run(device, kernel, timer) == 0
     assert taken == [*({name} for name in table.SHIPPED[kernel]), set()]
     assert saved(path) == {kernel: table.SHIPPED[kernel]}
-    assert torch.backends.cudnn.conv.fp32_precision == before
 
 
 def test_climbs_to_the_fastest(path: Path, device: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,6 +260,14 @@ def test_only_its_own_fault_breaks_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not tune.is_broken(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
     assert tune.is_broken(torch.device("cuda"))
+
+
+def test_torchs_switch_is_set_back() -> None:
+    before = torch.backends.cudnn.conv.fp32_precision
+    with contextlib.suppress(KeyboardInterrupt), tune.precision("tf32"):
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32" != before
+        raise KeyboardInterrupt
+    assert torch.backends.cudnn.conv.fp32_precision == before
 
 
 def test_needs_a_gpu() -> None:
