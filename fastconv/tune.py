@@ -1,15 +1,19 @@
 """``python -m fastconv tune``: block sizes of the Triton kernels measured on this GPU, as a table of the user's own.
 
 The shipped table (fastconv/triton/table.py) serves without; nothing is ever tuned unasked. Each entry of the table is
-timed on one call that stands for its shape class, with a few neighbours of the shipped sizes as candidates; a candidate
-counts only if its result is right. The batch size does not matter to an entry, so one run serves all.
+timed on one call that stands for its shape class (fastconv/triton/_samples.py). From the shipped sizes the search goes
+to a neighbour, a size halved or doubled, as long as one is faster. A candidate counts only if its result is right by
+the numerics policy. The batch size does not matter to an entry, so one run serves all.
+
+An entry is saved as soon as it was measured. A run that was interrupted goes on where it stood.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,17 +21,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import backends
+from ._numerics import compare, poisoned_outputs
 
 if TYPE_CHECKING:
-    from .triton.table import Config, Table
+    from .triton._samples import Sample
+    from .triton.table import Config, Measured
 
-Call = Callable[[], Any]
+# Milliseconds that a call takes.
+Timer = Callable[[Callable[[], Any]], float]
+
+# Of an entry, the shipped one included. Most climbs end before, at a candidate that is no slower than its neighbours.
+MOST_CANDIDATES = 16
+# A neighbour has to be faster by more than what two timings of the same differ by.
+GAIN = 0.98
+# Of the calls that are judged: the code is the same for every batch size, float64 on the CPU takes its time.
+JUDGED_BATCH = 2
+
+
+class Fatal(Exception):
+    """After this launch nothing works in this process any more."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kernel", help="only the kernels whose name contains this")
+    parser.add_argument("--kernel", default="", help="only the kernels whose name contains this")
     parser.add_argument("--batch", type=int, default=32, help="of the calls that are timed (default: 32)")
-    parser.add_argument("--dry-run", action="store_true", help="print the table instead of writing it")
+    parser.add_argument("--dry-run", action="store_true", help="print what is found and save nothing")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,141 +55,173 @@ def run(args: argparse.Namespace) -> int:
     if reason is not None:
         print(f"fastconv: tune measures on a GPU, and Triton cannot run on one here: {reason}", file=sys.stderr)
         return 1
-    from .triton import table
-
-    entries: Table = {}
-    for kernel, name, call in calls(args.batch, args.kernel or ""):
-        best, milliseconds, before = measure(kernel, name, call)
-        entries.setdefault(kernel, {})[name] = best
-        print(f"{kernel:<26} {name:<24} {before:8.4f} -> {milliseconds:8.4f} ms  {best}")
-    facts = {"gpu": table.device_name(), "torch": torch.__version__, "triton": _triton_version()}
-    if args.dry_run:
-        return 0
-    kept = {kernel: dict(rows) for kernel, rows in table.user_entries().items()}
-    for kernel, rows in entries.items():
-        kept.setdefault(kernel, {}).update(rows)
-    table.write(kept, facts, table.user_path())
-    print(f"written to {table.user_path()}; it is read when the next process starts")
-    return 0
-
-
-def _triton_version() -> str:
-    import triton
-
-    return triton.__version__
-
-
-def candidates(kernel: str, name: str, shipped: Config) -> Iterator[Config]:
-    """The shipped entry first, then its neighbours: half and double in each direction, other warps and stages."""
-    yield shipped
-    sizes = [key for key in shipped if key.startswith("BLOCK") or key == "ELEMENTS"]
-    matrix = "BLOCK_K" in shipped
-    choices = [sorted({max(shipped[key] // 2, 16 if matrix else 1), shipped[key], 2 * shipped[key]}) for key in sizes]
-    most_warps = 4 if "spatial" in name or "ragged" in name or kernel == "conv2d_wgrad" else 8
-    warps = [4, 8] if most_warps == 8 else [2, 4]
-    stages = [2, 3, 4] if matrix else [shipped["num_stages"]]
-    for *blocks, num_warps, num_stages in itertools.product(*choices, warps, stages):
-        found = {**shipped, **dict(zip(sizes, blocks, strict=True)), "num_warps": num_warps, "num_stages": num_stages}
-        if found != shipped:
-            yield found
-
-
-def measure(kernel: str, name: str, call: Call) -> tuple[Config, float, float]:
-    """(the fastest entry, its milliseconds, those of the shipped one); all by the median."""
     from triton.testing import do_bench
 
+    return tune(args, partial(do_bench, return_mode="median"), torch.device("cuda"))
+
+
+def tune(args: argparse.Namespace, timer: Timer, device: torch.device, side: int = 56) -> int:
+    """Measures what is not in the user's table yet, on images of this side; the exit status."""
     from .triton import table
 
-    shipped = table.SHIPPED[kernel][name]
-    expected: Any = None
-    best, fastest, before = shipped, float("inf"), float("inf")
-    original = table._find
-    for candidate in candidates(kernel, name, shipped):
-
-        def find(wanted: str, entry: str, candidate: Config = candidate) -> Config:
-            return candidate if (wanted, entry) == (kernel, name) else original(wanted, entry)
-
-        table._find = find  # type: ignore[assignment]
+    path = table.user_path()
+    measured = None
+    if not args.dry_run:
         try:
-            result = _flat(call())
-            if expected is None:
-                expected = result
-            if not all(torch.allclose(a, b, rtol=2e-2, atol=2e-2) for a, b in zip(result, expected, strict=True)):
-                print(f"{kernel} {name}: wrong with {candidate}, left out", file=sys.stderr)
-                continue
-            milliseconds = do_bench(call, return_mode="median")
+            measured = table.Measured(path)
+        except (OSError, ValueError) as error:
+            print(
+                f"fastconv: {path} cannot take the table: {error}; move it away, or name another in "
+                "FASTCONV_TRITON_TABLE",
+                file=sys.stderr,
+            )
+            return 1
+    entries = [(kernel, name) for kernel, rows in table.SHIPPED.items() for name in rows if args.kernel in kernel]
+    todo = [entry for entry in entries if measured is None or not measured.has(*entry)]
+    print(f"{len(todo)} entries to measure, at most {MOST_CANDIDATES} candidates each", flush=True)
+    if len(todo) < len(entries):
+        print(f"{len(entries) - len(todo)} more are in {path} already; remove it to measure them once more")
+    done = failed = 0
+    started = time.monotonic()
+    try:
+        for done, (kernel, name) in enumerate(todo):
+            remaining = f"{(time.monotonic() - started) / done * (len(todo) - done) / 60:.0f} min left" if done else ""
+            print(f"[{done + 1}/{len(todo)}] {kernel} {name:<24} {remaining}", flush=True)
+            best = climb(kernel, name, Judge(kernel, name, args.batch, side, device, timer, measured))
+            if best is None:
+                failed += 1
+            elif measured is not None:
+                measured.add(kernel, name, best)
+    except (KeyboardInterrupt, Fatal) as stop:
+        print(f"fastconv: {stop if isinstance(stop, Fatal) else 'interrupted'}", file=sys.stderr)
+        if measured is not None:
+            print(f"{done - failed} entries measured before are kept in {path}; the same command goes on from there")
+        return 1 if isinstance(stop, Fatal) else 130
+    if failed:
+        print(f"fastconv: nothing was right for {failed} entries, see above; please report it", file=sys.stderr)
+    if measured is not None:
+        print(f"written to {path}; it is read when the next process starts")
+    return 1 if failed else 0
+
+
+def neighbours(kernel: str, name: str, config: Config, taps: int) -> Iterator[Config]:
+    """The entries one step away that may stand in a table and that the guard for large filters leaves alone."""
+    from .triton import table
+    from .triton._launch import guarded
+
+    for key, value in config.items():
+        if key == "num_stages":
+            # without a matrix product there is nothing to pipeline
+            others = [value + 1, value - 1] if "BLOCK_K" in config else []
+        elif key == "GROUP":
+            others = []
+        else:
+            others = [2 * value, value // 2]
+        for other in others:
+            found = {**config, key: other}
+            if table.problem(kernel, name, found) is None and guarded(found, taps) == found:
+                yield found
+
+
+class Judge:
+    """Milliseconds of an entry's sample with a candidate; None for one that is wrong or does not run here."""
+
+    def __init__(
+        self,
+        kernel: str,
+        name: str,
+        batch: int,
+        side: int,
+        device: torch.device,
+        timer: Timer,
+        measured: Measured | None,
+    ) -> None:
+        from .triton._samples import SAMPLES, Maker
+
+        self.kernel, self.name, self._device, self._timer, self._measured = kernel, name, device, timer, measured
+        self._precision = name.split()[0] if name.startswith(("tf32", "ieee")) else None
+        self._timed, self._judged = (
+            SAMPLES[kernel](Maker(name, size, side, device)) for size in (batch, min(batch, JUDGED_BATCH))
+        )
+        with precision(self._precision):
+            sample: Sample = self._judged
+            self._oracles = sample.reference(*(t.cpu().double() for t in sample.tensors))
+            self._baselines = sample.reference(*sample.tensors)
+        self.taps = sample.taps
+
+    def __call__(self, candidate: Config) -> float | None:
+        from .triton import table
+
+        if self._measured is not None and self._measured.is_fatal(self.kernel, self.name, candidate):
+            return None
+        try:
+            with table.trial(self.kernel, self.name, candidate), precision(self._precision):
+                with poisoned_outputs():
+                    outputs = self._judged.run(*self._judged.tensors)
+                for output, oracle, baseline in zip(outputs, self._oracles, self._baselines, strict=True):
+                    verdict = compare(output, oracle, baseline.to(output.dtype))
+                    if not verdict.ok:
+                        self._say(candidate, f"wrong, {verdict}")
+                        return None
+                return self._timer(lambda: self._timed.run(*self._timed.tensors))
         except Exception as error:
             # too much shared memory, too many registers: not an entry for this card
-            if candidate is shipped:
-                raise
-            print(f"{kernel} {name}: {type(error).__name__} with {candidate}", file=sys.stderr)
-            continue
-        finally:
-            table._find = original
-        if candidate is shipped:
-            before = milliseconds
-        if milliseconds < fastest:
-            best, fastest = candidate, milliseconds
-    return best, fastest, before
+            what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            if is_broken(self._device):
+                if self._measured is not None:
+                    self._measured.add_fatal(self.kernel, self.name, candidate)
+                raise Fatal(
+                    f"the GPU gave up on {self.kernel} '{self.name}' with {candidate} ({what}); that candidate is "
+                    "left out from now on"
+                ) from error
+            self._say(candidate, what)
+            return None
+
+    def _say(self, candidate: Config, what: str) -> None:
+        print(f"  left out {candidate}: {what}", flush=True)
 
 
-def _flat(result: Any) -> list[torch.Tensor]:
-    return [r.float() for r in torch.utils._pytree.tree_leaves(result) if isinstance(r, torch.Tensor) and r.numel()]
-
-
-def calls(batch: int, only: str) -> Iterator[tuple[str, str, Call]]:
-    """(kernel, entry, a call that stands for it) for every entry of the table whose kernel's name contains `only`."""
-    from . import triton as ft
+def climb(kernel: str, name: str, judge: Judge) -> Config | None:
+    """The fastest entry that was found; None if none was right."""
     from .triton import table
 
-    widths = {"narrow": 32, "medium": 64, "wide": 256}
-    same = ([1, 1], [1, 1], [1, 1])
-    call: Call
+    shipped = best = table.SHIPPED[kernel][name]
+    before = fastest = judge(shipped)
+    tried = [shipped]
+    steps = neighbours(kernel, name, best, judge.taps)
+    while len(tried) < MOST_CANDIDATES and (candidate := next(steps, None)) is not None:
+        if candidate in tried:
+            continue
+        tried.append(candidate)
+        milliseconds = judge(candidate)
+        if milliseconds is not None and (fastest is None or milliseconds < GAIN * fastest):
+            best, fastest = candidate, milliseconds
+            steps = neighbours(kernel, name, best, judge.taps)
+    if fastest is None:
+        return None
+    was = "wrong or impossible" if before is None else f"{before:.4f} ms"
+    print(f"  {was} -> {fastest:.4f} ms with {best}", flush=True)
+    return best
 
-    def tensor(*shape: int, dtype: torch.dtype, along: str = "channels") -> torch.Tensor:
-        value = torch.randn(shape, device="cuda", dtype=dtype)
-        return value.contiguous(memory_format=torch.channels_last) if along == "channels" else value
 
-    for kernel, rows in table.SHIPPED.items():
-        for name in rows if only in kernel else ():
-            kind, *classes = name.split()
-            dtype = torch.float32 if kind in ("tf32", "ieee") else torch.float16
-            width = widths.get(classes[-1] if classes else "", 96)
-            if kind in ("tf32", "ieee"):
-                torch.backends.cudnn.conv.fp32_precision = kind  # type: ignore[attr-defined]
-            if kernel.startswith("conv2d"):
-                stem, taps = "ragged" in classes, 1 if "pointwise" in classes else 7 if "ragged" in classes else 3
-                x = tensor(batch, 3 if stem else width, 56, 56, dtype=dtype)
-                w = tensor(width, x.shape[1], taps, taps, dtype=dtype) / (x.shape[1] * taps**2) ** 0.5
-                g = tensor(batch, width, 56, 56, dtype=dtype)
-                geometry = ([1, 1], [taps // 2] * 2, [1, 1], 1)
-                wanted = [kernel == "conv2d_dgrad", kernel == "conv2d_wgrad", False, False]
-                call = partial(ft.conv2d_backward, g, None, x, w, *geometry, "none", wanted)
-                if kernel == "conv2d_fprop":
-                    call = partial(ft.conv2d_relu, x, w, None, *geometry, "relu")
-            elif kernel == "pointwise_group":
-                x = tensor(batch, 256, 28, 28, dtype=dtype)
-                weights = [tensor(k, 256, 1, 1, dtype=dtype) / 16 for k in (width, 16, width)]
-                call = partial(ft.pointwise_conv2d_group, x, weights, [], "relu")
-            elif kernel == "depthwise_separable_fprop":
-                x, d = tensor(batch, 256, 28, 28, dtype=dtype), tensor(256, 1, 3, 3, dtype=dtype) / 3
-                w = tensor(width, 256, 1, 1, dtype=dtype) / 16
-                call = partial(ft.depthwise_separable_conv2d, x, d, w, None, None, *same, "relu6", "none")
-            elif kernel.startswith("depthwise"):
-                x, d = tensor(batch, 256, 28, 28, dtype=dtype, along=kind), tensor(256, 1, 3, 3, dtype=dtype)
-                wanted = [kernel == "depthwise_dgrad", kernel == "depthwise_wgrad", False, False]
-                call = partial(ft.conv2d_backward, x, None, x, d, *same, 256, "none", wanted)
-                if kernel == "depthwise_fprop":
-                    call = partial(ft.depthwise_conv2d, x, d, None, *same, "relu6")
-            elif kernel == "local_response_norm":
-                x = tensor(batch, 96, 55, 55, dtype=dtype, along=kind)
-                call = partial(ft.local_response_norm_backward, x, x, 5, 5e-4, 0.75, 2.0)
-            elif kernel in ("mask_and_sum", "sum_parts"):
-                x = tensor(batch, 256, 56, 56, dtype=dtype, along="pixels" if kind == "pixels" else "channels")
-                w = tensor(256, 256, 1, 1, dtype=dtype)
-                wanted = [False, False, True, True]
-                call = partial(ft.conv2d_backward, x, x, x, w, [1, 1], [0, 0], [1, 1], 1, "relu", wanted)
-            else:
-                x = tensor(batch, 256, 56, 56, dtype=dtype)
-                call = partial(ft.add_relu, x, x, "relu")
-            yield kernel, name, call
+@contextlib.contextmanager
+def precision(name: str | None) -> Iterator[None]:
+    """Inside, torch's switch for float32 convolutions is at "tf32" or "ieee"; None leaves it alone."""
+    switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = switch.fp32_precision
+    if name is not None:
+        switch.fp32_precision = name
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+def is_broken(device: torch.device) -> bool:
+    """Whether an error left the GPU unusable for this process, as an illegal access does."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False

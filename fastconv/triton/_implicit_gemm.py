@@ -20,17 +20,31 @@ from __future__ import annotations
 
 from math import gcd
 
+import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from . import _launch, table
 from ._device import activate, dot, grouped_tile, index, narrow, pixel
 from ._reduce import room_for_parts, sum_parts
+from ._samples import Maker, Sample, sample
 
 # A reduction over so few channels is flattened over taps and channels together: a block of channels would be mostly
 # empty. The 3 of an image, and the 1 of a group that has a filter for each channel.
 STEM_CHANNELS = 8
+
+
+@triton.jit
+def one_of(step, blocks, TAPS: tl.constexpr):
+    """(block of channels, tap) of a step of the flat loop; without a division where there is but one tap."""
+    if TAPS == 1:
+        block, tap = step, 0
+    else:
+        block, tap = step % blocks, step // blocks
+    return block, tap
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -81,9 +95,9 @@ def conv2d_fprop(
     else:
         blocks = tl.cdiv(C, BLOCK_K)
         for step in range(R * S * blocks):
-            tap = index(step // blocks, WIDE)
-            c = index(step % blocks, WIDE) * BLOCK_K + tl.arange(0, BLOCK_K)
-            r, s = tap // S, tap % S
+            block, tap = one_of(step, blocks, R * S)
+            c = index(block, WIDE) * BLOCK_K + tl.arange(0, BLOCK_K)
+            r, s = index(tap, WIDE) // S, index(tap, WIDE) % S
             inside = m < pixels
             if PADDED:
                 h, w = h0 + r * dilation_h, w0 + s * dilation_w
@@ -164,9 +178,9 @@ def conv2d_dgrad(
     blocks = tl.cdiv(K, BLOCK_K)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(taps_h * taps_w * blocks):
-        tap = index(step // blocks, WIDE)
-        k = index(step % blocks, WIDE) * BLOCK_K + tl.arange(0, BLOCK_K)
-        u, v = tap // taps_w, tap % taps_w
+        block, tap = one_of(step, blocks, R * S)
+        k = index(block, WIDE) * BLOCK_K + tl.arange(0, BLOCK_K)
+        u, v = index(tap, WIDE) // taps_w, index(tap, WIDE) % taps_w
         p = p0 - u * (dilation_h // divisor_h)
         q = q0 - v * (dilation_w // divisor_w)
         inside = wanted
@@ -366,3 +380,51 @@ def wgrad(grad: Tensor, input: Tensor, grad_weight: Tensor, geometry: _launch.Ge
     )  # fmt: skip
     if parts > 1:
         sum_parts(sums, parts, grad_weight)
+
+
+# ------------------------------------------------------------------------------------------ samples
+
+
+def _layer(make: Maker) -> tuple[Tensor, Tensor, Tensor, _launch.Geometry]:
+    """(x, w, gradient of the output, geometry) of a stem, a 1x1 or a 3x3 convolution that keeps the image's size."""
+    stem = "ragged" in make.classes
+    taps = 7 if stem else 1 if "pointwise" in make.classes else 3
+    x = make.images(3 if stem else make.width)
+    w = make.filters(make.width, x.shape[1], taps)
+    return x, w, make.images(make.width), ([1, 1], [taps // 2] * 2, [1, 1], 1)
+
+
+@sample("conv2d_fprop")
+def _fprop_sample(make: Maker) -> Sample:
+    x, w, _, geometry = _layer(make)
+
+    def run(x: Tensor, w: Tensor) -> list[Tensor]:
+        output = _launch.new_output(x, w, geometry)
+        fprop(x, w, None, None, output, geometry, "relu")
+        return [output]
+
+    return Sample((x, w), run, lambda x, w: [F.conv2d(x, w, None, *geometry).relu()], w[0, 0].numel())
+
+
+@sample("conv2d_dgrad")
+def _dgrad_sample(make: Maker) -> Sample:
+    x, w, g, geometry = _layer(make)
+
+    def run(g: Tensor, w: Tensor) -> list[Tensor]:
+        grad_input = torch.empty_like(x)
+        dgrad(g, w, grad_input, geometry)
+        return [grad_input]
+
+    return Sample((g, w), run, lambda g, w: [conv2d_input(x.shape, w, g, *geometry)], w[0, 0].numel())
+
+
+@sample("conv2d_wgrad")
+def _wgrad_sample(make: Maker) -> Sample:
+    x, w, g, geometry = _layer(make)
+
+    def run(g: Tensor, x: Tensor) -> list[Tensor]:
+        grad_weight = torch.empty_like(w)
+        wgrad(g, x, grad_weight, geometry)
+        return [grad_weight]
+
+    return Sample((g, x), run, lambda g, x: [conv2d_weight(x, w.shape, g, *geometry)], w[0, 0].numel())

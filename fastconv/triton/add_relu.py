@@ -11,6 +11,7 @@ from ..ops import _checks
 from ..ops import _conv as ops_conv
 from . import _launch, table
 from ._device import activate, index, masked, narrow
+from ._samples import Maker, Sample, sample
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -71,3 +72,18 @@ def _flat(kernel: triton.JITFunction, first: Tensor, second: Tensor, result: Ten
     wide = size > _launch.NARROW_LIMIT
     programs = triton.cdiv(size, config["BLOCK"])
     _launch.launch(kernel, programs, first, second, result, size, ACTIVATION=activation, WIDE=wide, **config)
+
+
+@sample("add_relu")
+def _sample(make: Maker) -> Sample:
+    """Forward and backward, which share the entry; the gradient is one of the summands."""
+
+    def run(a: Tensor, b: Tensor) -> list[Tensor]:
+        output = add_relu(a, b, "relu")
+        return [output, add_relu_backward(a, output, "relu")]
+
+    def reference(a: Tensor, b: Tensor) -> list[Tensor]:
+        output = (a + b).relu()
+        return [output, torch.where(output > 0, a, 0.0)]
+
+    return Sample((make.images(256), make.images(256)), run, reference)

@@ -11,6 +11,7 @@ beyond `_MOST_COLUMNS` of these that costs more than writing and reading it, and
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +21,7 @@ from ..ops import _conv as ops_conv
 from . import _conv, _depthwise, _launch, table
 from ._depthwise import depthwise_tile
 from ._device import activate, dot, index, narrow, pixel
+from ._samples import Maker, Sample, sample
 
 _MOST_COLUMNS = 4
 
@@ -101,17 +103,18 @@ def depthwise_separable_conv2d(
         torch.empty_like(hidden, memory_format=hidden_layout), pointwise_weight, _conv.POINTWISE
     )
     output = torch.empty((N, K, P, Q), dtype=input.dtype, device=input.device, memory_format=layout)
+    taps = _depthwise.by_taps(depthwise_weight)
     _launch.launch(
         depthwise_separable_fprop,
         triton.cdiv(N * P * Q, config["BLOCK_M"]) * columns,
         input,
-        depthwise_weight,
+        taps,
         None if depthwise_bias is None else depthwise_bias.contiguous(),
         pointwise_weight.reshape(K, C).contiguous(),
         None if pointwise_bias is None else pointwise_bias.contiguous(),
         output,
         N * P * Q, C, *input.shape[2:], K, P, Q,
-        *input.stride(), *depthwise_weight.stride(), *output.stride(),
+        *input.stride(), *taps.stride(), *output.stride(),
         *stride, *padding, *dilation,
         M=C // groups, R=R, S=S, UNROLL=R * S <= _depthwise.UNROLLED_TAPS,
         PADDED=any(padding),
@@ -172,3 +175,18 @@ def depthwise_separable_conv2d_backward(
         [output_mask[0], output_mask[1], output_mask[3], False],
     )  # fmt: skip
     return grad_input, grad_depthwise, grad_pointwise, grad_depthwise_bias, grad_pointwise_bias
+
+
+@sample("depthwise_separable_fprop")
+def _sample(make: Maker) -> Sample:
+    channels = 256
+    same = ([1, 1], [1, 1], [1, 1])
+
+    def run(x: Tensor, d: Tensor, w: Tensor) -> list[Tensor]:
+        return [depthwise_separable_conv2d(x, d, w, None, None, *same, "relu6", "none")]
+
+    def reference(x: Tensor, d: Tensor, w: Tensor) -> list[Tensor]:
+        return [F.conv2d(F.relu6(F.conv2d(x, d, None, *same, channels)), w)]
+
+    x, d = make.images(channels, shrink=2), make.filters(channels, 1, 3)
+    return Sample((x, d, make.filters(make.width, channels)), run, reference)

@@ -25,6 +25,7 @@ from ..ops import _conv as ops_conv
 from ..ops.local_response_norm import _window_sum as window_sum_of_aten
 from . import _launch, table
 from ._device import activate, index, masked, narrow
+from ._samples import Maker, Sample, sample
 
 
 @triton.jit
@@ -69,7 +70,7 @@ def local_response_norm_kernel(
     m = index(tl.program_id(0) // columns, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_N)
     channel = tl.program_id(0) % columns * owned - halo + lane
-    offset = (m // inner * (C * inner) + m % inner)[:, None] + (index(channel, WIDE) * inner)[None, :]
+    offset = (m // inner * (index(C, WIDE) * inner) + m % inner)[:, None] + (index(channel, WIDE) * inner)[None, :]
     inside = (m < pixels)[:, None] & ((channel >= 0) & (channel < C))[None, :]
     x = activate(tl.load(x_ptr + offset, inside, 0.0).to(tl.float32), ACTIVATION)
     d = k + scale * window_sum(x * x, channel, C, lane, before, after, BLOCK_M, BLOCK_N)
@@ -160,3 +161,19 @@ def _run(
         **config,
     )  # fmt: skip
     return True
+
+
+@sample("local_response_norm")
+def _sample(make: Maker) -> Sample:
+    """Forward and backward, which share the entry, with AlexNet's numbers."""
+    numbers = (5, 1e-4, 0.75, 2.0)
+
+    def run(grad: Tensor, x: Tensor) -> list[Tensor]:
+        return [local_response_norm(x, *numbers, "none"), local_response_norm_backward(grad, x, *numbers, "none")]
+
+    def reference(grad: Tensor, x: Tensor) -> list[Tensor]:
+        x = _at_least_32_bits(x).requires_grad_()
+        output = F.local_response_norm(x, *numbers)
+        return [output.detach(), *torch.autograd.grad(output, x, grad.to(x.dtype))]
+
+    return Sample((make.images(96), make.images(96)), run, reference)

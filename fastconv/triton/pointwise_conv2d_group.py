@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +22,7 @@ from ..ops import _checks
 from ..ops import _conv as ops_conv
 from . import _conv, _launch, table
 from ._device import activate, dot, index, narrow, pixel
+from ._samples import Maker, Sample, sample
 
 # The kernel has arguments for so many branches; more of them take more launches.
 BRANCHES = 4
@@ -213,3 +215,17 @@ def pointwise_conv2d_group_backward(
         return [part.clone() for part in joined.split(sizes)]
 
     return grad_input, parts(grad_weight, output_mask[1]), parts(grad_bias, output_mask[2])
+
+
+@sample("pointwise_group")
+def _sample(make: Maker) -> Sample:
+    """An Inception module's three branches, one of them narrow."""
+
+    def run(x: Tensor, *weights: Tensor) -> list[Tensor]:
+        return pointwise_conv2d_group(x, list(weights), [], "relu")
+
+    def reference(x: Tensor, *weights: Tensor) -> list[Tensor]:
+        return [F.conv2d(x, weight).relu() for weight in weights]
+
+    weights = [make.filters(k, 256) for k in (make.width, 16, make.width)]
+    return Sample((make.images(256, shrink=2), *weights), run, reference)
