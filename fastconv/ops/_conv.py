@@ -167,6 +167,9 @@ def fake_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, weight, bias and residual, for their shapes and layouts."""
     stride, padding, dilation, groups = geometry
+    if 0 in input.shape:  # torch's own fake kernel does not say what eager does then
+        grad_bias = input.new_empty([weight.shape[0]])
+        return torch.empty_like(input), torch.empty_like(weight), grad_bias, torch.empty_like(grad)
     grad_input, grad_weight, grad_bias = aten.convolution_backward(
         grad,
         input,

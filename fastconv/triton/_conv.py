@@ -49,6 +49,11 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of input and weight from that before the activation; [0]-sized where not wanted."""
     grad_input = grad_weight = ops_conv.empty_gradient(input)
+    if input.numel() == 0:  # in eager's layout, which is another one then
+        return (
+            torch.zeros_like(input) if wanted[0] else grad_input,
+            torch.zeros_like(weight) if wanted[1] else grad_weight,
+        )
     kernel = _depthwise if is_depthwise(input, weight, geometry[3]) else _implicit_gemm
     layout = _launch.convolution_layout(input, weight, geometry)
     if wanted[0]:
@@ -106,7 +111,7 @@ def conv2d_backward(
         found = aten.convolution_backward(
             grad, input, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, output_mask[:3]
         )
-        found = [*found, grad if activation != "none" else grad.clone()]
+        found = [*found, grad.clone() if output is None else _launch.with_strides_of(torch.empty_like(output), grad)]
         first, second, third, fourth = (g if want else empty for g, want in zip(found, output_mask, strict=True))
         return first, second, third, fourth
     want_masked = output_mask[0] or output_mask[1] or output_mask[3]

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..ops import _checks
 from ..ops import _conv as ops_conv
 from . import _conv, _launch, table
-from ._device import activate, dot, index, narrow, pixel
+from ._device import activate, dot, index, narrow, pixel, widen
 
 # The kernel has arguments for so many branches; more of them take more launches.
 BRANCHES = 4
@@ -72,7 +72,7 @@ def pointwise_group(
         b = tl.load(w_ptr + c[:, None] + (k * C)[None, :], b_mask, 0.0)
         sums = dot(a, b, sums, PRECISION)
     if bias_ptr is not None:
-        sums += tl.load(bias_ptr + k, k < K, 0.0).to(tl.float32)[None, :]
+        sums += widen(tl.load(bias_ptr + k, k < K, 0.0))[None, :]
     result = narrow(activate(sums, ACTIVATION), y_ptr.dtype.element_ty)
     y_pixel = n * y_n + (p * Q + q) * y_q
     tl.store(y_ptr + y_pixel[:, None] + (k * y_k)[None, :], result, (m < pixels)[:, None] & (k < K)[None, :])
