@@ -139,6 +139,8 @@ def _draw(backend: str, seed: int, number: int, rng: random.Random) -> Call | No
     op = rng.choice(OPS)
     dtype = rng.choice(DTYPES)
     special = rng.choice(("none",) * 8 + SPECIAL)
+    if dtype == torch.float64 and special == "flushed":  # the oracle would be, too
+        special = "denormals"
     sizes = (1, 2, 3, 4, 5) if small else (1, 1, 2, 3, 4, 5, 7, 8, 9, 12, 16)
     batch, channels = rng.choice((1, 1, 2, 3)), rng.choice(sizes)
     height, width = rng.choice(sizes), rng.choice(sizes)
@@ -327,6 +329,18 @@ class Wrong(AssertionError):
     pass
 
 
+class EagerRaises(Exception):
+    pass
+
+
+def raises(function: Callable[[], Any]) -> bool:
+    try:
+        function()
+    except RuntimeError:
+        return True
+    return False
+
+
 def judge(call: Call, what: str, found: Tensor, oracle: Tensor, baseline: Tensor, terms: Callable[[], Tensor]) -> None:
     """Values by the policy of `fastconv._numerics`; NaN and Inf where eager has them.
 
@@ -334,7 +348,9 @@ def judge(call: Call, what: str, found: Tensor, oracle: Tensor, baseline: Tensor
     call may all have cancelled: there it is in units of the largest sum of the terms' magnitudes, `terms`.
     """
     if call.autocast is not None and call.op in CONV_OPS and found.dtype != torch.float64:
-        found, baseline = found.to(call.autocast), baseline.to(call.autocast)  # rounded to that on the way
+        # rounded to both on the way
+        coarsest = torch.bfloat16 if torch.bfloat16 in (found.dtype, call.autocast) else torch.float16
+        found, baseline = found.to(coarsest), baseline.to(coarsest)
     found, oracle, baseline = found.detach(), oracle.detach(), baseline.detach()
     rounded = oracle.to(found.dtype)
     for name in ("isnan", "isposinf", "isneginf"):
@@ -347,14 +363,18 @@ def judge(call: Call, what: str, found: Tensor, oracle: Tensor, baseline: Tensor
     verdict = compare(found, oracle, baseline)
     if verdict.ok:
         return
+    sums = terms().detach().abs().nan_to_num(posinf=0.0)
     # A unit in the last place of a subnormal number is the smallest one there is, whatever the number's size.
     tolerable = torch.finfo(found.dtype).smallest_normal * torch.finfo(found.dtype).eps
     if call.special in ("denormals", "flushed", "huge"):
         # Eager's own error beyond the cap: oneDNN takes subnormal 16-bit numbers for zeros where the processor has
         # instructions for these types, and float32 squares of huge numbers overflow.
         tolerable = max(tolerable, BASELINE_FACTOR * float((baseline.double() - oracle).abs().max()))
-    sums = terms().detach().abs().nan_to_num(posinf=0.0)
+        if call.backend == "cpu" and call.special != "huge" and found.dtype in (torch.bfloat16, torch.float16):
+            tolerable = max(tolerable, float(sums.max()))  # eager takes other kernels for some small images
     summation = _POLICY[found.dtype].summation * float(sums.max())
+    if call.op == "depthwise_separable_conv2d":  # rounds its intermediate as eager does: each term of the sums
+        summation = _POLICY[found.dtype].last_bit * float(sums.max())
     right = (found.double() - oracle).abs() <= max(tolerable, summation)
     verdict = compare(found, torch.where(right, found.double(), oracle), baseline)
     if not verdict.ok:
@@ -365,10 +385,11 @@ def judge(call: Call, what: str, found: Tensor, oracle: Tensor, baseline: Tensor
         )
 
 
-def judge_form(what: str, found: Tensor, expected: Tensor, whose: str = "eager's") -> None:
+def judge_form(what: str, found: Tensor, expected: Tensor, whose: str = "eager's", whole: bool = False) -> None:
+    """Shape, dtype and strides: those of dimensions of one element, too, where a `whole` output goes to other ops."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         raise Wrong(f"{what}: {found.dtype} {list(found.shape)}, {whose} {expected.dtype} {list(expected.shape)}")
-    if layout_of(found) != layout_of(expected):
+    if (found.stride() if whole else layout_of(found)) != (expected.stride() if whole else layout_of(expected)):
         raise Wrong(f"{what} {list(found.shape)}: strides {found.stride()}, {whose} {expected.stride()}")
 
 
@@ -377,6 +398,8 @@ def check(call: Call) -> None:
     try:
         with flushing(call.special == "flushed"):
             _check(call)
+    except EagerRaises:
+        return
     except Exception as error:
         raise Wrong(f"{call}: {'' if isinstance(error, Wrong) else type(error).__name__ + ': '}{error}") from error
 
@@ -398,7 +421,7 @@ def _check(call: Call) -> None:
         baseline = eager(call.op, plain)
     oracle = eager(call.op, wide)
     for i, (ours, truth, theirs) in enumerate(zip(found, oracle, baseline, strict=True)):
-        judge_form(f"output {i}", ours, theirs)
+        judge_form(f"output {i}", ours, theirs, whole=follows_eager_wholly(call))
         judge(call, f"output {i}", ours, truth, theirs, lambda i=i: eager(call.op, magnitudes(exact))[i])
     rng = random.Random(f"gradients {call.seed} {call.number}")
     # a group's outputs all require grad where one does, eager's branches each for itself
@@ -414,8 +437,14 @@ def _check(call: Call) -> None:
         asked = [tensor for tensor in tensors(arguments) if tensor.requires_grad]
         return torch.autograd.grad([outputs[i] for i in used], asked, [like(grad) for grad in grads]) if used else []
 
-    with poisoned_outputs():
-        ours = gradients(found, leaves, lambda grad: grad)
+    try:
+        with poisoned_outputs():
+            ours = gradients(found, leaves, lambda grad: grad)
+    except RuntimeError:
+        # aten's float64 convolutions want a contiguous gradient where some weights of one row are channels_last
+        if call.dtype == torch.float64 and raises(lambda: gradients(baseline, plain, lambda grad: grad)):
+            raise EagerRaises from None
+        raise
     if call.backend != "reference":  # what torch's fakes say of aten is torch's
         compare_with_fake(call, found, ours, gradients)
     if not used or ill_conditioned(call, exact):
@@ -452,6 +481,16 @@ def compare_with_fake(call: Call, found: list[Tensor], grads: Sequence[Tensor], 
 
 def _normal(like: Tensor) -> Tensor:
     return torch.randn(like.shape, dtype=torch.float64).to(like.dtype)
+
+
+def follows_eager_wholly(call: Call) -> bool:
+    """Whether an output has eager's strides also for dimensions of one element, from which later ops take the layout.
+
+    Not where it is empty or unbatched, and not where eager's sum takes them from an odd operand.
+    """
+    a = call.arguments
+    others = [a[name] for name in ("residual", "other") if a.get(name) is not None]
+    return a["input"].dim() == 4 and a["input"].numel() > 0 and call.op in CONV_OPS and not others
 
 
 def names_of(call: Call) -> list[str]:
@@ -494,8 +533,8 @@ def clear(call: Call, *outputs: Tensor) -> Tensor:
         return torch.ones_like(first)
     masks = [(o > 0) & (o < 6) for o in outputs]
     same = torch.ones_like(first, dtype=torch.bool)
-    for mask in masks:
-        same &= mask == masks[0]
+    for output, mask in zip(outputs, masks, strict=True):
+        same &= (mask == masks[0]) & (output.isfinite() == first.isfinite())
     if names == ["relu6"]:
         truth = outputs[-1]
         same &= (truth == 6) | away_from_kinks(truth.where(truth != 0, 3), "relu6", first.dtype)

@@ -76,7 +76,7 @@ Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::op
   } else {
     activation_inplace(output, activation);
   }
-  return output;
+  return residual || activation == Activation::kRelu ? with_plain_strides(output) : output;
 }
 
 // Whether a 16-bit convolution is left to oneDNN's kernels for float32: there are none for its type, or they fail for
@@ -107,13 +107,12 @@ Tensor new_convolution(const Tensor& input, const Tensor& weight, const std::opt
   // Rounding first lets the activation pass over half of the bytes; it changes neither sign nor
   // order.
   const Tensor output =
-      in_fp32
-          ? torch::stable::to(onednn_convolution(torch::stable::to(input, kFp32), torch::stable::to(weight, kFp32),
-                                                 to_dtype(bias, kFp32), to_dtype(residual, kFp32), geometry),
-                              dtype)
-          : onednn_convolution(input, weight, bias, residual, geometry);
+      in_fp32 ? torch::stable::to(onednn_convolution(torch::stable::to(input, kFp32), torch::stable::to(weight, kFp32),
+                                                     to_dtype(bias, kFp32), to_dtype(residual, kFp32), geometry),
+                                  dtype)
+              : onednn_convolution(input, weight, bias, residual, geometry);
   activation_inplace(output, activation);
-  return output;
+  return residual || activation == Activation::kRelu ? with_plain_strides(output) : output;
 }
 
 }  // namespace

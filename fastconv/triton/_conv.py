@@ -37,7 +37,8 @@ def convolution(
         found = aten.convolution(input, weight, bias, *geometry[:3], False, [0, 0], geometry[3])
         found = ops_conv.activate(found if residual is None else found + residual, activation)
         return found if out is None else out.copy_(found)
-    output = _launch.new_output(input, weight, geometry) if out is None else out
+    plain = residual is not None or activation == "relu"
+    output = _launch.new_output(input, weight, geometry, plain) if out is None else out
     kernel = _depthwise if is_depthwise(input, weight, geometry[3]) else _implicit_gemm
     bias = None if bias is None else bias.contiguous()
     kernel.fprop(input, weight, bias, residual, output, geometry, activation)

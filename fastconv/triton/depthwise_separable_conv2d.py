@@ -97,10 +97,10 @@ def depthwise_separable_conv2d(
     (K, C), (_, _, R, S), (N, _, P, Q) = pointwise_weight.shape[:2], depthwise_weight.shape, hidden.shape
     # eager's layout follows from that of its depthwise result
     hidden_layout = _launch.convolution_layout(input, depthwise_weight, depthwise)
-    layout = _launch.convolution_layout(
-        torch.empty_like(hidden, memory_format=hidden_layout), pointwise_weight, _conv.POINTWISE
-    )
-    output = torch.empty((N, K, P, Q), dtype=input.dtype, device=input.device, memory_format=layout)
+    between = torch.empty_like(hidden, memory_format=hidden_layout)
+    if depthwise_activation == "relu":
+        between = ops_conv.with_plain_strides(between)
+    output = _launch.new_output(between, pointwise_weight, _conv.POINTWISE, pointwise_activation == "relu")
     _launch.launch(
         depthwise_separable_fprop,
         triton.cdiv(N * P * Q, config["BLOCK_M"]) * columns,

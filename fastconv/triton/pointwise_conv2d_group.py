@@ -108,7 +108,9 @@ def pointwise_conv2d_group(
             for weight, bias, place in zip(weights, given, places, strict=True)
         ]
     outputs = [
-        _launch.new_output(input, weight, _conv.POINTWISE) if place is None or not _has_even_pixels(place) else place
+        _launch.new_output(input, weight, _conv.POINTWISE, activation == "relu")
+        if place is None or not _has_even_pixels(place)
+        else place
         for weight, place in zip(weights, places, strict=True)
     ]
     for start in range(0, len(weights), BRANCHES):
@@ -212,4 +214,7 @@ def pointwise_conv2d_group_backward(
             return [ops_conv.empty_gradient(input) for _ in sizes]
         return [part.clone() for part in joined.split(sizes)]
 
-    return grad_input, parts(grad_weight, output_mask[1]), parts(grad_bias, output_mask[2])
+    grad_weights = parts(grad_weight, output_mask[1])
+    if input.numel() == 0 and output_mask[1]:
+        grad_weights = [torch.zeros_like(part) for part in weights]
+    return grad_input, grad_weights, parts(grad_bias, output_mask[2])
