@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastconv import models
 from fastconv._numerics import assert_close_to_oracle
-from fastconv.swapping.explanation import explain
 from fastconv.swapping import swap
+from fastconv.swapping.explanation import explain
 from fastconv.swapping.regions import region_of
 
 JOINS = {

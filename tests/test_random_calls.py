@@ -34,7 +34,7 @@ def test_a_wrong_call_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     real = ops.add_relu
     monkeypatch.setattr(ops, "add_relu", lambda *args, **named: real(*args, **named) + 1e-3)
     arguments = {"input": torch.ones(2), "other": torch.ones(2), "activation": "relu"}
-    with pytest.raises(AssertionError, match="random_calls.py --backend cpu --seed 3 --only 5: add_relu.*max error"):
+    with pytest.raises(AssertionError, match=r"random_calls.py --backend cpu --seed 3 --only 5: add_relu.*max error"):
         check(Call("cpu", 3, 5, "add_relu", arguments, torch.float32))
 
 

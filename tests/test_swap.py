@@ -22,8 +22,8 @@ from swap_models import (
 from torch import Tensor, nn
 
 from fastconv import models
-from fastconv.swapping.explanation import explain
 from fastconv.swapping import swap
+from fastconv.swapping.explanation import explain
 
 # ------------------------------------------------------------------------------------- the model is left alone
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import fastconv
-from fastconv.swapping.explanation import explain
 from fastconv.swapping import swap
+from fastconv.swapping.explanation import explain
 
 # -------------------------------------------------------------------------------------------- what is left alone
 

@@ -110,7 +110,7 @@ def output_pixels(input: Tensor, weight: Tensor, geometry: Geometry) -> list[int
 
 
 def new_output(input: Tensor, weight: Tensor, geometry: Geometry, plain: bool = False) -> Tensor:
-    """An unwritten result of the convolution, in eager's layout; `plain` after a sum or a ReLU, see `with_plain_strides`."""
+    """An unwritten result in eager's layout; `plain` where a sum or a ReLU follows, see `with_plain_strides`."""
     shape = (input.shape[0], weight.shape[0], *output_pixels(input, weight, geometry))
     layout = convolution_layout(input, weight, geometry)
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
