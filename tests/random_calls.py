@@ -290,7 +290,8 @@ def eager(op: str, a: dict[str, Any]) -> list[Tensor]:
         wide = value.float() if dtype in (torch.bfloat16, torch.float16) else value  # torch has none on the CPU
         options = [a[name] for name in ("size", "alpha", "beta", "k")]
         if wide.dim() > 4 and wide.stride(-2) != wide.shape[-1] * wide.stride(-1):  # eager's view would raise
-            return [torch.empty_like(a["input"]).copy_(F.local_response_norm(wide.contiguous(), *options))]
+            dtype = torch.float32 if torch.is_autocast_enabled("cpu") and dtype != torch.float64 else dtype
+            return [torch.empty_like(a["input"], dtype=dtype).copy_(F.local_response_norm(wide.contiguous(), *options))]
         normed = F.local_response_norm(wide, *options)
         return [normed if torch.is_autocast_enabled("cpu") else normed.to(dtype)]
     if op == "pointwise_conv2d_group":
