@@ -7,12 +7,18 @@ PY := .venv/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard _build/*.py) $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test check style bench gpu-check clean
+# What `make sanitize` builds with. Python leaks by design, and torch's allocations outlive the process.
+SANITIZERS := -fsanitize=address,undefined
+SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=undefined $(SANITIZERS)
+RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),c++) -print-file-name=$(name)))
+
+.PHONY: help demo test check style bench gpu-check sanitize clean
 help:
 	@echo "make demo    networks on real photographs and digits, reference against fastconv"
 	@echo "make test    the test suite"
 	@echo "make bench   the benchmarks"
 	@echo "make gpu-check OUT=folder   builds, proves and times the GPU kernels, in nine minutes (PART=proofs|timings: in six)"
+	@echo "make sanitize   the CPU kernels under address and undefined-behaviour sanitizers"
 	@echo "make check   formatting, lint and types: only looks"
 	@echo "make style   formatting and lint: fixes"
 	@echo "make clean   removes everything that was built or installed here"
@@ -29,6 +35,17 @@ bench: .venv/built
 # Without .venv: it runs in the python3 whose torch knows the GPU.
 gpu-check:
 	$(if $(wildcard .venv/built),$(PY),$(PYTHON)) benchmarks/gpu_check.py $(or $(OUT),gpu-check) --part $(or $(PART),all)
+
+# In a copy of the tree, so that neither its objects nor its library get in the way of the others.
+sanitize: .venv/built
+	mkdir -p build/sanitize
+	git ls-files -z --cached --others --exclude-standard | tar c --null -T - | tar x -C build/sanitize
+	cd build/sanitize && FASTCONV_CUDA=0 CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZERS)" \
+		$(abspath $(PY)) setup.py build_ext --inplace
+	cd build/sanitize && export LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. && \
+		$(abspath $(PY)) -m pytest -q -n 2 -p no:cacheprovider tests/test_cpu_kernels.py tests/test_op_numerics.py \
+			-k "auto and forward or kernels" $(ARGS) && \
+		$(abspath $(PY)) tests/random_calls.py --backend cpu --calls 500 --seed 11
 
 check: .venv/built
 	$(PY) -m ruff format --check .

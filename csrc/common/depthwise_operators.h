@@ -21,6 +21,14 @@ struct DepthwiseOperators {
   }
 };
 
+// Whether the second convolution's output is channels_last in eager, where the first one's result loses that layout to
+// an ReLU if it has a single channel.
+inline bool separable_is_channels_last(const Tensor& input, const Tensor& depthwise_weight,
+                                       const Tensor& pointwise_weight, Activation depthwise_activation) {
+  const bool kept = depthwise_weight.size(0) > 1 || depthwise_activation != Activation::kRelu;
+  return (kept && output_is_channels_last(input, depthwise_weight)) || has_channels_last_strides(pointwise_weight);
+}
+
 // `kForward` is Tensor(input, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, hidden_size,
 // geometry, inner, outer). The backward is made of parts: `kDepthwise` as above, which computes the depthwise result
 // again, and for each of the two convolutions the gradients of its input, weight and bias, (grad_output, output, input,

@@ -3,8 +3,9 @@
 // The convolution itself is oneDNN's, through torch's own fused operators, which take bias and
 // residual in the epilogue. Where oneDNN has no kernel for a 16-bit type on this processor, torch
 // falls back to a slow one; here such tensors are computed in fp32 and rounded once instead (10 to
-// 70 times faster on an AVX2 machine, and at least as exact). float64 and a torch without oneDNN go
-// through aten::convolution. None of these writes into a tensor of the caller's: `out` is copied to.
+// 70 times faster on an AVX2 machine, and at least as exact). So are the few shapes for which oneDNN's
+// 16-bit kernels fail. float64 and a torch without oneDNN go through aten::convolution. None of these
+// writes into a tensor of the caller's: `out` is copied to.
 #include "cpu/conv2d.h"
 
 #include "common/conv2d_operators.h"
@@ -75,7 +76,17 @@ Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::op
   } else {
     activation_inplace(output, activation);
   }
-  return output;
+  return residual || activation == Activation::kRelu ? with_plain_strides(output) : output;
+}
+
+// Whether a 16-bit convolution is left to oneDNN's kernels for float32: there are none for its type, or they fail for
+// its shape (seen with torch 2.14). In bfloat16 a single column of output is wrong where the filter's step is over 1;
+// in float16 a filter of one pixel that is dilated ends the process.
+bool through_fp32(ScalarType dtype, const Tensor& weight, int64_t output_width, const ConvGeometry& geometry) {
+  if (!is_low_precision(dtype)) return false;
+  if (!onednn_computes(dtype)) return true;
+  if (dtype == ScalarType::BFloat16) return output_width == 1 && geometry.stride[1] > 1;
+  return (weight.size(2) == 1 && geometry.dilation[0] > 1) || (weight.size(3) == 1 && geometry.dilation[1] > 1);
 }
 
 // The gradient of the bias. aten adds in pairs, oneDNN one pixel after the other: ten times the
@@ -88,21 +99,20 @@ Tensor sum_over_pixels(const Tensor& grad) {
 Tensor new_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation) {
   const ScalarType dtype = input.scalar_type();
-  const bool through_fp32 = is_low_precision(dtype) && !onednn_computes(dtype);
-  if (input.numel() == 0 || !(onednn_computes(dtype) || through_fp32)) {
+  const bool in_fp32 = through_fp32(dtype, weight, conv2d_output_size(input, weight, geometry)[3], geometry);
+  if (input.numel() == 0 || !(onednn_computes(dtype) || in_fp32)) {
     return aten_convolution(input, weight, bias, residual, geometry, activation);
   }
   constexpr ScalarType kFp32 = ScalarType::Float;
   // Rounding first lets the activation pass over half of the bytes; it changes neither sign nor
   // order.
   const Tensor output =
-      through_fp32
-          ? torch::stable::to(onednn_convolution(torch::stable::to(input, kFp32), torch::stable::to(weight, kFp32),
-                                                 to_dtype(bias, kFp32), to_dtype(residual, kFp32), geometry),
-                              dtype)
-          : onednn_convolution(input, weight, bias, residual, geometry);
+      in_fp32 ? torch::stable::to(onednn_convolution(torch::stable::to(input, kFp32), torch::stable::to(weight, kFp32),
+                                                     to_dtype(bias, kFp32), to_dtype(residual, kFp32), geometry),
+                                  dtype)
+              : onednn_convolution(input, weight, bias, residual, geometry);
   activation_inplace(output, activation);
-  return output;
+  return residual || activation == Activation::kRelu ? with_plain_strides(output) : output;
 }
 
 }  // namespace
@@ -117,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
                                                         const Tensor& weight, const ConvGeometry& geometry,
                                                         std::array<bool, 3> mask) {
   const ScalarType dtype = input.scalar_type();
-  if (is_low_precision(dtype) && !onednn_computes(dtype)) {
+  if (through_fp32(dtype, weight, grad_output.size(3), geometry)) {
     constexpr ScalarType kCompute = ScalarType::Float;
     auto [grad_input, grad_weight, grad_bias] =
         convolution_backward(torch::stable::to(grad_output, kCompute), torch::stable::to(input, kCompute),

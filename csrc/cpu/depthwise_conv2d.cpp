@@ -79,7 +79,8 @@ Tensor depthwise_convolution(const Tensor& input, const Tensor& weight, const st
       params.channels * (params.filter_height * params.filter_width + 1) * static_cast<int64_t>(input.element_size());
   parallel_for(output.numel() / params.channels, bytes_per_pixel,
                [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
-  return output_is_channels_last(input, weight) ? output : torch::stable::contiguous(output);
+  if (!output_is_channels_last(input, weight)) return with_plain_strides(torch::stable::contiguous(output));
+  return activation == Activation::kRelu ? with_plain_strides(output) : output;
 }
 
 namespace {

@@ -41,7 +41,7 @@ Tensor empty_image(const Tensor& like, const IntList& size, bool channels_last, 
   return direct && !channels_last ? torch::stable::new_empty(like, size) : empty_channels_last(like, size);
 }
 Tensor delivered(const Tensor& image, bool channels_last) {
-  return channels_last ? image : torch::stable::contiguous(image);
+  return channels_last ? image : with_plain_strides(torch::stable::contiguous(image));
 }
 
 // Whether the kernels write into `out` itself; they read the residual with its strides.
@@ -129,6 +129,7 @@ std::vector<Tensor> launch_forward(const Tensor& given, const std::vector<Forwar
     const auto& [weight, bias, residual, out] = branches[i];
     if (!out) {
       outputs[i] = delivered(outputs[i], output_is_channels_last(given, weight));
+      if (residual || activation == Activation::kRelu) outputs[i] = with_plain_strides(outputs[i]);
     } else if (!is_writable(*out, residual, direct)) {
       outputs[i] = stored(outputs[i], out);
     }
@@ -208,7 +209,10 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
   if (is_depthwise(input, geometry)) {
     const Activation first = residual ? Activation::kNone : activation;
     Tensor output = depthwise_convolution(input, weight, bias, size, geometry, first);
-    if (residual) add_activation_inplace(output, *residual, activation);
+    if (residual) {
+      add_activation_inplace(output, *residual, activation);
+      output = with_plain_strides(output);
+    }
     return stored(output, out);
   }
   if (!has_kernels(input)) {
@@ -219,6 +223,7 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
     } else {
       activation_inplace(output, activation);
     }
+    if (residual || activation == Activation::kRelu) output = with_plain_strides(output);
     return stored(output, out);
   }
   return launch_forward(input, {{weight, bias, residual, out}}, {size}, geometry, activation)[0];

@@ -54,7 +54,7 @@ Tensor depthwise_convolution(const Tensor& input, const Tensor& weight, const st
     const Tensor output = call<Tensor>("aten::convolution", "", input, weight, bias, geometry.stride, geometry.padding,
                                        geometry.dilation, false, IntList{0, 0}, geometry.groups);
     activation_inplace(output, activation);
-    return output;
+    return activation == Activation::kRelu ? with_plain_strides(output) : output;
   }
   const Tensor output = output_is_channels_last(input, weight) ? empty_channels_last(input, output_size)
                                                                : torch::stable::new_empty(input, output_size);
@@ -71,7 +71,7 @@ Tensor depthwise_convolution(const Tensor& input, const Tensor& weight, const st
   params.out = image_strides(output);
   params.multiprocessors = device.multiprocessors();
   depthwise_conv2d_fprop(params, device.stream());
-  return output;
+  return activation == Activation::kRelu ? with_plain_strides(output) : output;
 }
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_convolution_backward(const Tensor& grad_output,

@@ -23,8 +23,7 @@ std::optional<Tensor> fused(const Tensor& input, const Tensor& depthwise_weight,
                             const std::optional<Tensor>& depthwise_bias, const std::optional<Tensor>& pointwise_bias,
                             const IntList& hidden_size, const ConvGeometry& geometry, Activation inner,
                             Activation outer) {
-  const bool channels_last =
-      output_is_channels_last(input, depthwise_weight) || output_is_channels_last(input, pointwise_weight);
+  const bool channels_last = separable_is_channels_last(input, depthwise_weight, pointwise_weight, inner);
   const IntList size{hidden_size[0], pointwise_weight.size(0), hidden_size[2], hidden_size[3]};
   const bool tf32 = allows_tf32(input);
   if (!channels_last || !(is_low_precision(input.scalar_type()) || tf32) || input.numel() == 0) return std::nullopt;
@@ -50,7 +49,7 @@ std::optional<Tensor> fused(const Tensor& input, const Tensor& depthwise_weight,
   params.bias = device.in(bias2);
   params.output = device.out(output);
   depthwise_separable_conv2d_fprop(params, device.stream());
-  return output;
+  return outer == Activation::kRelu ? with_plain_strides(output) : output;
 }
 
 Tensor compute(const Tensor& input, const Tensor& depthwise_weight, const Tensor& pointwise_weight,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import make_contiguous_strides_for
 
 from . import _checks
 from ._registration import AutocastRule, Operator, autocast_to_low_precision, cast
@@ -103,9 +104,19 @@ def _resolve_padding(
 def activate(value: Tensor, activation: str) -> Tensor:
     """The activation as aten has it."""
     if activation == "relu":
-        return F.relu(value)
+        return with_plain_strides(F.relu(value))
     if activation == "relu6":
         return F.relu6(value)
+    return value
+
+
+def with_plain_strides(value: Tensor) -> Tensor:
+    """Contiguous in dimensions of one element, too, if it is contiguous at all.
+
+    So eager's ReLU and its sums leave what is both contiguous and channels_last; torch's fake kernels of them do not.
+    """
+    if value.is_contiguous() and value.stride() != make_contiguous_strides_for(value.shape):
+        return value.view(-1).view(value.shape)
     return value
 
 
@@ -191,6 +202,9 @@ def fake_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, weight, bias and residual, for their shapes and layouts."""
     stride, padding, dilation, groups = geometry
+    if 0 in input.shape:  # torch's own fake kernel does not say what eager does then
+        grad_bias = input.new_empty([weight.shape[0]])
+        return torch.empty_like(input), torch.empty_like(weight), grad_bias, torch.empty_like(grad)
     grad_input, grad_weight, grad_bias = aten.convolution_backward(
         grad,
         input,

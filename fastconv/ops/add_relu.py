@@ -53,12 +53,62 @@ def _broadcast(input: Tensor, other: Tensor) -> bool:
     return all(a == b or a == 1 or b == 1 for a, b in pairs)
 
 
-def _reference(input: Tensor, other: Tensor, activation: str) -> Tensor:
+def _check(input: Tensor, other: Tensor, activation: str) -> None:
     _checks.activation(_NAME, activation)
     _checks.floating(_NAME, input)
     _checks.like_input(_NAME, input, "other", other)
     _checks.same_shape(_NAME, input, "other", other)
+
+
+def _reference(input: Tensor, other: Tensor, activation: str) -> Tensor:
+    _check(input, other, activation)
     return _conv.activate(input + other, activation)
+
+
+def _fake(input: Tensor, other: Tensor, activation: str) -> Tensor:
+    _check(input, other, activation)
+    return _new_sum(input, other)
+
+
+def _new_sum(input: Tensor, other: Tensor) -> Tensor:
+    """What ``input + other`` allocates for two tensors of one shape.
+
+    torch's own fake kernels differ from the real ones where one operand is expanded. csrc/cuda/add_relu.cpp has the
+    same.
+    """
+    if input.is_contiguous() and other.is_contiguous():
+        return torch.empty_like(input, memory_format=torch.contiguous_format)
+    like = torch.empty_like(input)
+    if input.stride() == other.stride() == like.stride():
+        return like
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if input.dim() == dims and all(tensor.is_contiguous(memory_format=layout) for tensor in (input, other)):
+            return torch.empty_like(input, memory_format=layout)
+    order = list(reversed(range(input.dim())))  # from the innermost
+    for i in range(1, len(order)):
+        at = i
+        for before in reversed(range(i)):
+            found = _compare(input, other, order[before], order[at])
+            if found > 0:
+                order[before], order[at] = order[at], order[before]
+                at = before
+            elif found < 0:
+                break
+    order.reverse()
+    return input.new_empty([input.shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
+
+
+def _compare(input: Tensor, other: Tensor, a: int, b: int) -> int:
+    """1: dimension `a` belongs outside of `b`; -1: inside; 0: no operand tells."""
+    for operand in (input, other):
+        stride_a, stride_b = operand.stride(a), operand.stride(b)
+        if stride_a == 0 or stride_b == 0:
+            continue
+        if stride_a != stride_b:
+            return -1 if stride_a < stride_b else 1
+        if input.shape[a] > input.shape[b]:
+            return 1
+    return 0
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -115,6 +165,7 @@ add_relu_backward = Operator(
 _operator = PublicOperator(
     _NAME,
     reference=_reference,
+    fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
     autocast=_autocast_promote,

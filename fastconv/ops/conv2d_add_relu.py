@@ -82,7 +82,7 @@ def _reference(
     _checks.activation(_NAME, activation)
     _checks.conv2d(_NAME, input, weight, bias, residual, stride, padding, dilation, groups)
     output = _convolve(input, weight, bias, residual, stride, padding, dilation, groups, activation)
-    return _conv.activate(output + residual, activation)
+    return _conv.activate(_conv.with_plain_strides(output + residual), activation)
 
 
 def _convolve(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from . import _checks, _conv
 from ._registration import Operator, PublicOperator, autocast_to_low_precision
@@ -66,7 +67,7 @@ def depthwise_separable_conv2d(
     input, unbatch, stride, padding, dilation = _conv.geometry(
         _NAME, input, depthwise_weight, stride, padding, dilation
     )
-    return unbatch(
+    found = unbatch(
         _operator.run(
             backend,
             input,
@@ -81,6 +82,10 @@ def depthwise_separable_conv2d(
             pointwise_activation,
         )
     )
+    # What lies between two calls for [C, H, W] has no batch, hence no layout that the second could take over.
+    if unbatch is not _conv.as_it_is and suggest_memory_format(pointwise_weight) != torch.channels_last:
+        return found.contiguous()
+    return found
 
 
 def _reference(

@@ -71,6 +71,8 @@ def _reference(input: Tensor, size: int, alpha: float, beta: float, k: float, ac
         size, alpha = reach, alpha * reach / size
     if a.dtype in (torch.bfloat16, torch.float16):  # squares overflow, and aten has no CPU kernel
         return F.local_response_norm(a.float(), size, alpha, beta, k).to(a.dtype)
+    if a.dim() > 4 and a.stride(-2) != a.shape[-1] * a.stride(-1):  # aten's view of the volume would raise
+        return torch.empty_like(input).copy_(F.local_response_norm(a.contiguous(), size, alpha, beta, k))
     return F.local_response_norm(a, size, alpha, beta, k)
 
 

@@ -78,7 +78,7 @@ def _reference(
     _checks.conv2d(_NAME, input, weight, bias, residual, stride, [0, 0], [1, 1], 1)
     output = _convolve(input, weight, bias, residual, stride, activation)
     if residual is not None:
-        output = output + residual
+        output = _conv.with_plain_strides(output + residual)
     return _conv.activate(output, activation)
 
 

@@ -128,6 +128,8 @@ def _fake_backward(
         for grad, wanted in zip(joined, output_mask[1:], strict=True)
     ]
     grad_weights, grad_biases = split
+    if 0 in input.shape and output_mask[1]:
+        grad_weights = [torch.empty_like(part) for part in weights]
     grad_input = grad_input if output_mask[0] else _conv.empty_gradient(input)
     return grad_input, grad_weights, grad_biases
 

@@ -37,7 +37,8 @@ def convolution(
         found = aten.convolution(input, weight, bias, *geometry[:3], False, [0, 0], geometry[3])
         found = ops_conv.activate(found if residual is None else found + residual, activation)
         return found if out is None else out.copy_(found)
-    output = _launch.new_output(input, weight, geometry) if out is None else out
+    plain = residual is not None or activation == "relu"
+    output = _launch.new_output(input, weight, geometry, plain) if out is None else out
     kernel = _depthwise if is_depthwise(input, weight, geometry[3]) else _implicit_gemm
     bias = None if bias is None else bias.contiguous()
     kernel.fprop(input, weight, bias, residual, output, geometry, activation)
@@ -49,6 +50,11 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of input and weight from that before the activation; [0]-sized where not wanted."""
     grad_input = grad_weight = ops_conv.empty_gradient(input)
+    if input.numel() == 0:  # in eager's layout, which is another one then
+        return (
+            torch.zeros_like(input) if wanted[0] else grad_input,
+            torch.zeros_like(weight) if wanted[1] else grad_weight,
+        )
     kernel = _depthwise if is_depthwise(input, weight, geometry[3]) else _implicit_gemm
     layout = _launch.convolution_layout(input, weight, geometry)
     if wanted[0]:
@@ -106,7 +112,7 @@ def conv2d_backward(
         found = aten.convolution_backward(
             grad, input, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, output_mask[:3]
         )
-        found = [*found, grad if activation != "none" else grad.clone()]
+        found = [*found, grad.clone() if output is None else _launch.with_strides_of(torch.empty_like(output), grad)]
         first, second, third, fourth = (g if want else empty for g, want in zip(found, output_mask, strict=True))
         return first, second, third, fourth
     want_masked = output_mask[0] or output_mask[1] or output_mask[3]

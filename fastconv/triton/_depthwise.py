@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from . import _launch, table
-from ._device import activate, index, narrow, pixel
+from ._device import activate, index, narrow, pixel, widen
 from ._reduce import room_for_parts, sum_parts
 from ._samples import Maker, Sample, sample
 
@@ -33,8 +33,8 @@ def add_tap(
         h, w = h0 + r * dilation_h, w0 + s * dilation_w
         inside = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     x_tap = r * dilation_h * x_h + s * dilation_w * x_w
-    x = tl.load(x_ptr + x_tap + x_pixel, inside[:, None] & in_channels[None, :], 0.0).to(tl.float32)
-    weight = tl.load(w_ptr + (r * w_r + s * w_s), in_channels, 0.0).to(tl.float32)
+    x = widen(tl.load(x_ptr + x_tap + x_pixel, inside[:, None] & in_channels[None, :], 0.0))
+    weight = widen(tl.load(w_ptr + (r * w_r + s * w_s), in_channels, 0.0))
     return sums + x * weight[None, :]
 
 
@@ -90,10 +90,10 @@ def depthwise_fprop(
     wanted = (m < pixels)[:, None] & (k < K)[None, :]
     n, p, q = pixel(m, P, Q)
     if bias_ptr is not None:
-        sums += tl.load(bias_ptr + k, k < K, 0.0).to(tl.float32)[None, :]
+        sums += widen(tl.load(bias_ptr + k, k < K, 0.0))[None, :]
     if residual_ptr is not None:
         z_pixel = n * z_n + p * z_p + q * z_q
-        sums += tl.load(residual_ptr + z_pixel[:, None] + (k * z_k)[None, :], wanted, 0.0).to(tl.float32)
+        sums += widen(tl.load(residual_ptr + z_pixel[:, None] + (k * z_k)[None, :], wanted, 0.0))
     y_pixel = n * y_n + p * y_p + q * y_q
     result = narrow(activate(sums, ACTIVATION), y_ptr.dtype.element_ty)
     tl.store(y_ptr + y_pixel[:, None] + (k * y_k)[None, :], result, wanted)
@@ -131,8 +131,8 @@ def depthwise_dgrad(
             q = q // STRIDE_W
         inside = inside & (p < P) & (q < Q)
         g_offset = (n * g_n + p * g_p + q * g_q)[:, None] + (k * g_k)[None, :]
-        grad = tl.load(g_ptr + g_offset, inside[:, None] & (c < C)[None, :], 0.0).to(tl.float32)
-        weight = tl.load(w_ptr + k * w_k + (index(r, WIDE) * w_r + index(s, WIDE) * w_s), c < C, 0.0).to(tl.float32)
+        grad = widen(tl.load(g_ptr + g_offset, inside[:, None] & (c < C)[None, :], 0.0))
+        weight = widen(tl.load(w_ptr + k * w_k + (index(r, WIDE) * w_r + index(s, WIDE) * w_s), c < C, 0.0))
         sums += grad * weight[None, :]
     y_offset = (n * y_n + h * y_h + w * y_w)[:, None] + (c * y_c)[None, :]
     tl.store(y_ptr + y_offset, narrow(sums, y_ptr.dtype.element_ty), (m < pixels)[:, None] & (c < C)[None, :])
@@ -173,8 +173,8 @@ def depthwise_wgrad(
         both = inside[:, None] & (k < K)[None, :]
         g_offset = (n * g_n + p * g_p + q * g_q)[:, None] + (k * g_k)[None, :]
         x_offset = (n * x_n + h0 * x_h + w0 * x_w)[:, None] + x_column[None, :]
-        grad = tl.load(g_ptr + g_offset, both, 0.0).to(tl.float32)
-        sums += grad * tl.load(x_ptr + x_offset, both, 0.0).to(tl.float32)
+        grad = widen(tl.load(g_ptr + g_offset, both, 0.0))
+        sums += grad * widen(tl.load(x_ptr + x_offset, both, 0.0))
     result = narrow(tl.sum(sums, 0), y_ptr.dtype.element_ty)
     tl.store(y_ptr + part * part_size + k * y_k + r * y_r + s * y_s, result, k < K)
 

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-# Under the interpreter (TRITON_INTERPRET=1) tl.dot of bfloat16 is wrong, and a cast to bfloat16 cuts off instead of
-# rounding; both are worked around there and only there.
+# Under the interpreter (TRITON_INTERPRET=1) tl.dot of bfloat16 is wrong, a cast to bfloat16 cuts off instead of
+# rounding, and casts to and from it lose a bit of subnormal numbers; all of it is worked around there and only there.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -12,9 +12,17 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 def dot(a, b, sums, PRECISION: tl.constexpr):
     """sums + a @ b in float32. PRECISION counts for float32 operands: "ieee" or "tf32"."""
     if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        a = widen(a)
+        b = widen(b)
     return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def widen(value):
+    """As float32, which is exact."""
+    if INTERPRETED and value.dtype == tl.bfloat16:
+        value = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
 
 
 @triton.jit
@@ -22,8 +30,9 @@ def narrow(value, DTYPE: tl.constexpr):
     """float32 rounded to DTYPE, to the nearest."""
     if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = value.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+        # a NaN is not rounded, which could carry into its sign
+        bits = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
+        value = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return value.to(DTYPE)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from . import _launch, table
-from ._device import activate, dot, grouped_tile, index, narrow, pixel
+from ._device import activate, dot, grouped_tile, index, narrow, pixel, widen
 from ._reduce import room_for_parts, sum_parts
 from ._samples import Maker, Sample, sample
 
@@ -113,10 +113,10 @@ def conv2d_fprop(
     wanted = (m < pixels)[:, None] & (k < K)[None, :]
     k += group * K
     if bias_ptr is not None:
-        sums += tl.load(bias_ptr + k, k < (group + 1) * K, 0.0).to(tl.float32)[None, :]
+        sums += widen(tl.load(bias_ptr + k, k < (group + 1) * K, 0.0))[None, :]
     if residual_ptr is not None:
         z_pixel = n * z_n + p * z_p + q * z_q
-        sums += tl.load(residual_ptr + z_pixel[:, None] + (k * z_k)[None, :], wanted, 0.0).to(tl.float32)
+        sums += widen(tl.load(residual_ptr + z_pixel[:, None] + (k * z_k)[None, :], wanted, 0.0))
     y_pixel = n * y_n + p * y_p + q * y_q
     result = narrow(activate(sums, ACTIVATION), y_ptr.dtype.element_ty)
     tl.store(y_ptr + y_pixel[:, None] + (k * y_k)[None, :], result, wanted)

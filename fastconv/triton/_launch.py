@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from ..ops import _registration
+from ..ops._conv import with_plain_strides
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
@@ -108,11 +109,12 @@ def output_pixels(input: Tensor, weight: Tensor, geometry: Geometry) -> list[int
     ]
 
 
-def new_output(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """An unwritten result of the convolution, in eager's layout."""
+def new_output(input: Tensor, weight: Tensor, geometry: Geometry, plain: bool = False) -> Tensor:
+    """An unwritten result in eager's layout; `plain` where a sum or a ReLU follows, see `with_plain_strides`."""
     shape = (input.shape[0], weight.shape[0], *output_pixels(input, weight, geometry))
     layout = convolution_layout(input, weight, geometry)
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+    return with_plain_strides(output) if plain else output
 
 
 def dense(tensor: Tensor) -> tuple[Tensor, Tensor]:

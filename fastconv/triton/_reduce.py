@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch, table
-from ._device import index, masked, narrow, pixel
+from ._device import index, masked, narrow, pixel, widen
 from ._samples import Maker, Sample, sample
 
 
@@ -42,10 +42,10 @@ def mask_and_sum_kernel(
         n, p, q = pixel(m, P, Q)
         inside = (m < pixels)[:, None] & (k < K)[None, :]
         g_offset = (n * g_n + p * g_p + q * g_q)[:, None] + (k * g_k)[None, :]
-        grad = tl.load(g_ptr + g_offset, inside, 0.0).to(tl.float32)
+        grad = widen(tl.load(g_ptr + g_offset, inside, 0.0))
         if z_ptr is not None:
             z_offset = (n * z_n + p * z_p + q * z_q)[:, None] + (k * z_k)[None, :]
-            grad = masked(grad, tl.load(z_ptr + z_offset, inside, 1.0).to(tl.float32), ACTIVATION)
+            grad = masked(grad, widen(tl.load(z_ptr + z_offset, inside, 1.0)), ACTIVATION)
         if y_ptr is not None:
             y_offset = (n * y_n + p * y_p + q * y_q)[:, None] + (k * y_k)[None, :]
             tl.store(y_ptr + y_offset, narrow(grad, y_ptr.dtype.element_ty), inside)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops import _checks
 from ..ops import _conv as ops_conv
 from . import _launch, table
-from ._device import activate, index, masked, narrow
+from ._device import activate, index, masked, narrow, widen
 from ._samples import Maker, Sample, sample
 
 
@@ -18,7 +18,7 @@ from ._samples import Maker, Sample, sample
 def add_relu_fprop(a_ptr, b_ptr, y_ptr, size, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """y = activation(a + b), BLOCK elements to a program; in float32, so that the sum is rounded once."""
     i = index(tl.program_id(0), WIDE) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(a_ptr + i, i < size).to(tl.float32) + tl.load(b_ptr + i, i < size).to(tl.float32)
+    value = widen(tl.load(a_ptr + i, i < size)) + widen(tl.load(b_ptr + i, i < size))
     tl.store(y_ptr + i, narrow(activate(value, ACTIVATION), y_ptr.dtype.element_ty), i < size)
 
 
@@ -26,8 +26,8 @@ def add_relu_fprop(a_ptr, b_ptr, y_ptr, size, ACTIVATION: tl.constexpr, WIDE: tl
 def add_relu_dgrad(g_ptr, z_ptr, y_ptr, size, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """y = g where the activation's output z let the value through, BLOCK elements to a program."""
     i = index(tl.program_id(0), WIDE) * BLOCK + tl.arange(0, BLOCK)
-    grad = tl.load(g_ptr + i, i < size).to(tl.float32)
-    grad = masked(grad, tl.load(z_ptr + i, i < size).to(tl.float32), ACTIVATION)
+    grad = widen(tl.load(g_ptr + i, i < size))
+    grad = masked(grad, widen(tl.load(z_ptr + i, i < size)), ACTIVATION)
     tl.store(y_ptr + i, narrow(grad, y_ptr.dtype.element_ty), i < size)
 
 

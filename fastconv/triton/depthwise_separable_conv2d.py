@@ -20,7 +20,7 @@ from ..ops import _checks
 from ..ops import _conv as ops_conv
 from . import _conv, _depthwise, _launch, table
 from ._depthwise import depthwise_tile
-from ._device import activate, dot, index, narrow, pixel
+from ._device import activate, dot, index, narrow, pixel, widen
 from ._samples import Maker, Sample, sample
 
 _MOST_COLUMNS = 4
@@ -52,12 +52,12 @@ def depthwise_separable_fprop(
             M, R, S, UNROLL, PADDED, WIDE, BLOCK_M, BLOCK_K
         )  # fmt: skip
         if d_bias_ptr is not None:
-            hidden += tl.load(d_bias_ptr + c, c < C, 0.0).to(tl.float32)[None, :]
+            hidden += widen(tl.load(d_bias_ptr + c, c < C, 0.0))[None, :]
         hidden = narrow(activate(hidden, DEPTHWISE_ACTIVATION), x_ptr.dtype.element_ty)
         b = tl.load(w_ptr + c[:, None] + (k * C)[None, :], (c < C)[:, None] & (k < K)[None, :], 0.0)
         sums = dot(hidden, b, sums, PRECISION)
     if w_bias_ptr is not None:
-        sums += tl.load(w_bias_ptr + k, k < K, 0.0).to(tl.float32)[None, :]
+        sums += widen(tl.load(w_bias_ptr + k, k < K, 0.0))[None, :]
     n, p, q = pixel(m, P, Q)
     y_pixel = n * y_n + p * y_p + q * y_q
     result = narrow(activate(sums, POINTWISE_ACTIVATION), y_ptr.dtype.element_ty)
@@ -99,10 +99,10 @@ def depthwise_separable_conv2d(
     (K, C), (_, _, R, S), (N, _, P, Q) = pointwise_weight.shape[:2], depthwise_weight.shape, hidden.shape
     # eager's layout follows from that of its depthwise result
     hidden_layout = _launch.convolution_layout(input, depthwise_weight, depthwise)
-    layout = _launch.convolution_layout(
-        torch.empty_like(hidden, memory_format=hidden_layout), pointwise_weight, _conv.POINTWISE
-    )
-    output = torch.empty((N, K, P, Q), dtype=input.dtype, device=input.device, memory_format=layout)
+    between = torch.empty_like(hidden, memory_format=hidden_layout)
+    if depthwise_activation == "relu":
+        between = ops_conv.with_plain_strides(between)
+    output = _launch.new_output(between, pointwise_weight, _conv.POINTWISE, pointwise_activation == "relu")
     taps = _depthwise.by_taps(depthwise_weight)
     _launch.launch(
         depthwise_separable_fprop,

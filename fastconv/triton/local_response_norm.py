@@ -24,7 +24,7 @@ from ..ops import _checks
 from ..ops import _conv as ops_conv
 from ..ops.local_response_norm import _window_sum as window_sum_of_aten
 from . import _launch, table
-from ._device import activate, index, masked, narrow
+from ._device import activate, index, masked, narrow, widen
 from ._samples import Maker, Sample, sample
 
 
@@ -72,13 +72,13 @@ def local_response_norm_kernel(
     channel = tl.program_id(0) % columns * owned - halo + lane
     offset = (m // inner * (index(C, WIDE) * inner) + m % inner)[:, None] + (index(channel, WIDE) * inner)[None, :]
     inside = (m < pixels)[:, None] & ((channel >= 0) & (channel < C))[None, :]
-    x = activate(tl.load(x_ptr + offset, inside, 0.0).to(tl.float32), ACTIVATION)
+    x = activate(widen(tl.load(x_ptr + offset, inside, 0.0)), ACTIVATION)
     d = k + scale * window_sum(x * x, channel, C, lane, before, after, BLOCK_M, BLOCK_N)
     power = inverse_power(d, beta, BETA)
     if g_ptr is None:
         result = x * power
     else:
-        grad = tl.load(g_ptr + offset, inside, 0.0).to(tl.float32)
+        grad = widen(tl.load(g_ptr + offset, inside, 0.0))
         # channel j is in the window of c from `before` below it, so c collects from `before` above itself
         terms = window_sum(grad * x * (power / d), channel, C, lane, after, before, BLOCK_M, BLOCK_N)
         result = masked(grad * power - 2 * scale * beta * x * terms, x, ACTIVATION)

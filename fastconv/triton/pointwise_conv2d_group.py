@@ -21,7 +21,7 @@ from torch import Tensor
 from ..ops import _checks
 from ..ops import _conv as ops_conv
 from . import _conv, _launch, table
-from ._device import activate, dot, index, narrow, pixel
+from ._device import activate, dot, index, narrow, pixel, widen
 from ._samples import Maker, Sample, sample
 
 # The kernel has arguments for so many branches; more of them take more launches.
@@ -74,7 +74,7 @@ def pointwise_group(
         b = tl.load(w_ptr + c[:, None] + (k * C)[None, :], b_mask, 0.0)
         sums = dot(a, b, sums, PRECISION)
     if bias_ptr is not None:
-        sums += tl.load(bias_ptr + k, k < K, 0.0).to(tl.float32)[None, :]
+        sums += widen(tl.load(bias_ptr + k, k < K, 0.0))[None, :]
     result = narrow(activate(sums, ACTIVATION), y_ptr.dtype.element_ty)
     y_pixel = n * y_n + (p * Q + q) * y_q
     tl.store(y_ptr + y_pixel[:, None] + (k * y_k)[None, :], result, (m < pixels)[:, None] & (k < K)[None, :])
@@ -110,7 +110,9 @@ def pointwise_conv2d_group(
             for weight, bias, place in zip(weights, given, places, strict=True)
         ]
     outputs = [
-        _launch.new_output(input, weight, _conv.POINTWISE) if place is None or not _has_even_pixels(place) else place
+        _launch.new_output(input, weight, _conv.POINTWISE, activation == "relu")
+        if place is None or not _has_even_pixels(place)
+        else place
         for weight, place in zip(weights, places, strict=True)
     ]
     for start in range(0, len(weights), BRANCHES):
@@ -214,7 +216,10 @@ def pointwise_conv2d_group_backward(
             return [ops_conv.empty_gradient(input) for _ in sizes]
         return [part.clone() for part in joined.split(sizes)]
 
-    return grad_input, parts(grad_weight, output_mask[1]), parts(grad_bias, output_mask[2])
+    grad_weights = parts(grad_weight, output_mask[1])
+    if input.numel() == 0 and output_mask[1]:
+        grad_weights = [torch.zeros_like(part) for part in weights]
+    return grad_input, grad_weights, parts(grad_bias, output_mask[2])
 
 
 @sample("pointwise_group")

@@ -1,0 +1,112 @@
+"""10,000 random calls of the ops on every backend; see random_calls.py, which also makes more of them by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import layout_of
+from kernel_backends import device_of
+from random_calls import SHARES, Call, check, sweep
+
+from fastconv import ops
+
+PARTS = 20  # shared by the workers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(PARTS))
+@pytest.mark.parametrize("backend", SHARES)
+def test_random_calls(backend: str, seed: int) -> None:
+    device_of(backend)
+    wrong = sweep(backend, seed, range(SHARES[backend] // PARTS))
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("backend", SHARES)
+def test_some_random_calls(backend: str) -> None:
+    device_of(backend)
+    wrong = sweep(backend, 100, range(SHARES[backend] // 100))
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_a_wrong_call_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line makes it again."""
+    real = ops.add_relu
+    monkeypatch.setattr(ops, "add_relu", lambda *args, **named: real(*args, **named) + 1e-3)
+    arguments = {"input": torch.ones(2), "other": torch.ones(2), "activation": "relu"}
+    with pytest.raises(AssertionError, match=r"random_calls.py --backend cpu --seed 3 --only 5: add_relu.*max error"):
+        check(Call("cpu", 3, 5, "add_relu", arguments, torch.float32))
+
+
+# ------------------------------------------------------------------------------------------------ what they found
+
+
+def subnormals(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return (torch.randn(shape) * torch.finfo(dtype).smallest_normal).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", SHARES)
+def test_subnormal_numbers(backend: str, dtype: torch.dtype) -> None:
+    """Sums of two are exact; a product with one is, too, in a kernel of our own."""
+    device_of(backend)
+    a, b = subnormals(2, 8, 5, 5, dtype=dtype), subnormals(2, 8, 5, 5, dtype=dtype)
+    expected = (a.double() + b.double()).relu().to(dtype)
+    assert torch.equal(ops.add_relu(a, b, backend=backend), expected)
+    if backend in ("triton", "cuda-emulated"):
+        ones = torch.ones(8, 1, 1, 1, dtype=dtype)
+        assert torch.equal(ops.depthwise_conv2d(a, ones, backend=backend), a)
+        dense = torch.eye(8, dtype=dtype)[:, :, None, None]
+        assert torch.equal(ops.pointwise_conv2d(a, dense, backend=backend), a)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda-emulated"])
+@pytest.mark.parametrize(
+    ("dtype", "filter", "width", "step", "dilation"),
+    [
+        (torch.bfloat16, (3, 3, 2, 2), 3, 2, 1),  # eager's is wrong
+        (torch.bfloat16, (3, 1, 3, 3), 3, 3, 1),
+        (torch.float16, (3, 1, 1, 1), 1, 2, 2),  # eager's ends the process
+    ],
+    ids=["bfloat16", "bfloat16 depthwise", "float16"],
+)
+def test_where_onednn_fails(
+    backend: str, dtype: torch.dtype, filter: tuple[int, ...], width: int, step: int, dilation: int
+) -> None:
+    """A single column of output with a stride; a filter of one pixel that is dilated."""
+    device_of(backend)
+    weight = torch.randn(filter).to(dtype)
+    padding = 1 if dilation > 1 else 0
+    for height in (5, 8, 16):
+        input = torch.randn(2, 3, height, width).to(dtype)
+        geometry = (None, (1, step), padding, dilation, 3 // filter[1])
+        expected = torch.relu(torch.nn.functional.conv2d(input.double(), weight.double(), *geometry))
+        found = ops.conv2d_relu(input, weight, *geometry, backend=backend)
+        torch.testing.assert_close(found, expected.to(dtype))
+
+
+def pair(one: str, two: str) -> tuple[torch.Tensor, torch.Tensor]:
+    made = {
+        "expanded": torch.randn(1, 2, 1, 16).expand(1, 2, 5, 16),
+        "channels_last": torch.randn(1, 2, 5, 16).contiguous(memory_format=torch.channels_last),
+        "transposed": torch.randn(1, 2, 16, 5).mT,
+        "contiguous": torch.randn(1, 2, 5, 16),
+    }
+    return made[one], made[two]
+
+
+@pytest.mark.parametrize("backend", SHARES)
+@pytest.mark.parametrize("one", ["expanded", "channels_last", "transposed", "contiguous"])
+@pytest.mark.parametrize("two", ["expanded", "channels_last", "transposed", "contiguous"])
+def test_layout_of_a_sum(backend: str, one: str, two: str) -> None:
+    """The fake kernel says what the real one does, which is eager's."""
+    device_of(backend)
+    a, b = pair(one, two)
+    expected = torch.relu(a + b)
+    assert ops.add_relu(a, b, backend=backend).stride() == expected.stride()
+    if backend != "reference":
+        from torch._subclasses import FakeTensorMode
+
+        with FakeTensorMode() as mode:
+            fake = ops.add_relu(mode.from_tensor(a), mode.from_tensor(b), backend=backend)
+        assert layout_of(fake) == layout_of(expected)
