@@ -26,8 +26,8 @@ import fastconv
 from fastconv._numerics import compare
 from fastconv.swapping import patterns
 from fastconv.swapping.explanation import _traced_parts
+from fastconv.swapping.observing import REGION
 from fastconv.swapping.regions import programs_of
-from fastconv.swapping.tracing import REGION
 
 LAYOUTS = ("contiguous", "channels_last")
 _TIMED_RUNS = 5
