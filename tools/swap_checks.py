@@ -123,7 +123,7 @@ def _examine(
         _compare_nan(subject, fast, found)
     if not quick:
         with report.check("copies") as found:
-            _compare_copies(subject, fast, found)
+            _compare_copies(subject, found)
     with report.check("effects") as found:
         _compare_effects(subject, found)
     for mode in ("training",) if quick else ("training", "evaluation"):
@@ -178,15 +178,23 @@ def _swap(report: Report, model: nn.Module) -> nn.Module | None:
 
 
 def _compare_model(subject: Subject, fast: nn.Module, args: Any, found: Callable[[str], None]) -> None:
-    """What a run of the copy changes in the model, beyond the numbers in buffers that a run of the model changes."""
+    """What a run of the copy changes in the model, beyond what the two share: the numbers in buffers that a run of the
+    model changes, and objects other than containers."""
     model, twin = subject.model, copy.deepcopy(subject.model)
     before, weights = _contents(model), _bits(model)
     _eager(twin, in_layout(args, "contiguous"), subject.settings)
     changed = {name for name, value in _tensors_of(twin) if name in weights and not _same_bits(weights[name], value)}
     _run(fast, in_layout(args, "contiguous"), subject.settings)
     for text in _differences(before, _contents(model)) + _changed_bits(weights, _bits(model), changed):
-        if not (changed and "_buffers" in text):
+        shared = changed if "_buffers" in text else _is_object(text, before)
+        if not shared:
             found(text)
+
+
+def _is_object(text: str, before: dict[str, Any]) -> bool:
+    """Whether the change is of an object that is none of torch's and no container."""
+    value, _ = before.get(text.removesuffix(" has changed"), (None, None))
+    return hasattr(value, "__dict__") and not isinstance(value, (dict, list, set, Tensor, nn.Module))
 
 
 def _contents(model: nn.Module) -> dict[str, Any]:
@@ -428,8 +436,9 @@ def _compare_nan(subject: Subject, fast: nn.Module, found: Callable[[str], None]
                 found(f"{path or 'output'}: {what.__name__} is true for {counts[0]} elements, in eager for {counts[1]}")
 
 
-def _compare_copies(subject: Subject, fast: nn.Module, found: Callable[[str], None]) -> None:
-    """Of the copy, saved and loaded, where the model itself can be."""
+def _compare_copies(subject: Subject, found: Callable[[str], None]) -> None:
+    """Of a fresh copy, saved and loaded, where the model itself can be."""
+    fast = fastconv.swap(subject.model)
     for name, duplicate in (("deepcopy", copy.deepcopy), ("pickle", _pickled), ("torch.save", _saved)):
         try:
             duplicate(subject.model)

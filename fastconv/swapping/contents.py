@@ -85,7 +85,10 @@ class Place:
                 (container.update if isinstance(container, set) else container.extend)(content)
 
     def _value(self) -> Any:
-        return self._store.get(self._name, _MISSING)
+        value = self._store.get(self._name, _MISSING)
+        if isinstance(value, types.FunctionType) and value.__globals__.get("__name__") == "torch.fx._symbolic_trace":
+            return getattr(value, "__wrapped__", value)  # a leaf function, while torch.fx traces
+        return value
 
     def _look(self, containers: list[tuple[Any, Any]]) -> list[Any]:
         facts: list[Any] = []

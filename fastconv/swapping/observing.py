@@ -134,7 +134,7 @@ _READERS = {
     "storage",
     "share_memory_",
 }
-_MOST_EVENTS = 30_000_000
+_MOST_EVENTS = 5_000_000  # calls and returns of the user's functions, and of C functions there
 
 
 def _is_harmless(function: Any) -> bool:
@@ -359,11 +359,11 @@ class Observer:
         trusted = self._codes.get(frame.f_code)
         if trusted is None:
             trusted = self._meet(frame)
+        if trusted:
+            return
         self._events += 1
         if self._events > _MOST_EVENTS:
             raise Refusal("its forward takes too long")
-        if trusted:
-            return
         if event == "c_call":
             if not _is_harmless(function):
                 drawn = "random" in type(getattr(function, "__self__", None)).__module__

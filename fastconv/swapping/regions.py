@@ -37,8 +37,8 @@ def swap(model: nn.Module) -> nn.Module:
 
     The two are one set of weights: the copy has the same Parameters and buffers, the very objects, under the same
     names, and whatever happens to them in either model (an optimizer's step, ``load_state_dict``, ``half()``) is seen
-    by both. Make a ``copy.deepcopy`` of the result for one of its own. Modes (``train()``, ``eval()``), hooks and
-    submodules belong to each model alone.
+    by both. Make a ``copy.deepcopy`` of the result for one of its own. Modes (``train()``, ``eval()``), hooks,
+    submodules and containers (lists, dicts, sets) belong to each model alone; other objects are shared.
 
     The copy is of a subclass of the model's class and differs in the forwards only. They run, in the order of what
     applies:

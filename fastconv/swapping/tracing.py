@@ -135,7 +135,15 @@ class _Proxy(fx.Proxy):
         raise Refusal("its forward depends on a value that is computed in it")
 
     __bool__ = __len__ = __int__ = __float__ = __complex__ = __index__ = _has_no_value
-    __str__ = __format__ = __contains__ = __array__ = _has_no_value
+    __contains__ = __array__ = _has_no_value
+
+    def _in_words(self, *_: object) -> str:
+        """For the message of an assertion, which is made whether it holds or not."""
+        if "_assert" in sys._getframe(1).f_code.co_names:
+            return "a value"
+        return self._has_no_value()
+
+    __str__ = __format__ = _in_words
 
     def _is_one_of_its_kind(self, *_: object) -> Any:
         raise Refusal("its forward copies a value as an object")
@@ -177,8 +185,6 @@ def _functions_of_autograd(tracer: _Tracer) -> Iterator[None]:
 
 
 class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True
-
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], observer: Observer) -> None:
         super().__init__()
         self.observer = observer
@@ -189,6 +195,8 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[[], Any], list[Any]]:
+        named = [*self.root.named_parameters(), *self.root.named_buffers()]
+        self._paths = {id(tensor): path for path, tensor in named}
         leaves, structure = pytree.tree_flatten(self._call)
         leaves = [
             self.create_proxy("placeholder", f"input_{i}", (), {}) if isinstance(leaf, Tensor) else leaf
@@ -211,7 +219,12 @@ class _Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self.thread:
             return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        path = self._paths.get(id(attr_val))  # torch.fx looks through all parameters each time
+        if path is None:
+            return attr_val
+        if path not in parameter_proxy_cache:
+            parameter_proxy_cache[path] = self.create_proxy("get_attr", path, (), {})
+        return parameter_proxy_cache[path]
 
     def create_arg(self, a: Any) -> Any:
         kind = type(a)
@@ -219,7 +232,7 @@ class _Tracer(fx.Tracer):
             return super().create_arg(a)
         if isinstance(a, nn.Module):
             raise Refusal(f"its forward passes a {kind.__name__} as an argument")
-        if isinstance(a, Tensor) and not self._is_attribute(a):
+        if isinstance(a, Tensor) and id(a) not in self._paths and a not in self.tensor_attrs:
             raise Refusal("its forward makes a tensor out of constants")
         if kind is OrderedDict:  # which torch.fx takes for a dict
             items = [(key, self.create_arg(value)) for key, value in a.items()]
@@ -230,10 +243,6 @@ class _Tracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Any:
         raise Refusal("its forward goes through a value that is computed in it")
-
-    def _is_attribute(self, tensor: Tensor) -> bool:
-        known = [*self.root.parameters(), *self.root.buffers(), *self.tensor_attrs]
-        return any(tensor is one for one in known)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _ambient() != self._ambient:
