@@ -185,6 +185,7 @@ SIDE_EFFECTS = {
     "default dtype": (lambda s, h: h * 2 if torch.get_default_dtype() is torch.float32 else h, {}, "default_dtype"),
     "parameters": (lambda s, h: h.to(next(s.parameters()).dtype), {}, "calls next"),
     "exception": (lambda s, h: _handles(h), {}, "handles exceptions"),
+    "any exception": (lambda s, h: _handles_all(h), {}, "handles exceptions"),
 }
 
 
@@ -193,6 +194,14 @@ def _handles(h: Tensor) -> Tensor:
         return h.view(3, 5, 7)
     except RuntimeError:
         return h * 2
+
+
+def _handles_all(h: Tensor) -> Tensor:
+    with torch.autograd.profiler.record_function("h"):
+        try:
+            return h.view(3, 5, 7)
+        except:  # noqa: E722
+            return h * 2
 
 
 def content(value: Any) -> Any:

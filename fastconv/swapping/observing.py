@@ -40,100 +40,46 @@ class Refusal(BaseException):
 
 # ------------------------------------------------------------------------------------------ what is harmless
 
-_TRUSTED = {
-    *("torch", "fastconv", "abc", "collections", "_collections_abc", "contextlib", "copy", "copyreg", "dataclasses"),
-    *(
-        "enum",
-        "functools",
-        "importlib",
-        "inspect",
-        "dis",
-        "opcode",
-        "keyword",
-        "numbers",
-        "operator",
-        "re",
-        "sre_parse",
-    ),
-    *(
-        "sre_compile",
-        "sre_constants",
-        "reprlib",
-        "string",
-        "types",
-        "typing",
-        "typing_extensions",
-        "weakref",
-        "_weakrefset",
-    ),
-}
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_TRUSTED = _words(
+    """torch fastconv abc collections _collections_abc contextlib copy copyreg dataclasses enum functools importlib
+    inspect dis opcode keyword numbers operator re sre_parse sre_compile sre_constants reprlib string types typing
+    typing_extensions weakref _weakrefset"""
+)
 # Of torch: what reads or sets the state of the process. And networks of our own are like any other's.
 _NOT_TRUSTED = (
     *("torch.backends", "torch.random", "torch.cuda.random", "torch.serialization", "torch.hub", "torch._dynamo"),
     *("torch.distributed", "torch.utils.data", "torch.utils.tensorboard", "fastconv.models"),
 )
-# Methods of these read and write their own content alone.
-_VALUES: tuple[type, ...] = (
-    *(str, bytes, bytearray, int, float, complex, bool, range, slice, tuple, list, dict, set, frozenset, deque),
-    *(types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()), re.Pattern, re.Match),
-)
-_FUNCTIONS = {
-    "builtins": {
-        *(
-            "abs",
-            "all",
-            "any",
-            "ascii",
-            "callable",
-            "chr",
-            "delattr",
-            "divmod",
-            "format",
-            "getattr",
-            "hasattr",
-            "isinstance",
-        ),
-        *(
-            "issubclass",
-            "iter",
-            "len",
-            "max",
-            "min",
-            "ord",
-            "pow",
-            "repr",
-            "round",
-            "setattr",
-            "sorted",
-            "sum",
-            "__build_class__",
-            "__import__",
-        ),
-    },
-    "torch._C": {"_log_api_usage_once", "_get_tracing_state", "_is_tracing", "_are_functorch_transforms_active"},
-}
-_MODULES = {
-    *("math", "cmath", "_operator", "operator", "_functools", "_collections", "_abc", "_typing", "_sre", "itertools"),
-    *("torch._C._nn", "torch._C._linalg", "torch._C._special", "torch._C._fft", "torch._C._sparse"),
-}
-_NOT_FOR_TENSORS = {"concat", "iconcat"}  # which an object with + takes for its own
 # Functions of Python code that is trusted else.
 _REFUSED = {
     contextlib.suppress.__init__.__code__: "its forward handles exceptions",
     torch.typename.__code__: "its forward tests the type of a value",
 }
-# Methods by which a tensor's numbers leave torch.
-_READERS = {
-    "numpy",
-    "tolist",
-    "item",
-    "data_ptr",
-    "__array__",
-    "__dlpack__",
-    "untyped_storage",
-    "storage",
-    "share_memory_",
+# Methods of these read and write their own content alone.
+_VALUES: tuple[type, ...] = (
+    *(str, bytes, bytearray, int, float, complex, bool, range, slice, tuple, list, dict, set, frozenset, deque),
+    *(types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()), re.Pattern, re.Match),
+)
+# Functions of C, by their modules; and modules of which all are harmless, but for two.
+_FUNCTIONS = {
+    "builtins": _words(
+        """abs all any ascii callable chr delattr divmod format getattr hasattr isinstance issubclass iter len max min
+        ord pow repr round setattr sorted sum __build_class__ __import__"""
+    ),
+    "torch._C": {"_log_api_usage_once", "_get_tracing_state", "_is_tracing", "_are_functorch_transforms_active"},
 }
+_MODULES = _words(
+    """math cmath _operator operator _functools _collections _abc _typing _sre itertools torch._C._nn torch._C._linalg
+    torch._C._special torch._C._fft torch._C._sparse"""
+)
+_NOT_FOR_TENSORS = {"concat", "iconcat"}  # which an object with + takes for its own
+# Methods by which a tensor's numbers leave torch.
+_READERS = _words("numpy tolist item data_ptr __array__ __dlpack__ untyped_storage storage share_memory_")
 _MOST_EVENTS = 5_000_000  # calls and returns of the user's functions, and of C functions there
 
 
@@ -170,7 +116,12 @@ class _Code:
         self.names = frozenset(code.co_names)
         self.globals: set[str] = set()
         self.refusal = ""
-        for step in dis.get_instructions(code):
+        steps = list(dis.get_instructions(code))
+        names = [step.opname for step in steps]
+        ends = sum(one == "POP_EXCEPT" and two != "RERAISE" for one, two in zip(names, names[1:], strict=False))
+        if ends > names.count("WITH_EXCEPT_START"):  # an "except:" without a type
+            self.refusal = "its forward handles exceptions"
+        for step in steps:
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 self.globals.add(step.argval)
             elif step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
