@@ -493,6 +493,7 @@ def test_profilers_go_on(profiler: str) -> None:
         sys.setprofile(None)
         profile.disable()
     assert fast(features()).shape == (2, 8, 12, 12)
+    assert not explain(fast).untraced  # also where it had to wait for the profiler's end
     if profiler == "cProfile":
         assert any("helper" in str(entry.code) for entry in profile.getstats())
     assert "type" not in globals()

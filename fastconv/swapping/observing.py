@@ -15,6 +15,7 @@ import dis
 import functools
 import gc
 import importlib
+import itertools
 import random
 import re
 import sys
@@ -118,7 +119,7 @@ class _Code:
         self.refusal = ""
         steps = list(dis.get_instructions(code))
         names = [step.opname for step in steps]
-        ends = sum(one == "POP_EXCEPT" and two != "RERAISE" for one, two in zip(names, names[1:], strict=False))
+        ends = sum(one == "POP_EXCEPT" and two != "RERAISE" for one, two in itertools.pairwise(names))
         if ends > names.count("WITH_EXCEPT_START"):  # an "except:" without a type
             self.refusal = "its forward handles exceptions"
         for step in steps:
@@ -208,6 +209,12 @@ def _is_of_python(module: str) -> bool:
 # ---------------------------------------------------------------------------------------------- the observer
 
 
+def is_possible() -> bool:
+    """Whether the thread can be observed: a profiler written in C, once replaced, cannot be put back from Python."""
+    profiler = sys.getprofile()
+    return profiler is None or callable(profiler)
+
+
 class Observer:
     """Within it, the thread's Python code is observed.
 
@@ -247,8 +254,6 @@ class Observer:
         self._attributes = [(values, dict(values)) for m in self._index.modules for values in _attributes(m)]
         self._random = _RandomState()
         self._profiler = sys.getprofile()
-        if self._profiler is not None and not callable(self._profiler):
-            raise Untraceable("a profiler is at work")
         self._collects = gc.isenabled()
         gc.disable()  # what it calls would be taken for the forward's own
         self._mode.__enter__()
