@@ -356,10 +356,12 @@ def judge(call: Call, what: str, found: Tensor, oracle: Tensor, baseline: Tensor
     `floor_of_terms` for what exceeds it.
     """
     found, oracle, baseline = found.detach(), oracle.detach(), baseline.detach()
+    subnormal = smallest(found.dtype)
     if call.autocast is not None and call.op in CONV_OPS and found.dtype != torch.float64:
         # Computed in the one type and converted to the other: as precise as the coarser of them.
         coarser = torch.bfloat16 if torch.bfloat16 in (found.dtype, call.autocast) else torch.float16
         found, baseline = found.to(coarser), baseline.to(coarser)
+        subnormal = max(subnormal, smallest(coarser))
     rounded = oracle.to(found.dtype)
     for name in ("isnan", "isposinf", "isneginf"):
         ours, theirs, right = (getattr(tensor, name)() for tensor in (found, baseline, rounded))
@@ -369,7 +371,7 @@ def judge(call: Call, what: str, found: Tensor, oracle: Tensor, baseline: Tensor
     found, oracle, baseline = (torch.where(finite, tensor, 0) for tensor in (found, oracle, baseline))
     if compare(found, oracle, baseline).ok:
         return
-    floor = floor_of_terms(call, oracle, found.dtype, sums)
+    floor = floor_of_terms(call, oracle, found.dtype, sums) + subnormal
     right = (found.double() - oracle).abs() <= floor
     if call.op == "local_response_norm" and call.special == "huge":  # in eager, too, its square overflows float32
         right |= (found.double() - baseline.double()).abs() <= floor
@@ -380,6 +382,11 @@ def judge(call: Call, what: str, found: Tensor, oracle: Tensor, baseline: Tensor
             f"{what}: {verdict}; {float(found[worst])!r}, float64 {float(oracle[worst])!r}, "
             f"eager {float(baseline[worst])!r}"
         )
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """A unit in the last place of every subnormal number, whatever its size."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
 def eager_errs(call: Call) -> bool:
@@ -395,8 +402,7 @@ def floor_of_terms(call: Call, oracle: Tensor, dtype: torch.dtype, sums: Sums) -
     """What a right result may be away from the truth, whatever eager's error: for each element by its own terms."""
     policy, info = _POLICY[dtype], torch.finfo(dtype)
     terms = sums(magnitudes).detach().abs().nan_to_num(posinf=0.0)
-    # A unit in the last place of a subnormal number is the smallest one there is, whatever the number's size.
-    floor = policy.last_bit * oracle.abs() + policy.summation * terms + info.smallest_normal * info.eps
+    floor = policy.last_bit * oracle.abs() + policy.summation * terms
     through_onednn = call.backend in ("cpu", "reference")
     # Rounded as in eager: the result between two convolutions, and by oneDNN the one to which the residual is added.
     if call.op == "depthwise_separable_conv2d" or (through_onednn and call.arguments.get("residual") is not None):
