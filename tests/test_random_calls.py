@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from cases import layout_of
+from cases import FORMATS, layout_of
 from kernel_backends import device_of
 from random_calls import SHARES, Call, check, sweep
 
@@ -67,8 +69,9 @@ def test_subnormal_numbers(backend: str, dtype: torch.dtype) -> None:
         (torch.bfloat16, (3, 3, 2, 2), 3, 2, 1),  # eager's is wrong
         (torch.bfloat16, (3, 1, 3, 3), 3, 3, 1),
         (torch.float16, (3, 1, 1, 1), 1, 2, 2),  # eager's ends the process
+        (torch.bfloat16, (6, 1, 1, 1), 1, 2, 2),
     ],
-    ids=["bfloat16", "bfloat16 depthwise", "float16"],
+    ids=["bfloat16", "bfloat16 depthwise", "float16", "bfloat16 dilated"],
 )
 def test_where_onednn_fails(
     backend: str, dtype: torch.dtype, filter: tuple[int, ...], width: int, step: int, dilation: int
@@ -77,12 +80,33 @@ def test_where_onednn_fails(
     device_of(backend)
     weight = torch.randn(filter).to(dtype)
     padding = 1 if dilation > 1 else 0
-    for height in (5, 8, 16):
-        input = torch.randn(2, 3, height, width).to(dtype)
+    for height, layout in itertools.product((5, 8, 16), FORMATS.values()):
+        input = torch.randn(2, 3, height, width).to(dtype).contiguous(memory_format=layout)
         geometry = (None, (1, step), padding, dilation, 3 // filter[1])
         expected = torch.relu(torch.nn.functional.conv2d(input.double(), weight.double(), *geometry))
         found = ops.conv2d_relu(input, weight, *geometry, backend=backend)
         torch.testing.assert_close(found, expected.to(dtype))
+
+
+def test_weight_gradient_of_an_unbatched_image() -> None:
+    """With groups, channels_last and in float64, where eager's is wrong."""
+    input = torch.randn(1, 4, 5, 4).double().contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(6, 2, 2, 2).double().contiguous(memory_format=torch.channels_last).requires_grad_()
+    grads = []
+    for image in (input.squeeze(0), input.contiguous()):
+        output = ops.conv2d_relu(image, weight, groups=2, activation="none", backend="cpu")
+        grads += torch.autograd.grad((output * output).sum(), weight)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("backend", SHARES)
+def test_local_response_norm_of_a_transposed_volume(backend: str) -> None:
+    """In float64, which Triton leaves to aten; eager's raises."""
+    device_of(backend)
+    volume = torch.randn(1, 3, 4, 5, 3, dtype=torch.float64)
+    expected = torch.nn.functional.local_response_norm(volume, 3)
+    found = ops.local_response_norm(volume.mT.contiguous().mT, 3, backend=backend)
+    torch.testing.assert_close(found, expected)
 
 
 def pair(one: str, two: str) -> tuple[torch.Tensor, torch.Tensor]:

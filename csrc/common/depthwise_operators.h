@@ -22,10 +22,12 @@ struct DepthwiseOperators {
 };
 
 // Whether the second convolution's output is channels_last in eager, where the first one's result loses that layout to
-// an ReLU if it has a single channel.
+// an ReLU if it has a single channel or a single pixel.
 inline bool separable_is_channels_last(const Tensor& input, const Tensor& depthwise_weight,
-                                       const Tensor& pointwise_weight, Activation depthwise_activation) {
-  const bool kept = depthwise_weight.size(0) > 1 || depthwise_activation != Activation::kRelu;
+                                       const Tensor& pointwise_weight, const IntList& hidden_size,
+                                       Activation depthwise_activation) {
+  const bool ambiguous = hidden_size[1] == 1 || (hidden_size[2] == 1 && hidden_size[3] == 1);
+  const bool kept = !ambiguous || depthwise_activation != Activation::kRelu;
   return (kept && output_is_channels_last(input, depthwise_weight)) || has_channels_last_strides(pointwise_weight);
 }
 

@@ -80,13 +80,29 @@ Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::op
 }
 
 // Whether a 16-bit convolution is left to oneDNN's kernels for float32: there are none for its type, or they fail for
-// its shape (seen with torch 2.14). In bfloat16 a single column of output is wrong where the filter's step is over 1;
-// in float16 a filter of one pixel that is dilated ends the process.
-bool through_fp32(ScalarType dtype, const Tensor& weight, int64_t output_width, const ConvGeometry& geometry) {
+// its shape. In bfloat16 a single column of output is wrong where the filter's step is over 1 (seen with torch 2.14).
+bool through_fp32(ScalarType dtype, int64_t output_width, const ConvGeometry& geometry) {
   if (!is_low_precision(dtype)) return false;
-  if (!onednn_computes(dtype)) return true;
-  if (dtype == ScalarType::BFloat16) return output_width == 1 && geometry.stride[1] > 1;
-  return (weight.size(2) == 1 && geometry.dilation[0] > 1) || (weight.size(3) == 1 && geometry.dilation[1] > 1);
+  return !onednn_computes(dtype) || (dtype == ScalarType::BFloat16 && output_width == 1 && geometry.stride[1] > 1);
+}
+
+// A single tap has no neighbour to keep away from, but oneDNN's 16-bit kernels end the process over its dilation (seen
+// with torch 2.14).
+ConvGeometry without_idle_dilation(const Tensor& weight, ConvGeometry geometry) {
+  for (int axis : {0, 1}) {
+    if (weight.size(axis + 2) == 1) geometry.dilation[axis] = 1;
+  }
+  return geometry;
+}
+
+// A single channels_last image with a stride of the batch that leads out of it, which an unbatched one lacks. aten's
+// float64 gradient of a channels_last weight of several groups is wrong without it (seen with torch 2.14).
+Tensor with_whole_batch_stride(const Tensor& image) {
+  const auto sizes = image.sizes(), strides = image.strides();
+  const int64_t extent = std::max({sizes[1] * strides[1], sizes[2] * strides[2], sizes[3] * strides[3]});
+  if (sizes[0] != 1 || strides[0] >= extent) return image;
+  return call<Tensor>("aten::as_strided", "", image, IntList(sizes.begin(), sizes.end()),
+                      IntList{extent, strides[1], strides[2], strides[3]}, std::optional<int64_t>());
 }
 
 // The gradient of the bias. aten adds in pairs, oneDNN one pixel after the other: ten times the
@@ -97,9 +113,10 @@ Tensor sum_over_pixels(const Tensor& grad) {
 }
 
 Tensor new_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation) {
+                       const std::optional<Tensor>& residual, const ConvGeometry& given, Activation activation) {
   const ScalarType dtype = input.scalar_type();
-  const bool in_fp32 = through_fp32(dtype, weight, conv2d_output_size(input, weight, geometry)[3], geometry);
+  const ConvGeometry geometry = without_idle_dilation(weight, given);
+  const bool in_fp32 = through_fp32(dtype, conv2d_output_size(input, weight, geometry)[3], geometry);
   if (input.numel() == 0 || !(onednn_computes(dtype) || in_fp32)) {
     return aten_convolution(input, weight, bias, residual, geometry, activation);
   }
@@ -124,10 +141,11 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
 }
 
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output, const Tensor& input,
-                                                        const Tensor& weight, const ConvGeometry& geometry,
+                                                        const Tensor& weight, const ConvGeometry& given,
                                                         std::array<bool, 3> mask) {
   const ScalarType dtype = input.scalar_type();
-  if (through_fp32(dtype, weight, grad_output.size(3), geometry)) {
+  const ConvGeometry geometry = without_idle_dilation(weight, given);
+  if (through_fp32(dtype, grad_output.size(3), geometry)) {
     constexpr ScalarType kCompute = ScalarType::Float;
     auto [grad_input, grad_weight, grad_bias] =
         convolution_backward(torch::stable::to(grad_output, kCompute), torch::stable::to(input, kCompute),
@@ -136,8 +154,10 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
             torch::stable::to(grad_bias, dtype)};
   }
   const std::array<bool, 3> convolved{mask[0], mask[1], false};
+  const bool strict = dtype == ScalarType::Double && geometry.groups > 1 && has_channels_last_strides(weight);
+  const Tensor image = strict ? with_whole_batch_stride(input) : input;
   auto [grad_input, grad_weight, unused] = call<std::tuple<Tensor, Tensor, Tensor>>(
-      "aten::convolution_backward", "", grad_output, input, weight, std::optional<IntList>(), geometry.stride,
+      "aten::convolution_backward", "", grad_output, image, weight, std::optional<IntList>(), geometry.stride,
       geometry.padding, geometry.dilation, false, IntList{0, 0}, geometry.groups,
       torch::headeronly::HeaderOnlyArrayRef<bool>(convolved.data(), convolved.size()));
   return {mask[0] ? grad_input : empty_gradient(input), mask[1] ? grad_weight : empty_gradient(input),

@@ -48,7 +48,7 @@ Tensor fused(const Tensor& input, const Tensor& depthwise_weight, const Tensor& 
   const auto kernel = FASTCONV_KERNEL(depthwise_separable_conv2d_fprop_nhwc);
   parallel_for(output.numel() / out_channels, pointwise_weight.numel(),
                [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
-  if (!separable_is_channels_last(input, depthwise_weight, pointwise_weight, depthwise_activation)) {
+  if (!separable_is_channels_last(input, depthwise_weight, pointwise_weight, hidden_size, depthwise_activation)) {
     return with_plain_strides(torch::stable::contiguous(output));
   }
   return pointwise_activation == Activation::kRelu ? with_plain_strides(output) : output;

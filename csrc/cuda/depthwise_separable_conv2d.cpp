@@ -23,7 +23,7 @@ std::optional<Tensor> fused(const Tensor& input, const Tensor& depthwise_weight,
                             const std::optional<Tensor>& depthwise_bias, const std::optional<Tensor>& pointwise_bias,
                             const IntList& hidden_size, const ConvGeometry& geometry, Activation inner,
                             Activation outer) {
-  const bool channels_last = separable_is_channels_last(input, depthwise_weight, pointwise_weight, inner);
+  const bool channels_last = separable_is_channels_last(input, depthwise_weight, pointwise_weight, hidden_size, inner);
   const IntList size{hidden_size[0], pointwise_weight.size(0), hidden_size[2], hidden_size[3]};
   const bool tf32 = allows_tf32(input);
   if (!channels_last || !(is_low_precision(input.scalar_type()) || tf32) || input.numel() == 0) return std::nullopt;

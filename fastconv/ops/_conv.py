@@ -147,6 +147,8 @@ class Convolution:
 
     def wgrad(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         """The gradient of the weight; of `weight` only the shape counts."""
+        if len(input) == 1 and self._geometry[-1] > 1:  # as `with_whole_batch_stride` in csrc/cpu/conv2d.cpp
+            weight = weight.contiguous()
         return aten.convolution_backward(grad, input, weight, None, *self._geometry, [False, True, False])[1]
 
 

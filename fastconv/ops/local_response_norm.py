@@ -69,11 +69,10 @@ def _reference(input: Tensor, size: int, alpha: float, beta: float, k: float, ac
     reach = _reach(size, input)
     if reach < size:
         size, alpha = reach, alpha * reach / size
-    if a.dtype in (torch.bfloat16, torch.float16):  # squares overflow, and aten has no CPU kernel
-        return F.local_response_norm(a.float(), size, alpha, beta, k).to(a.dtype)
-    if a.dim() > 4 and a.stride(-2) != a.shape[-1] * a.stride(-1):  # aten's view of the volume would raise
-        return torch.empty_like(input).copy_(F.local_response_norm(a.contiguous(), size, alpha, beta, k))
-    return F.local_response_norm(a, size, alpha, beta, k)
+    wide = a.float() if a.dtype in (torch.bfloat16, torch.float16) else a  # squares overflow; aten has no CPU kernel
+    if a.dim() > 4 and wide.stride(-2) != wide.shape[-1] * wide.stride(-1):  # aten's view of the volume would raise
+        return torch.empty_like(input).copy_(F.local_response_norm(wide.contiguous(), size, alpha, beta, k))
+    return F.local_response_norm(wide, size, alpha, beta, k).to(a.dtype)
 
 
 def _reach(size: int, input: Tensor) -> int:

@@ -99,7 +99,7 @@ def local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: 
     x, output = _launch.dense(input)
     if x.dtype == torch.float64 or not _run(x, None, output, size, alpha, beta, k, activation):
         x = ops_conv.activate(_at_least_32_bits(x), activation)
-        output.copy_(F.local_response_norm(x, size, alpha, beta, k))
+        output.copy_(F.local_response_norm(x.contiguous(), size, alpha, beta, k))  # its view of a volume
     return output
 
 
