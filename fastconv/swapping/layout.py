@@ -79,7 +79,8 @@ def _steps(result: fx.Node, known: dict[fx.Node, fx.Node]) -> tuple[fx.Graph, li
         if node not in found:
             found.add(node)
             pending += () if node in known else node.all_input_nodes
-    steps, sources = fx.Graph(), []
+    steps = fx.Graph()
+    sources: list[fx.Node] = []
     copies: dict[fx.Node, fx.Node] = {}
     for node in result.graph.nodes:
         if node in found and node in known:
@@ -165,9 +166,21 @@ class _Strides(fx.Interpreter):
         module = self._modules[target]
         if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and args[0].numel():
             return _convolved(module, args[0])
+        if isinstance(module, nn.BatchNorm2d | nn.ReLU | nn.ReLU6) and _is_unambiguous(args[0]):
+            return args[0]
         module = copy.copy(module)
         module._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
         return module(*args, **kwargs)
+
+
+def _is_unambiguous(images: Tensor) -> bool:
+    """Whether a layer of a number for a number keeps the strides."""
+    return (
+        images.dim() == 4
+        and min(images.shape[1:]) > 1
+        and images.stride(0) * images.shape[0] == images.numel()
+        and (images.is_contiguous() or images.is_contiguous(memory_format=torch.channels_last))
+    )
 
 
 def _convolved(conv: nn.Conv2d, input: Tensor) -> Tensor:
