@@ -400,3 +400,36 @@ def test_geometries(options, bias):
         agree(swap(model), model, x)
         model = seeded(Residual()).eval()
         agree(swap(model), model, x, torch.randn_like(model.conv(x)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "filter", "groups", "settings", "width"),
+    [
+        (torch.bfloat16, (2, 2), 1, {"stride": (1, 2)}, 3),  # eager's is wrong
+        (torch.bfloat16, (3, 3), 3, {"stride": (1, 3)}, 3),
+        (torch.float16, (1, 1), 3, {"stride": (1, 2), "padding": 1, "dilation": 2}, 1),  # eager's ends the process
+    ],
+    ids=["bfloat16", "bfloat16 depthwise", "float16"],
+)
+@pytest.mark.parametrize("residual", [False, True], ids=["conv", "residual"])
+def test_where_onednn_fails(dtype, filter, groups, settings, width, residual):
+    """A single column of output with a stride; a filter of one pixel that is dilated."""
+    conv = seeded(nn.Conv2d(3, 3, filter, groups=groups, **settings)).to(dtype).eval()
+    wide = copy.deepcopy(conv).double()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x, y):
+            return torch.relu(self.conv(x) + y) if residual else torch.relu(self.conv(x))
+
+    fast = swap(Net())
+    for height in (5, 8, 64):
+        x = torch.randn(2, 3, height, width).to(dtype)
+        with torch.no_grad():
+            y = torch.randn_like(wide(x.double())).to(dtype)
+            expected = wide(x.double()) + y if residual else wide(x.double())
+            for _ in range(2):
+                torch.testing.assert_close(fast(x, y), expected.relu().to(dtype))

@@ -84,6 +84,8 @@ networks = st.builds(
     st.lists(instructions, min_size=1, max_size=14),
     st.lists(st.integers(-1, 12), min_size=1, max_size=2),
 )
+layouts = st.sampled_from([torch.contiguous_format, torch.channels_last])
+sizes = st.sampled_from([6, 6, 1, 2, 5])
 
 
 def outcome(net: nn.Module, x: Tensor, target: Tensor | None) -> dict[str, Any]:
@@ -117,12 +119,13 @@ def test_random_networks(net, training, gradients, seed):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(networks, st.sampled_from([torch.contiguous_format, torch.channels_last]), st.integers(0, 2**16))
-def test_random_networks_in_inference(net, layout, seed):
-    """In float32, in which convolutions are prepared, and with outputs of eager's layout."""
+@given(networks, layouts, layouts, st.tuples(st.integers(1, 2), sizes, sizes), st.integers(0, 2**16))
+def test_random_networks_in_inference(net, layout, weights, size, seed):
+    """In float32, in which convolutions are prepared, and with outputs of eager's strides."""
     torch.manual_seed(seed)
-    net.eval()
-    x = torch.randn(2, CHANNELS, 6, 6).contiguous(memory_format=layout)
+    net.eval().to(memory_format=weights)
+    batch, height, width = size
+    x = torch.empty(batch, CHANNELS, height, width, memory_format=layout).normal_()
     fast = swap(net)
     with torch.no_grad():
         try:
@@ -134,5 +137,4 @@ def test_random_networks_in_inference(net, layout, seed):
             for name, value in expected.items():
                 scale = max(1.0, float(value.abs().max()))
                 torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5 * scale, msg=name)
-                if layout is torch.contiguous_format:
-                    assert got[name].stride() == value.stride(), name
+                assert got[name].stride() == value.stride(), name

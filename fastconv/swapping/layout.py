@@ -1,22 +1,38 @@
 """Memory layouts in graphs of prepared convolutions, whose results are channels_last whatever their input is.
 
 That pays as long as the readers do not care. Everything else sees what it would see in eager: a value that is
-returned, or read by anything unknown, is brought to eager's layout where it is made.
+returned, or read by anything unknown, is brought to eager's strides where it is made.
+
+What those are, nobody but eager can tell: they depend on the strides of inputs and weights, on which of them are
+ambiguous (of one channel, or of one pixel), on the order of the operands of a sum, and on what each op makes of that.
+So the traced steps that lead to the value are run once for every kind of inputs, on zeros, and without their
+convolutions, for which there is a rule.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch._prims_common import suggest_memory_format
 
 from .effects import Effect, Effects
-from .prepared import PreparedConv, prepared_convs
+from .fused import output_shape
+from .prepared import prepared_convs
+
+_KINDS_KEPT = 32
 
 
-def restore_layouts(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Inserts what restores eager's layouts."""
+def restore_layouts(graph: fx.Graph, modules: dict[str, nn.Module], traced: dict[fx.Node, fx.Node]) -> None:
+    """Inserts what restores eager's layouts.
+
+    Args:
+        graph: the graph, with its fused calls.
+        modules: the modules that call_module nodes name.
+        traced: for each node, the one of the traced forward that has its result.
+    """
     effects = Effects(graph, modules)
     exposed = {
         effects.storage(value)
@@ -25,63 +41,152 @@ def restore_layouts(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         for value in node.all_input_nodes
     }
     first = next(node for node in graph.nodes if node.op != "placeholder")
-    # For each value, what decides its layout in eager: inputs and unknown results, and convolutions.
-    anchors: dict[fx.Node, set[fx.Node]] = {}
-    convs: dict[fx.Node, set[PreparedConv]] = {}
-    layouts: dict[fx.Node, fx.Node] = {}
+    known: dict[fx.Node, fx.Node] = {}  # by node of the traced forward, what has eager's layout
+    after_conv: set[fx.Node] = set()  # what a prepared convolution may have made channels_last
+    formats: dict[fx.Node, fx.Node] = {}
 
-    def layout(anchor: fx.Node) -> fx.Node:
-        if anchor not in layouts:
-            with graph.inserting_before(first if anchor.op == "placeholder" else anchor.next):
-                layouts[anchor] = graph.call_function(layout_of, (anchor,))
-        return layouts[anchor]
+    def format_node(value: fx.Node) -> fx.Node:
+        if value not in formats:
+            with graph.inserting_before(first if value.op == "placeholder" else value.next):
+                formats[value] = graph.call_function(format_of, (value,))
+        return formats[value]
 
     for node in list(graph.nodes):
-        anchors[node], convs[node] = set(), set()
-        if node.op == "placeholder" or effects.of[node] is Effect.UNKNOWN:
-            anchors[node].add(node)
+        if node.op in ("placeholder", "get_attr") or (node in traced and effects.of[node] is Effect.UNKNOWN):
+            known[traced[node]] = node
             continue
         if effects.of[node] is Effect.NO_TENSOR:
             continue
-        for value in node.all_input_nodes:
-            anchors[node] |= anchors[value]
-            convs[node] |= convs[value]
-        convs[node].update(prepared_convs(node.target))
-        if effects.of[node] is Effect.NEW and effects.storage(node) in exposed and convs[node]:
+        if prepared_convs(node.target) or not after_conv.isdisjoint(node.all_input_nodes):
+            after_conv.add(node)
+        if effects.of[node] is Effect.NEW and effects.storage(node) in exposed and node in after_conv:
+            steps, sources = _steps(traced[node], known)
             readers = list(node.users)
-            votes = [layout(anchor) for anchor in sorted(anchors[node], key=effects.order.get)]
+            origins = [format_node(known[source]) for source in sources]
             with graph.inserting_after(node):
-                restored = graph.call_function(RestoreLayout(convs[node]), (node, *votes))
+                restored = graph.call_function(RestoreLayout(steps, modules), (node, *origins))
             for reader in readers:
                 reader.replace_input_with(node, restored)
-            effects.order[restored] = effects.order[node]
-            anchors[restored], convs[restored] = {restored}, set()
+            known[traced[node]] = restored
+
+
+def _steps(result: fx.Node, known: dict[fx.Node, fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
+    """What leads to the result from known values, as a graph of its own, and these values, its inputs."""
+    found: set[fx.Node] = set()
+    pending = [result]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += () if node in known else node.all_input_nodes
+    steps = fx.Graph()
+    sources: list[fx.Node] = []
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in result.graph.nodes:
+        if node in found and node in known:
+            copies[node] = steps.placeholder(f"source_{len(sources)}")
+            sources.append(node)
+    for node in result.graph.nodes:
+        if node in found and node not in known:
+            copies[node] = steps.node_copy(node, copies.__getitem__)
+    steps.output(copies[result])
+    return steps, sources
+
+
+class Format(NamedTuple):
+    """What there is to know of a tensor but its elements."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def zeros(self) -> Tensor:
+        extent = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return torch.zeros(max(extent, 0), dtype=self.dtype).as_strided(self.shape, self.stride)
+
+
+def format_of(value: Any) -> Any:
+    """The format of a tensor; of tuples and lists, those of their elements; of anything else, itself."""
+    if isinstance(value, Tensor):
+        return Format(value.shape, value.stride(), value.dtype)
+    if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
+        return tuple(map(format_of, value))
+    return value
+
+
+def _stand_in(kind: Any) -> Any:
+    if isinstance(kind, Format):
+        return kind.zeros()
+    return tuple(map(_stand_in, kind)) if type(kind) is tuple else kind
 
 
 class RestoreLayout:
-    """Brings a value to the layout that it has in eager."""
+    """Brings a value to the strides that it has in eager.
 
-    def __init__(self, convs: set[PreparedConv]) -> None:
-        self._convs = [conv.conv for conv in convs]
+    Args:
+        steps: what eager runs.
+        modules: the modules that its call_module nodes name.
+    """
+
+    def __init__(self, steps: fx.Graph, modules: dict[str, nn.Module]) -> None:
+        self._steps = steps
+        self._modules = modules
+        used = [modules[node.target] for node in steps.nodes if node.op == "call_module"]
+        layers = [part for module in used if not isinstance(module, nn.BatchNorm2d) for part in module.modules()]
+        self._parameters = [layer._parameters for layer in layers if layer._parameters]
+        self._strides: dict[Any, tuple[int, ...]] = {}
         self.__name__ = "restore_layout"
 
-    def __call__(self, value: Any, *layouts: str | None) -> Any:
-        if torch.compiler.is_compiling() or not isinstance(value, Tensor) or value.dim() != 4:
+    def __call__(self, value: Any, *formats: Any) -> Any:
+        if torch.compiler.is_compiling() or not isinstance(value, Tensor) or value.device.type != "cpu":
+            return value  # fused ops alone have eager's layout everywhere
+        weights = [p.stride() for store in self._parameters for p in store.values() if p is not None]
+        kind = (formats, tuple(weights))
+        strides = self._strides.get(kind)
+        if strides is None:
+            known = self._strides if len(self._strides) < _KINDS_KEPT else {}
+            strides = _Strides(self._steps, self._modules).run(*map(_stand_in, formats)).stride()
+            self._strides = {**known, kind: strides}
+        if value.stride() == strides:
             return value
-        if "contiguous" not in layouts and "channels_last" in layouts:
-            return value
-        if any(layout_of(conv.weight) == "channels_last" for conv in self._convs):
-            return value
-        # The views bring the strides of dimensions of size 1 into line, too: later ops take the layout from them.
-        return value.contiguous().view(-1).view(value.shape)
+        sizes = zip(value.shape, value.stride(), strides, strict=True)
+        if all(size == 1 or step == wanted for size, step, wanted in sizes):
+            return value.as_strided(value.shape, strides)
+        return torch.empty_strided(value.shape, strides, dtype=value.dtype).copy_(value)
 
 
-def layout_of(value: Any) -> str | None:
-    """The layout of a batch of images; None where it has none of the two, or cannot be told apart."""
-    if not isinstance(value, Tensor) or value.dim() != 4:
-        return None
-    contiguous = value.is_contiguous()
-    channels_last = value.is_contiguous(memory_format=torch.channels_last)
-    if contiguous == channels_last:
-        return None
-    return "contiguous" if contiguous else "channels_last"
+class _Strides(fx.Interpreter):
+    """Runs steps of a forward for the strides of the result alone: convolutions leave zeros."""
+
+    def __init__(self, steps: fx.Graph, modules: dict[str, nn.Module]) -> None:
+        super().__init__(nn.Module(), graph=steps)
+        self._modules = modules
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self._modules[target]
+        if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and args[0].numel():
+            return _convolved(module, args[0])
+        if isinstance(module, nn.BatchNorm2d | nn.ReLU | nn.ReLU6) and _is_unambiguous(args[0]):
+            return args[0]
+        module = copy.copy(module)
+        module._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+        return module(*args, **kwargs)
+
+
+def _is_unambiguous(images: Tensor) -> bool:
+    """Whether a layer of a number for a number keeps the strides."""
+    return (
+        images.dim() == 4
+        and min(images.shape[1:]) > 1
+        and images.stride(0) * images.shape[0] == images.numel()
+        and (images.is_contiguous() or images.is_contiguous(memory_format=torch.channels_last))
+    )
+
+
+def _convolved(conv: nn.Conv2d, input: Tensor) -> Tensor:
+    if input.dim() == 3:
+        return _convolved(conv, input.unsqueeze(0)).squeeze(0)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+    layouts = suggest_memory_format(input), suggest_memory_format(conv.weight)
+    layout = torch.channels_last if torch.channels_last in layouts else torch.contiguous_format
+    return torch.empty(output_shape(conv, input), dtype=dtype, memory_format=layout).zero_()

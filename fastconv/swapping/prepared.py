@@ -7,6 +7,7 @@ state with the one that was prepared, before every forward.
 from __future__ import annotations
 
 import ctypes
+import functools
 import operator
 import threading
 from collections.abc import Callable, Sequence
@@ -203,6 +204,12 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype | None:
     return dtype if native[dtype]() else torch.float32
 
 
+def _ends_the_process(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
+    """Whether oneDNN's float16 kernels fail for this layer; see through_fp32 in csrc/cpu/conv2d.cpp."""
+    spread = zip(conv.kernel_size, conv.dilation, strict=True)
+    return dtype is torch.float16 and any(pixels == 1 and step > 1 for pixels, step in spread)
+
+
 def _numeric_padding(conv: nn.Conv2d) -> list[int] | None:
     """The padding in numbers; None for a "same" that pads one side more than the other."""
     if conv.padding == "valid":
@@ -219,6 +226,8 @@ def _prepare(source: PreparedConv) -> _Folded | _OneDNN:
     if weight.device.type == "cpu" and onednn and backends.current() in ("auto", "cpu"):
         compute, padding = _compute_dtype(weight.dtype), _numeric_padding(source.conv)
         if compute is not None and padding is not None:
+            if _ends_the_process(source.conv, compute):
+                compute = torch.float32
             return _OneDNN(source, compute, padding)
     return _Folded(source)
 
@@ -245,8 +254,8 @@ class _Folded:
 class _OneDNN:
     """Prepared for oneDNN: batch norm folded, weights packed in the format for each shape of input that it meets.
 
-    Results are channels_last. Where oneDNN has no kernel for the model's 16-bit dtype on this processor, sums are
-    float32 on float32 weights, and rounded once.
+    Results are channels_last. Where oneDNN has no kernel for the model's 16-bit dtype on this processor, or one that
+    fails, sums are float32 on float32 weights, and rounded once.
 
     The activation is a pass of its own over the result: oneDNN's would turn NaN into 0. A max pool comes before it,
     which leaves less to pass over: no activation changes which of two numbers is the larger, and both keep NaN.
@@ -277,6 +286,8 @@ class _OneDNN:
         elif dtype is not self._dtype:
             return self._source.pooled(FusedConv.__call__(self._source, input, residual))  # it says what is wrong
         packed, shape = self._known.get(input.shape) or self._meet(input)
+        if self._is_wrong(shape):
+            return self._wide(input, residual)
         compute, geometry = self._compute, self._geometry
         if input.dtype is not compute:
             input = input.to(compute)
@@ -298,15 +309,26 @@ class _OneDNN:
         return self._activate(self._source.pooled(output))
 
     def kernel(self, input: Tensor) -> str:
-        packed, _ = self._known.get(input.shape) or self._meet(input)
+        packed, shape = self._known.get(input.shape) or self._meet(input)
+        if self._is_wrong(shape):
+            return self._wide.kernel(input)
         name = str(self._compute).removeprefix("torch.")
         return f"aten {name}" if packed is None else f"oneDNN {name}, prepacked, channels_last"
+
+    def _is_wrong(self, shape: tuple[int, ...]) -> bool:
+        """Whether oneDNN's bfloat16 kernels are wrong for this output; see through_fp32 in csrc/cpu/conv2d.cpp."""
+        return shape[-1] == 1 and self._compute is torch.bfloat16 and self._source.conv.stride[1] > 1
+
+    @functools.cached_property
+    def _wide(self) -> _OneDNN:
+        """The same in float32."""
+        return _OneDNN(self._source, torch.float32, self._geometry[0])
 
     def _meet(self, input: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
         """The packed weight for inputs of this shape, None where aten is faster; and the output's shape."""
         shape = output_shape(self._source.conv, input)
         with self._lock:
-            packed = self._pack(input) if self._pays(input, shape) else None
+            packed = self._pack(input) if not self._is_wrong(shape) and self._pays(input, shape) else None
             if len(self._known) >= _SHAPES_KEPT:
                 self._known = {}
             self._known[input.shape] = packed, shape

@@ -112,7 +112,7 @@ class Program:
                 self.calls[call] = group
                 _replace(graph, group, copies, call)
         if fold:
-            restore_layouts(graph, modules)
+            restore_layouts(graph, modules, {copies[node]: node for node in traced.nodes if node in copies})
         _read_attributes_live(graph, modules)
         self.module = fx.GraphModule(root, graph)
         self.forward = self.module.forward
