@@ -15,7 +15,7 @@ def test_every_op_is_verified():
     assert {layer.op for layer in verify.LAYERS} == set(ops.__all__)
 
 
-# Of whole layers in float16 torch takes minutes on a CPU: bfloat16, which goes the same ways here, stands for both.
+# Of whole layers in float16 torch takes long on a CPU: bfloat16, which goes the same ways here, stands for both.
 RUNS = [
     pytest.param(op, dtype, marks=pytest.mark.slow if dtype != "fp32" else ())
     for op, dtype in itertools.product(ops.__all__, verify.DTYPES)
