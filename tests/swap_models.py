@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastconv import models
 from fastconv._numerics import assert_close_to_oracle
+from fastconv.models.resnet import Bottleneck, ResNet
 from fastconv.swapping import swap
 from fastconv.swapping.explanation import explain
 from fastconv.swapping.regions import region_of
@@ -23,6 +24,11 @@ JOINS = {
     "in-place": lambda x, y: x.add_(y),
     "iadd": operator.iadd,
 }
+
+
+def short_resnet50(classes: int) -> nn.Module:
+    """Of the bottlenecks without a projection, which are all alike, one."""
+    return ResNet(Bottleneck, (2, 1, 1, 1), classes)
 
 
 def short_xception(classes: int) -> nn.Module:

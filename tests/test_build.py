@@ -313,18 +313,14 @@ def small_cuda(source: Path, copy: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cuda", ["0", "auto", "1"])
-def test_cuda_kernels(source, cuda, monkeypatch, tmp_path):
-    monkeypatch.setenv("FASTCONV_CUDA", cuda)
+def test_cuda_kernels(source, monkeypatch, tmp_path):
+    """Where there is an nvcc. What FASTCONV_CUDA asks for is above; test_isolated_install builds without CUDA."""
+    monkeypatch.setenv("FASTCONV_CUDA", "auto")
     found = toolchain.find_cuda()
-    if cuda == "1" and found is None:
-        pytest.skip("there is no nvcc on this machine")
     source = small_cuda(source, tmp_path / "fastconv")
-    output = build(source, FASTCONV_CUDA=cuda, FASTCONV_CUDA_ARCHS="80+PTX")
+    output = build(source, FASTCONV_CUDA="auto", FASTCONV_CUDA_ARCHS="80+PTX")
     (line,) = re.findall(r"  CUDA +(.*)", output)
-    if cuda == "0":
-        assert line == "not built, because of FASTCONV_CUDA=0"
-    elif found is None:
+    if found is None:
         assert line.startswith("not built, because no nvcc was found")
     else:
         assert line == f"double_it for sm_80+PTX, by nvcc {found.version}"

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_backends import CUDA, device_of, emulated, true_float32
-from swap_models import short_xception
+from kernel_backends import device_of, emulated, true_float32
+from swap_models import short_resnet50, short_xception
 from torch import Tensor, nn
 
 from fastconv import models, swap, use_backend
@@ -20,7 +20,7 @@ CLASSES = 10
 GRADIENT_FLOOR = 1e-3
 
 
-@pytest.fixture(params=CUDA)
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     device_of(request.param)
     with use_backend(request.param), true_float32():
@@ -37,12 +37,16 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, set[str]]] = {
     "alexnet2012": (lambda: headed(models.alexnet2012().features, 256), 67, {"conv2d_fprop", "local_response_norm"}),
     "vgg16": (lambda: headed(models.vgg16().features, 512), 32, {"conv2d_fprop"}),
     "googlenet": (lambda: models.googlenet(CLASSES), 64, {"conv2d_fprop", "local_response_norm"}),
-    "resnet50": (lambda: models.resnet50(CLASSES), 33, {"conv2d_fprop"}),
+    "resnet50": (lambda: short_resnet50(CLASSES), 33, {"conv2d_fprop"}),
     "xception": (lambda: short_xception(CLASSES), 39, {"conv2d_fprop", "depthwise_separable_conv2d"}),
 }
 
-# The emulator takes up to a minute for some.
-PARAMETERS = [pytest.param(n, marks=pytest.mark.slow if n in ("vgg16", "xception") else ()) for n in NETWORKS]
+
+def runs(emulated: list[str]) -> pytest.MarkDecorator:
+    """All networks on a GPU. The emulator takes up to half a minute for one, and what two have alike it sees once."""
+    found = [pytest.param("cuda-emulated", n, marks=pytest.mark.slow if n == "xception" else ()) for n in emulated]
+    found += [pytest.param("cuda", name) for name in NETWORKS]
+    return pytest.mark.parametrize(("backend", "name"), found, indirect=["backend"])
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
@@ -63,7 +67,7 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@runs(["alexnet2012", "googlenet", "resnet50", "xception"])
 def test_inference(backend: str, name: str) -> None:
     model, images = build(name, device_of(backend), torch.float16)
     with torch.no_grad():
@@ -79,7 +83,7 @@ def test_inference(backend: str, name: str) -> None:
         assert all(kernel in launched for kernel in NETWORKS[name][2]), launched
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@runs(["alexnet2012", "googlenet", "resnet50"])
 def test_training_step(backend: str, name: str) -> None:
     """Gradients of every parameter; batch norms keep their statistics, as when a trained network is tuned.
 

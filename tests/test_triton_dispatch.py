@@ -86,7 +86,7 @@ class Recorder(test_dispatch.Recorder):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.small], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.small and test_dispatch.opchecked(c)], ids=str)
 def test_opcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_dispatch, "Recorder", Recorder)
     with Recorder() as recorder:
