@@ -169,14 +169,17 @@ def assert_close_to_oracle(
     return verdict
 
 
-def away_from_kinks(preactivation64: Tensor, activation: str, dtype: torch.dtype = torch.float32) -> Tensor:
+def away_from_kinks(
+    preactivation64: Tensor, activation: str, dtype: torch.dtype = torch.float32, rounded: float = 0.0
+) -> Tensor:
     """True where rounding in ``dtype`` cannot flip ReLU's (ReLU6's) mask.
 
     A gradient there is well conditioned. Near a kink both answers are right, and they differ by the
     whole gradient. Sums are in at least float32, and rounding the result to 16 bits keeps its sign,
-    but may reach 6.
+    but may reach 6. `rounded` is the size of what is rounded to ``dtype`` before the last sum: a
+    convolution before its residual is added, say, as eager does and oneDNN's 16-bit kernels do.
     """
-    sums = 64 * torch.finfo(torch.float32).eps * _largest(preactivation64)
+    sums = 64 * torch.finfo(torch.float32).eps * _largest(preactivation64) + torch.finfo(dtype).eps * rounded
     away = torch.ones_like(preactivation64, dtype=torch.bool)
     if activation in ("relu", "relu6"):
         away &= preactivation64.abs() > sums

@@ -341,7 +341,14 @@ def _forward_backward(
 
 def gates(layer: Layer, exact: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
     """Per output, 1 where its gradient does not hang on how a ReLU's input was rounded."""
-    gates = [away_from_kinks(value, layer.activation, dtype) for value in layer.preactivations(exact)]
+    residual = exact.get("residual")
+    rounds = residual is not None or "depthwise_weight" in exact
+
+    def rounded(value: Tensor) -> float:
+        """The size of the convolution before its residual, or of what the hidden result's rounding moves."""
+        return float(value.abs().max() + (0 if residual is None else residual.abs().max())) if rounds else 0.0
+
+    gates = [away_from_kinks(value, layer.activation, dtype, rounded(value)) for value in layer.preactivations(exact)]
     if "depthwise_activation" in layer.options:
         hidden = ops.depthwise_conv2d(
             exact["input"],

@@ -72,13 +72,15 @@ inline Tensor empty_channels_last(const Tensor& like, const IntList& size) {
 
 // A contiguous tensor with the strides of one also in dimensions of one element, from which ops that follow read the
 // layout. So eager's ReLU and its sums, ops of their own, leave what is both contiguous and channels_last; ReLU6 does
-// not.
+// not. No view, which autograd would not let the caller overwrite.
 inline Tensor with_plain_strides(const Tensor& tensor) {
   if (!tensor.is_contiguous()) return tensor;
   IntList sizes(tensor.sizes().begin(), tensor.sizes().end()), strides(sizes.size());
   int64_t stride = 1;
   for (size_t axis = sizes.size(); axis-- > 0; stride *= std::max<int64_t>(sizes[axis], 1)) strides[axis] = stride;
-  return call<Tensor>("aten::as_strided", "", tensor, sizes, strides, std::optional<int64_t>());
+  if (tensor.strides().equals(strides)) return tensor;
+  return call<Tensor>("aten::set_", "source_Tensor_storage_offset", torch::stable::new_empty(tensor, IntList{0}), tensor,
+                      tensor.storage_offset(), sizes, strides);
 }
 
 // What an operator returns for a gradient that nobody wants

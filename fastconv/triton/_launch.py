@@ -11,7 +11,6 @@ import triton
 from torch import Tensor
 
 from ..ops import _registration
-from ..ops._conv import with_plain_strides
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
@@ -114,7 +113,9 @@ def new_output(input: Tensor, weight: Tensor, geometry: Geometry, plain: bool = 
     shape = (input.shape[0], weight.shape[0], *output_pixels(input, weight, geometry))
     layout = convolution_layout(input, weight, geometry)
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
-    return with_plain_strides(output) if plain else output
+    if plain and output.is_contiguous():  # made anew: autograd would not let the caller overwrite a view
+        return torch.empty(shape, dtype=input.dtype, device=input.device)
+    return output
 
 
 def dense(tensor: Tensor) -> tuple[Tensor, Tensor]:
