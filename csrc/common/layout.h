@@ -79,8 +79,8 @@ inline Tensor with_plain_strides(const Tensor& tensor) {
   int64_t stride = 1;
   for (size_t axis = sizes.size(); axis-- > 0; stride *= std::max<int64_t>(sizes[axis], 1)) strides[axis] = stride;
   if (tensor.strides().equals(strides)) return tensor;
-  return call<Tensor>("aten::set_", "source_Tensor_storage_offset", torch::stable::new_empty(tensor, IntList{0}), tensor,
-                      tensor.storage_offset(), sizes, strides);
+  return call<Tensor>("aten::set_", "source_Tensor_storage_offset", torch::stable::new_empty(tensor, IntList{0}),
+                      tensor, tensor.storage_offset(), sizes, strides);
 }
 
 // What an operator returns for a gradient that nobody wants
