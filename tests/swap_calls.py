@@ -77,7 +77,7 @@ KEYS = {
     "string": "a",
 }
 OTHERS: dict[str, Callable[[Tensor], Any]] = {
-    "Reverse": Reverse.apply,
+    "Reverse": lambda v: Reverse.apply(v),
     "Pair": lambda v: Pair.apply(v, 2.0)[0] - Pair.apply(v, 3.0)[1],
     "zeros of shape": lambda v: torch.zeros(v.shape),
     "zeros of a size": lambda v: v + torch.zeros(v.size(2)),
@@ -191,8 +191,11 @@ def calls() -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
                 yield f"{prefix}.{name} of two", lambda v, f=function: f(v, v)
     for name in dir(Tensor):
         if not name.startswith(("_", "new_empty")) and name not in _NOT_METHODS:
-            yield f".{name}", lambda v, n=name: m() if callable(m := getattr(v, n)) else m
-            yield f".{name}(2)", lambda v, n=name: m(2) if callable(m := getattr(v, n)) else m
+            if callable(getattr(Tensor, name)):
+                yield f".{name}()", operator.methodcaller(name)
+                yield f".{name}(2)", operator.methodcaller(name, 2)
+            else:
+                yield f".{name}", operator.attrgetter(name)
     for name in ("abs", "bool", "bytes", "complex", "float", "hash", "id", "int", "iter", "len", "list", "repr"):
         yield name, lambda v, n=name: [getattr(builtins, n)(v), v][1]
     for name in ("next", "reversed", "set", "sum", "tuple", "vars", "dir", "memoryview", "sorted", "max", "any"):

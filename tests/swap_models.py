@@ -68,21 +68,26 @@ def tensors(value: Any) -> list[Tensor]:
     return [t for item in value for t in tensors(item)] if value is not None else []
 
 
-def agree(fast: nn.Module, model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
-    """In evaluation, without gradients: outputs within the policy, of eager's type, dtype and layout."""
+def agree(fast: nn.Module, model: nn.Module, *inputs: Any, baseline: nn.Module | None = None, **kwargs: Any) -> None:
+    """In evaluation, without gradients: outputs within the policy, of eager's type, dtype and layout.
+
+    Args:
+        baseline: what is allowed twice its error; default: the model.
+    """
     assert not model.training
     fast.eval()
     with torch.no_grad():
         oracle = copy.deepcopy(model).double()(*to_double(inputs), **to_double(kwargs))
         expected = model(*copy.deepcopy(inputs), **copy.deepcopy(kwargs))
+        allowed = expected if baseline is None else baseline(*copy.deepcopy(inputs), **copy.deepcopy(kwargs))
         for _ in range(2):  # weights that have changed are made ready at the second call
             got = fast(*copy.deepcopy(inputs), **copy.deepcopy(kwargs))
             assert type(got) is type(expected)
-            outputs = list(zip(tensors(got), tensors(expected), tensors(oracle), strict=True))
+            outputs = list(zip(*map(tensors, (got, expected, oracle, allowed)), strict=True))
             assert outputs
-            for out, baseline, exact in outputs:
-                assert out.stride() == baseline.stride()
-                assert_close_to_oracle(out, exact, baseline, what=type(model).__name__)
+            for out, eager, exact, base in outputs:
+                assert out.stride() == eager.stride()
+                assert_close_to_oracle(out, exact, base, what=type(model).__name__)
 
 
 def to_double(value: Any) -> Any:

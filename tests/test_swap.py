@@ -125,8 +125,12 @@ def test_networks_in_evaluation(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", models.names())
 def test_networks_keep_to_the_policy(name):
+    """Of eager in channels_last, as swapped networks compute.
+
+    With AVX-512 oneDNN's kernels for contiguous images err a third as much in VGG-16.
+    """
     model = network(name).eval()
-    agree(swap(model), model, example(name, 96))
+    agree(swap(model), model, example(name, 96), baseline=copy.deepcopy(model).to(memory_format=torch.channels_last))
 
 
 @pytest.mark.parametrize("name", ["lenet5", "resnet18", "xception"])

@@ -12,9 +12,11 @@ convolutions, for which there is a rule.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._prims_common import suggest_memory_format
 
@@ -166,11 +168,25 @@ class _Strides(fx.Interpreter):
         module = self._modules[target]
         if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and args[0].numel():
             return _convolved(module, args[0])
+        if isinstance(module, nn.LocalResponseNorm):
+            return _normalized(module, args[0])
         if isinstance(module, nn.BatchNorm2d | nn.ReLU | nn.ReLU6) and _is_unambiguous(args[0]):
             return args[0]
         module = copy.copy(module)
         module._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
         return module(*args, **kwargs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is F.local_response_norm:
+            image = kwargs.get("input", args[0] if args else None)
+            settings = {name: value for name, value in kwargs.items() if name != "input"}
+            return _normalized(lambda value: F.local_response_norm(value, *args[1:], **settings), image)
+        return super().call_function(target, args, kwargs)
+
+
+def _normalized(norm: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    """In float32: eager has no local response norm of 16-bit images on the CPU."""
+    return norm(input.float()).to(input.dtype) if input.dtype in (torch.float16, torch.bfloat16) else norm(input)
 
 
 def _is_unambiguous(images: Tensor) -> bool:
