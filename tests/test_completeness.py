@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -112,7 +113,11 @@ def test_modules_are_found_by_their_names() -> None:
     """
     for module in pkgutil.walk_packages(fastconv.__path__, "fastconv."):
         package, _, name = module.name.rpartition(".")
-        if name != "__main__" and package not in ("fastconv.ops", "fastconv.triton", "fastconv.models"):
+        if (
+            name != "__main__"
+            and not _needs_triton(module.name)
+            and package not in ("fastconv.ops", "fastconv.triton", "fastconv.models")
+        ):
             assert inspect.ismodule(_named(module.name)), module.name
 
 
@@ -120,7 +125,12 @@ def test_names_in_texts_can_be_looked_up() -> None:
     texts = [*PACKAGE.rglob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
     for path in texts:
         for name in re.findall(r"\bfastconv(?:\.[A-Za-z_]\w*)+", path.read_text()):
-            assert _named(name) is not None, f"{path}: {name}"
+            assert _needs_triton(name) or _named(name) is not None, f"{path}: {name}"
+
+
+def _needs_triton(name: str) -> bool:
+    """Whether the name is of the kernels that cannot be imported here."""
+    return name.startswith("fastconv.triton") and importlib.util.find_spec("triton") is None
 
 
 def _named(name: str) -> object:

@@ -118,7 +118,7 @@ def test_random_networks(net, training, gradients, seed):
             assert got[name].stride() == value.stride(), name
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(networks, layouts, layouts, st.tuples(st.integers(1, 2), sizes, sizes), st.integers(0, 2**16))
 def test_random_networks_in_inference(net, layout, weights, size, seed):
     """In float32, in which convolutions are prepared, and with outputs of eager's strides."""
