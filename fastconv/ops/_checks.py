@@ -7,7 +7,6 @@ against them all.
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
@@ -308,7 +307,10 @@ def images(op: str, input: Tensor, weight: Tensor) -> None:
 
 def _result(op: str, shape: Sequence[int], like: Tensor) -> None:
     """A tensor of this shape can exist."""
-    if 0 not in shape and _is_more(math.prod(shape) * like.element_size(), 2**63 - 1):
+    size = like.element_size()
+    for extent in shape:  # math.prod stops torch.compile where an extent is dynamic
+        size = size * extent
+    if 0 not in shape and _is_more(size, 2**63 - 1):
         fail(
             op,
             f"arguments for a result of shape {_list(shape)}",

@@ -289,9 +289,10 @@ class _Finder:
                 return "relu"
             if isinstance(module, nn.Hardtanh):  # ReLU6 is one
                 return "relu6" if (module.min_val, module.max_val) == (0, 6) else None
-        elif node.op == "call_method":
-            return "relu" if node.target in ("relu", "relu_") else None
-        elif node.target in (F.relu, torch.relu, F.relu_, torch.relu_):
+        elif node.op == "call_method" or node.target in (torch.relu, torch.relu_, F.relu_):
+            known = node.target in ("relu", "relu_", torch.relu, torch.relu_, F.relu_)
+            return "relu" if known and len(node.args) == 1 and not node.kwargs else None  # else it fails, and is to
+        elif node.target is F.relu:
             return "relu"
         elif node.target is F.relu6:
             return "relu6"
