@@ -36,9 +36,10 @@ bench: .venv/built
 gpu-check:
 	$(if $(wildcard .venv/built),$(PY),$(PYTHON)) benchmarks/gpu_check.py $(or $(OUT),gpu-check) --part $(or $(PART),all)
 
-# In a copy of the tree, so that neither its objects nor its library get in the way of the others.
+# In a copy of the tree, so that neither its objects nor its library get in the way of the others. Objects are kept.
 sanitize: .venv/built
 	mkdir -p build/sanitize
+	find build/sanitize -mindepth 1 -maxdepth 1 ! -name build -exec rm -r {} +
 	git ls-files -z --cached --others --exclude-standard | tar c --null -T - | tar x -C build/sanitize
 	cd build/sanitize && FASTCONV_CUDA=0 CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZERS)" \
 		$(abspath $(PY)) setup.py build_ext --inplace

@@ -110,6 +110,10 @@ def measure(benchmark: BenchmarkFixture, problem: Problem, contender: Contender)
         first_call = problem.verify(contender, call)
     except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, say
         pytest.skip(f"torch.compile: {str(error).strip().splitlines()[0]}")
+    except RuntimeError as error:
+        if contender.who != "cudnn" or "CUDA error" in str(error):
+            raise
+        pytest.skip(f"cuDNN: {str(error).strip().splitlines()[0]}")  # has none for this layout, say
 
     benchmark.extra_info |= {
         "layer": str(problem.layer),

@@ -249,10 +249,12 @@ def prepare(who: str, model: nn.Module) -> nn.Module:
 
 
 class EagerLRN(nn.LocalResponseNorm):
-    """In float32 for 16-bit input: aten has no other kernel on the CPU, so users write this."""
+    """On a CPU in float32 for 16-bit input: aten has no other kernel there, so users write this."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.float()).to(input.dtype)
+        if input.device.type == "cpu" and input.dtype.itemsize == 2:
+            return super().forward(input.float()).to(input.dtype)
+        return super().forward(input)
 
 
 def _laid_out(who: str, images: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    reason = backends.available()["triton"]
+    reason = backends.problem("triton")
     if reason is None and not torch.cuda.is_available():
         reason = "no GPU is visible (Triton's interpreter is on: TRITON_INTERPRET=1)"
     if reason is not None:

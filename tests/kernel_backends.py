@@ -32,9 +32,17 @@ def _add_emulated() -> str | None:
 backends.add("cuda-emulated", backends.Backend("fastconv_emulated", lambda: "cpu", _add_emulated))
 
 
+def problem(backend: str) -> str | None:
+    """Why this backend cannot run tests, on the device of `device_of`; None if it can. Asks no other one."""
+    reason = backends.problem(backend)
+    if reason is None and backend == "triton" and not backends.interpreted():
+        return "on a GPU see test_triton.py; it takes CPU tensors in its interpreter alone (TRITON_INTERPRET=1)"
+    return reason
+
+
 def device_of(backend: str) -> torch.device:
     """The device of a backend's tensors; skips the test where the backend cannot run."""
-    reason = None if backend == "auto" else backends.problem(backend)
+    reason = None if backend == "auto" else problem(backend)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
     return torch.device("cuda" if backend == "cuda" else "cpu")

@@ -6,7 +6,8 @@
 
 A call is decided by backend, seed and number alone. Compared are values and gradients (by `fastconv._numerics`), where
 they are NaN or Inf, shapes, dtypes and strides, and what the fake kernels say of these. tests/test_random_calls.py runs
-10,000 of them; the Triton kernels run in its interpreter, the CUDA kernels in the emulator, both on small tensors.
+10,000 of them. All tensors are the CPU's: the Triton kernels run in its interpreter, the CUDA kernels in the emulator,
+both on small tensors.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import torch.nn.functional as F
 from cases import CONV_OPS, DTYPES, layout_of, mapped, run, tensors
-from kernel_backends import true_float32
+from kernel_backends import problem, true_float32
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from fastconv import backends
 from fastconv._numerics import _POLICY, away_from_kinks, compare, poisoned_outputs
 from fastconv.ops._schemas import WITH_OUT
 
@@ -324,9 +326,11 @@ def eager(op: str, a: dict[str, Any]) -> list[Tensor]:
 
 @contextlib.contextmanager
 def flushing(wanted: bool) -> Iterator[None]:
-    """Within, this thread takes subnormal numbers for zeros."""
-    if wanted:
-        torch.set_flush_denormal(True)
+    """Within, if wanted, this thread takes subnormal numbers for zeros."""
+    if not wanted:
+        yield
+        return
+    torch.set_flush_denormal(True)
     try:
         yield
     finally:
@@ -643,7 +647,7 @@ def main() -> None:
     chosen = parser.parse_args()
     failed = 0
     for backend in SHARES if chosen.backend is None else [chosen.backend]:
-        reason = backends.available()[backend]
+        reason = problem(backend)
         if reason is not None:
             print(f"{backend}: not run, {reason}")
             continue

@@ -214,7 +214,10 @@ def test_cudnn_takes_part_where_it_can(tmp_path: Path) -> None:
     assert process.returncode == 0, process.stdout[-5000:]
     found = Counter(json.loads(line)["op"] for line in rows.read_text().splitlines())
     assert found == {"conv2d_relu": 4, "conv2d_add_relu": 1, "pointwise_conv2d": 2, "pointwise_conv2d_group": 1}
-    assert "cudnn" not in run_benchmarks("--collect-only", "-q").stdout
+    collected = run_benchmarks("--collect-only", "-q")
+    assert collected.returncode == 0
+    assert "cudnn" not in collected.stdout
+    assert "eager" in collected.stdout
 
 
 def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
@@ -234,7 +237,7 @@ def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
     assert "with a GPU: " in process.stdout
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {name: step["outcome"] for name, step in summary.items()} == {"machine": "passed", "ops-triton": "passed"}
-    # As many files as whoever lends a machine may let through.
+    # Few files, whatever the number of steps.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files.tar.gz", "summary.json"]
     with tarfile.open(tmp_path / "files.tar.gz") as archive:
         assert json.load(archive.extractfile("machine.txt"))["tools"]["git"] is None
@@ -256,7 +259,9 @@ def test_gpu_check_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyP
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [step["last line"] for step in summary.values()] == ["first", "['0']", "there was nothing to do"]
     late = gpu_check.run(steps[:1], tmp_path, has_gpu=True, deadline=time.monotonic() + gpu_check.Run.GRACE)
-    assert [result["outcome"] for _, result in late] == ["left out: no time"]
+    assert [result["outcome"] for _, result in late] == [gpu_check.NO_TIME]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path), "--minutes", "0.1"])
+    assert gpu_check.main() == 1  # not a success: nothing was run
 
 
 @pytest.mark.parametrize("part", ["all", "proofs", "timings"])
@@ -272,9 +277,17 @@ def test_parts_of_gpu_check(part: str, tmp_path: Path) -> None:
     for stage in stages:
         measures = [step for step in stage if "rows.jsonl" in str(step.command) or "bench" in step.command]
         assert not measures or len(stage) == 1
-    # All that is selected by name is there to select.
-    named = {word for step in steps for word in step.command if word.startswith("tests/")}
-    assert all((ROOT / word).exists() for word in named)
+
+
+@pytest.mark.slow
+def test_steps_of_gpu_check_select_tests(tmp_path: Path) -> None:
+    """No file and no name that a step chooses tests by is out of date."""
+    for stage in load("gpu_check").stages("all", "90a", tmp_path):
+        for step in stage:
+            if "pytest" in step.command:
+                assert step.dry[-1] == "--collect-only"
+                process = subprocess.run(step.dry, cwd=ROOT, capture_output=True, text=True)
+                assert process.returncode == 0, f"{step.name}: {process.stdout[-2000:]}"
 
 
 ENDLESS = """

@@ -248,3 +248,23 @@ def test_each_case_asks_the_gpu_by_itself(program, tmp_path, monkeypatch):
     names = [line.partition(":")[0] for line in problems]
     assert sorted(line.partition(":")[0] for line in failed) == sorted(["shuffles", *names])
     assert "shuffles: it ended with status -9" in failed
+
+
+def test_what_differs_on_a_gpu_is_said_once(program, tmp_path, monkeypatch, capsys):
+    """What it has just recorded is not compared a second time; what another GPU recorded, is."""
+    words = emulated_words(program)
+    changed = words | {"shuffles": [word ^ 1 for word in words["shuffles"]]}
+    missing = changed.pop("to_tf32")
+    (tmp_path / "other.json").write_text(json.dumps({"cases": words | {"to_tf32": [word + 1 for word in missing]}}))
+    monkeypatch.setattr(conformance, "GOLDENS", tmp_path)
+    monkeypatch.setattr(conformance, "compile_for_gpu", lambda: tmp_path)
+    monkeypatch.setattr(conformance, "ask_gpu", lambda _: (changed, ["to_tf32: it hangs"]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(sys, "argv", ["conformance.py", "--record"])
+    assert conformance.main() == 1
+    *_, crash, difference, other = capsys.readouterr().out.splitlines()
+    assert crash == "Some GPU: to_tf32: it hangs"
+    assert difference.startswith("Some GPU: shuffles: ")
+    assert other.startswith("other.json: to_tf32: ")
+    assert json.loads((tmp_path / "some-gpu.json").read_text())["cases"] == changed

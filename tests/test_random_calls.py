@@ -1,4 +1,4 @@
-"""10,000 random calls of the ops on every backend; see random_calls.py, which also makes more of them by hand."""
+"""10,000 random calls, shared out among the backends; see random_calls.py, which also makes more of them by hand."""
 
 from __future__ import annotations
 

@@ -147,8 +147,8 @@ def _torchvision(name: str, key: str) -> Subject:
         pairs = [tuple(torch.rand(1, 3, *size) * 2 - 1 for _ in range(2)) for size in ((128, 128), (136, 160))]
         return Subject(name, model, pairs, pairs[0], {"num_flow_updates": 2})
     if "video" in module:
-        videos = [[(torch.randn(2, 3, *size),) for size in sizes] for sizes in (((8, 64, 64), (8, 80, 64)),)]
-        return _first_that_runs(name, model, [*videos, [(torch.randn(1, 3, 16, 224, 224),)]])
+        videos = [(torch.randn(2, 3, *size),) for size in ((8, 64, 64), (8, 80, 64))]
+        return _first_that_runs(name, model, [videos, [(torch.randn(1, 3, 16, 224, 224),)]])
     sizes = [((64, 64), (96, 80)), ((96, 96), (128, 96)), ((224, 224),), ((299, 299),)]
     return _first_that_runs(name, model, _images(3, sizes))
 

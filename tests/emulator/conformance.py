@@ -134,9 +134,14 @@ def emulated() -> Program:
 
 def compile_for_gpu() -> Path | None:
     """The library that nvcc makes of the program, unless it did before; None where there is neither."""
+    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    # PTX of the first one: for later GPUs
+    archs.append(f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}")
+    flags = ["-std=c++20", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=static", *archs]
     sources = [HERE / "conformance.cu", HERE / "gpu" / "conformance_memory.cu"]
-    digest = hashlib.sha256()
-    for path in [*sources, HERE / "conformance_memory.h", *sorted((CSRC / "cuda").rglob("*.*h"))]:
+    headers = sorted(path for folder in ("common", "cuda") for path in (CSRC / folder).rglob("*.*h"))
+    digest = hashlib.sha256(repr(flags).encode())
+    for path in [*sources, HERE / "conformance_memory.h", *headers]:
         digest.update(path.read_bytes())
     library = ROOT / "build" / "emulator" / "gpu" / f"libconformance-{digest.hexdigest()[:12]}.so"
     if library.exists():
@@ -146,12 +151,9 @@ def compile_for_gpu() -> Path | None:
     if cuda is None:
         return None
     library.parent.mkdir(parents=True, exist_ok=True)
-    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-    # PTX of the first one: for later GPUs
-    archs.append(f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}")
-    flags = ["-std=c++20", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=static", f"-I{CSRC}", f"-I{HERE}"]
     fresh = library.with_suffix(f".{os.getpid()}")
-    subprocess.run([cuda.nvcc, *flags, *archs, *map(str, sources), "-o", str(fresh)], check=True)
+    command = [cuda.nvcc, *flags, f"-I{CSRC}", f"-I{HERE}", *map(str, sources), "-o", str(fresh)]
+    subprocess.run(command, check=True)
     return fresh.rename(library)
 
 
@@ -218,7 +220,7 @@ def main() -> int:
 
     import torch
 
-    problems, compared, gpu = [], {}, None
+    problems, compared, gpu, recorded = [], {}, None, None
     if library and torch.cuda.is_available():
         gpu = torch.cuda.get_device_name()
         compared[gpu], failed = ask_gpu(library)
@@ -226,15 +228,15 @@ def main() -> int:
         print(f"{gpu}: {len(compared[gpu])} cases ran", *problems, sep="\n", flush=True)
         if options.record:
             GOLDENS.mkdir(exist_ok=True)
-            file = GOLDENS / f"{gpu.lower().replace(' ', '-')}.json"
+            recorded = GOLDENS / f"{gpu.lower().replace(' ', '-')}.json"
             document = {"gpu": gpu, "cuda": torch.version.cuda, "cases": compared[gpu]}
-            file.write_text(json.dumps(document) + "\n")
-            print(f"recorded in {file}", flush=True)
+            recorded.write_text(json.dumps(document) + "\n")
+            print(f"recorded in {recorded}", flush=True)
     elif options.require_gpu or options.record:
         problems.append("there is no GPU here" if library else "there is no nvcc here")
     else:
         print("not compared with a GPU: there is none here")
-    for file in sorted(GOLDENS.glob("*.json")):
+    for file in sorted(set(GOLDENS.glob("*.json")) - {recorded}):
         compared[file.name] = json.loads(file.read_text())["cases"]
 
     program = emulated()
