@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import namedtuple
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -381,11 +383,11 @@ def accumulate(net: nn.Module, x: Tensor) -> Tensor:
 
 
 UNTRACEABLE = {
-    "counts": (count, "changes attributes"),
-    "remembers": (lambda net, x: setattr(net, "seen", x) or x, "changes attributes"),
+    "counts": (count, "writes the attribute calls"),
+    "remembers": (lambda net, x: setattr(net, "seen", x) or x, "calls setattr"),
     "torch random": (lambda net, x: x * torch.rand(()), ""),
     "python random": (lambda net, x: x * __import__("random").random(), "random numbers"),
-    "numpy random": (lambda net, x: x * float(__import__("numpy").random.rand()), "random numbers"),
+    "numpy random": (lambda net, x: x * float(np.random.rand()), "a RandomState"),  # noqa: NPY002
     "no_grad": (lambda net, x: torch.no_grad()(lambda: net.inner(x))() + x, "grad mode"),
     "autocast": (
         lambda net, x: torch.autocast("cpu", torch.bfloat16)(lambda: net.inner(x))().float() + x,
@@ -410,10 +412,6 @@ def test_forwards_that_are_not_traced(name):
     assert [str(row.inference) for row in explanation.rows] == ["conv + bn + relu -> conv2d_relu"]
     assert vars(model).keys() == state.keys()
     assert model.calls == 0
-    import random
-
-    import numpy as np
-
     outputs = []
     with torch.no_grad():
         for net in (model, fast, model, fast):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -11,14 +12,17 @@ import itertools
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,6 +143,118 @@ def counts_in_an_object(s: Net, h: Tensor) -> Tensor:
     return h * s.state.n
 
 
+def counts_in_a_function(s: Net, h: Tensor) -> Tensor:
+    helper.calls = getattr(helper, "calls", 0) + 1
+    return helper(h)
+
+
+def imports(s: Net, h: Tensor) -> Tensor:
+    import swap_models
+
+    return h * len(swap_models.__name__)
+
+
+def in_evaluation(s: Net, h: Tensor) -> Tensor:
+    mode = s.norm.training
+    s.norm.eval()
+    h = s.norm(h)
+    s.norm.train(mode)
+    return h
+
+
+def in_evaluation_by_attribute(s: Net, h: Tensor) -> Tensor:
+    s.norm.training = False
+    h = s.norm(h)
+    s.norm.training = True
+    return h
+
+
+def hooks(s: Net, h: Tensor) -> Tensor:
+    handle = s.conv.register_forward_hook(lambda module, args, output: output * 3)
+    h = s.conv(h)
+    handle.remove()
+    return h
+
+
+def limits_a_norm(s: Net, h: Tensor) -> Tensor:
+    s.conv.weight.data = torch.renorm(s.conv.weight.data, p=2, dim=0, maxnorm=0.1)
+    return s.conv(h)
+
+
+def clamps_a_weight(s: Net, h: Tensor) -> Tensor:
+    s.conv.weight.data.clamp_(-0.01, 0.01)
+    return s.conv(h)
+
+
+def halves_the_weights(s: Net, h: Tensor) -> Tensor:
+    for parameter in s.conv.parameters():
+        parameter.data *= 0.5
+    return s.conv(h)
+
+
+def notes_on_a_value(s: Net, h: Tensor) -> Tensor:
+    h.note = 1
+    return h
+
+
+class Quiet:
+    def __enter__(self) -> None:
+        print("entered")
+
+    def __exit__(self, *_: object) -> bool:
+        print("left")
+        return True
+
+
+def quietly(s: Net, h: Tensor) -> Tensor:
+    with Quiet():
+        h = h.view(3, 5, 7)
+    return h * 2
+
+
+@contextlib.contextmanager
+def between() -> Any:
+    print("entered")
+    yield
+    print("left")
+
+
+def between_prints(s: Net, h: Tensor) -> Tensor:
+    with between():
+        return h * 2 if torch.is_grad_enabled() else h
+
+
+def prints_finally(s: Net, h: Tensor) -> Tensor:
+    try:
+        return h * 2 if torch.is_grad_enabled() else h
+    finally:
+        print("left")
+
+
+def returns_finally(s: Net, h: Tensor) -> Tensor:
+    try:
+        if h.sum() > 0:
+            h = h * 2
+    finally:
+        return h  # noqa: B012
+
+
+def forgets_refusals(s: Net, h: Tensor) -> Tensor:
+    """A refusal that code of torch's own catches still counts."""
+    outputs: list[bool] = []
+    with contextlib.ExitStack() as stack:
+        stack.push(lambda *_: True)
+        outputs.append(bool(h.sum() > 0))
+    return h * (2 + len(outputs))
+
+
+class Slots:
+    __slots__ = ("n",)
+
+    def __init__(self) -> None:
+        self.n = [0]
+
+
 def logs(s: Net, h: Tensor) -> Tensor:
     logging.getLogger(__name__).warning("called")
     return h
@@ -161,15 +277,34 @@ SIDE_EFFECTS = {
     ),
     "deque": (lambda s, h: (s.last.append(h), h)[-1], {"last": collections.deque(maxlen=2)}, "the attribute last"),
     "cache": (caches, {"cache": {}}, "the attribute cache"),
-    "attribute": (lambda s, h: (setattr(s, "h", h), h)[-1], {}, "changes attributes"),
-    "object": (counts_in_an_object, {"state": types.SimpleNamespace(n=0)}, "the attribute state"),
+    "OrderedDict": (lambda s, h: (s.cache.update(h=h), h)[-1], {"cache": OrderedDict(a=1)}, "the attribute cache"),
+    "array": (lambda s, h: (s.n.__iadd__(1), h)[-1], {"n": np.zeros(2)}, "the attribute n"),
+    "slots": (lambda s, h: (s.state.n.append(1), h)[-1], {"state": Slots()}, "the attribute state"),
+    "attribute": (lambda s, h: (setattr(s, "h", h), h)[-1], {}, "calls setattr"),
+    "object": (counts_in_an_object, {"state": types.SimpleNamespace(n=0)}, "writes the attribute n"),
+    "__dict__": (lambda s, h: (s.__dict__["log"].append(h), h)[-1], {"log": []}, "uses __dict__"),
+    "submodule": (lambda s, h: (s._modules.update(relu=nn.Identity()), h)[-1], {}, "attributes of the modules: relu"),
+    "mode": (in_evaluation, {"norm": nn.BatchNorm2d(8)}, "changes a module (eval)"),
+    "mode as attribute": (in_evaluation_by_attribute, {"norm": nn.BatchNorm2d(8)}, "writes the attribute training"),
+    "hook": (hooks, {}, "changes a module (register_forward_hook)"),
+    "max norm": (limits_a_norm, {}, "writes the attribute data"),
+    "clamped weight": (clamps_a_weight, {}, "writes a parameter or buffer"),
+    "weights": (halves_the_weights, {}, "writes the attribute data"),
+    "note": (notes_on_a_value, {}, "writes the attribute note"),
+    "function": (counts_in_a_function, {}, "writes the attribute calls"),
+    "import": (imports, {}, "imports swap_models"),
+    "context manager": (quietly, {}, "a context manager of its own"),
+    "generator as context": (between_prints, {}, "a context manager of its own"),
+    "finally": (prints_finally, {}, "handles exceptions"),
+    "return in finally": (returns_finally, {}, "handles exceptions"),
+    "exit stack": (forgets_refusals, {}, "a value that is computed"),
     "iterator": (lambda s, h: h * next(s.numbers), {"numbers": itertools.count(1)}, "the attribute numbers"),
     "global": (counts_globally, {}, "the global COUNT"),
     "list of the module": (lambda s, h: (LOG.append(h), h)[-1], {}, "the global LOG"),
     "closure": (counts_in_a_closure, {}, "enclosing function"),
     "list of a closure": (remembers_in_a_closure, {}, "enclosing function"),
     "default argument": (remembers_in_a_default, {}, "a default argument"),
-    "class": (counts_in_a_class, {}, "Settings.calls"),
+    "class": (counts_in_a_class, {}, "writes the attribute calls"),
     "print": (lambda s, h: (print("called"), h)[-1], {}, "calls print"),
     "log": (logs, {}, "uses logging"),
     "time": (stops_the_time, {"times": []}, "calls time"),
@@ -182,7 +317,7 @@ SIDE_EFFECTS = {
         {},
         "torch.backends",
     ),
-    "default dtype": (lambda s, h: h * 2 if torch.get_default_dtype() is torch.float32 else h, {}, "default_dtype"),
+    "default dtype": (lambda s, h: h * 2 if torch.get_default_dtype() == torch.float32 else h, {}, "default_dtype"),
     "parameters": (lambda s, h: h.to(next(s.parameters()).dtype), {}, "calls next"),
     "exception": (lambda s, h: _handles(h), {}, "handles exceptions"),
     "any exception": (lambda s, h: _handles_all(h), {}, "handles exceptions"),
@@ -215,7 +350,9 @@ def content(value: Any) -> Any:
         return type(value), [content(item) for item in value]
     if isinstance(value, types.SimpleNamespace):
         return content(vars(value))
-    if isinstance(value, itertools.count):
+    if isinstance(value, Slots):
+        return value.n
+    if isinstance(value, (itertools.count, np.ndarray)):
         return repr(value)
     return value if isinstance(value, (int, float, str, type(None))) else type(value)
 
@@ -225,7 +362,7 @@ def state_of(net: nn.Module) -> Any:
 
 
 def world() -> Any:
-    return FLAG, COUNT, content(LOG), content(CONFIG), Settings.scale, Settings.calls
+    return FLAG, COUNT, content(LOG), content(CONFIG), Settings.scale, Settings.calls, getattr(helper, "calls", 0)
 
 
 @pytest.mark.parametrize("name", SIDE_EFFECTS)
@@ -252,9 +389,10 @@ def test_side_effects(name: str, capsys: pytest.CaptureFixture[str]) -> None:
             _reset_world()
             got = fast(features())
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        assert world() == after
+        assert state_of(fast).keys() == state_of(twin).keys()
         if name != "time":
-            assert world() == after
-            assert state_of(fast).keys() == state_of(twin).keys()
+            assert rounded(state_of(fast)) == rounded(state_of(twin))
     if gradients and got.requires_grad:
         for net, out in ((fast, got), (twin, expected)):
             net.zero_grad()
@@ -264,8 +402,46 @@ def test_side_effects(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def _reset_world() -> None:
     global COUNT
-    COUNT, Settings.calls = 0, 0
+    COUNT, Settings.calls, helper.calls = 0, 0, 0
     LOG.clear()
+
+
+# What is set for the whole process, and what tells of it.
+PROCESS = {
+    "default dtype": (lambda: torch.set_default_dtype(torch.float64), torch.get_default_dtype),
+    "determinism": (lambda: torch.use_deterministic_algorithms(True), torch.are_deterministic_algorithms_enabled),
+    "precision": (lambda: torch.set_float32_matmul_precision("high"), torch.get_float32_matmul_precision),
+    "print options": (lambda: torch.set_printoptions(precision=2), lambda: torch._tensor_str.PRINT_OPTS.precision),
+    "grad mode": (lambda: torch.set_grad_enabled(False), torch.is_grad_enabled),
+    "seed": (lambda: torch.manual_seed(3), torch.initial_seed),
+}
+
+
+@pytest.mark.parametrize("name", PROCESS)
+def test_the_state_of_the_process(name: str) -> None:
+    """Neither set by a swap nor frozen in a graph."""
+    sets, tells = PROCESS[name]
+    before = tells()
+    fast = swap(seeded(Net(lambda s, h: (sets(), h)[-1], {})).eval())
+    assert explain(fast).untraced[""]
+    assert tells() == before
+    if name == "determinism":
+        assert "are_deterministic" in explain(Net(lambda s, h: h * tells(), {})).untraced[""]
+
+
+def test_gradients_that_are_asked_for() -> None:
+    """Parameters keep requires_grad and grad, whatever a forward would do to them."""
+    for change in (
+        lambda s: s.conv.requires_grad_(False),
+        lambda s: s.zero_grad(),
+        lambda s: s.b.requires_grad_(False),
+    ):
+        model = seeded(Net(lambda s, h, change=change: (change(s), h)[-1], {})).eval()
+        model.conv.weight.grad = torch.ones_like(model.conv.weight)
+        assert explain(swap(model)).untraced[""]
+        assert model.conv.weight.requires_grad
+        assert model.b.requires_grad
+        assert model.conv.weight.grad is not None
 
 
 # --------------------------------------------------------------------------------- content that counts, and changes
@@ -274,6 +450,41 @@ def _reset_world() -> None:
 def _set_flag(value: bool) -> None:
     global FLAG
     FLAG = value
+
+
+def helper(h: Tensor) -> Tensor:
+    return h * 2
+
+
+def times(h: Tensor, by: dict[str, int]) -> Tensor:
+    return h * by["n"]
+
+
+class Base:
+    scale = 2
+
+    @classmethod
+    def default(cls) -> int:
+        return cls.scale
+
+
+class Derived(Base):
+    class Inner:
+        scale = 2
+
+    def by_scale(self, h: Tensor) -> Tensor:
+        return h * self.scale
+
+
+class Own(Base):
+    def __init__(self) -> None:
+        self.n = 2
+
+    def by_n(self, h: Tensor) -> Tensor:
+        return h * self.n
+
+
+DERIVED = Derived()
 
 
 # A forward that reads something, its state, and what changes it.
@@ -302,14 +513,43 @@ READS = {
         lambda s: _set_flag(False),
     ),
     "method": (lambda s, h: s.scaled(h), {}, lambda s: setattr(s, "scaled", lambda h: h * 3)),
+    "method of the class": (
+        lambda s, h: s.scaled(h),
+        {},
+        lambda s: setattr(Scaled, "scaled", lambda self, h: h * 3),
+    ),
+    "base class": (lambda s, h: h * Derived.scale, {}, lambda s: setattr(Base, "scale", 3)),
+    "class attribute of an object": (lambda s, h: h * DERIVED.scale, {}, lambda s: setattr(Base, "scale", 3)),
+    "class attribute in a method": (lambda s, h: DERIVED.by_scale(h), {}, lambda s: setattr(Derived, "scale", 3)),
+    "class method": (lambda s, h: h * Base.default(), {}, lambda s: setattr(Base, "scale", 3)),
+    "nested class": (lambda s, h: h * Derived.Inner.scale, {}, lambda s: setattr(Derived.Inner, "scale", 3)),
+    "class of the module": (lambda s, h: h * s.factor, {}, lambda s: setattr(Scaled, "factor", 3)),
+    "bound method": (lambda s, h: s.f(h), {"f": Own().by_n}, lambda s: setattr(s.f.__self__, "n", 3)),
+    "partial": (
+        lambda s, h: s.f(h),
+        {"f": functools.partial(times, by={"n": 2})},
+        lambda s: s.f.keywords["by"].update(n=3),
+    ),
+    "attribute of a function": (lambda s, h: h * helper.by, {}, lambda s: setattr(helper, "by", 3)),
+    "attribute of a layer": (lambda s, h: h * s.drop.p, {"drop": nn.Dropout(0.5)}, lambda s: setattr(s.drop, "p", 0.9)),
+    "numbers of a tensor": (
+        lambda s, h: h * (2 if torch.allclose(s.t, torch.zeros(2)) else 3),
+        {"t": torch.zeros(2)},
+        lambda s: s.t.add_(1),
+    ),
+    "how many are not zero": (lambda s, h: h * len(s.t.nonzero()), {"t": torch.ones(2)}, lambda s: s.t[0].zero_()),
+    # These depend on a traced value itself, in ways that Python answers without asking it.
+    "shape in a set": (lambda s, h: h * 2 if h.shape[2] in {12, 13} else h, {}, lambda s: None),
+    "type as a key": (lambda s, h: h * {torch.float32: 3.0}.get(h.dtype, 1.0), {}, lambda s: None),
+    "which type": (lambda s, h: h * 2 if h.dtype is torch.float32 else h, {}, lambda s: None),
+    "no gradient": (lambda s, h: h * 2 if h.grad_fn is None else h, {}, lambda s: None),
+    "in words": (lambda s, h: h * {"(12,)": 3}.get(str((h.shape[2],)), 1), {}, lambda s: None),
 }
 
 
-def helper(h: Tensor) -> Tensor:
-    return h * 2
-
-
 class Scaled(Net):
+    factor = 2
+
     def scaled(self, h: Tensor) -> Tensor:
         return h * 2
 
@@ -317,7 +557,13 @@ class Scaled(Net):
 @pytest.mark.parametrize("name", READS)
 def test_content_is_read_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     act, state, change = READS[name]
-    monkeypatch.setattr(Settings, "scale", 2)
+    for cls in (Settings, Base, Derived.Inner):
+        monkeypatch.setattr(cls, "scale", 2)
+    if "scale" in vars(Derived):
+        del Derived.scale
+    monkeypatch.setattr(Scaled, "factor", 2)
+    monkeypatch.setattr(Scaled, "scaled", Scaled.scaled)
+    monkeypatch.setattr(helper, "by", 2, raising=False)
     monkeypatch.setitem(CONFIG, "scale", 2)
     monkeypatch.setitem(globals(), "FLAG", True)
     monkeypatch.setitem(globals(), "helper", helper)
@@ -497,3 +743,140 @@ def test_profilers_go_on(profiler: str) -> None:
     if profiler == "cProfile":
         assert any("helper" in str(entry.code) for entry in profile.getstats())
     assert "type" not in globals()
+
+
+def test_another_threads_numbers_and_attributes() -> None:
+    """A swap neither rewinds the generators that a thread draws from, nor takes its changes for the forward's."""
+    model = seeded(Net(lambda s, h: h, {})).eval()
+    model.register_buffer("n", torch.zeros(()))
+    drawn, ends = [], threading.Event()
+
+    def work() -> None:
+        while not ends.is_set():
+            drawn.append((random.random(), torch.rand(()).item()))
+            model.n = torch.tensor(float(len(drawn)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        reasons = [explain(swap(model)).untraced for _ in range(10)]
+    finally:
+        ends.set()
+        thread.join()
+    assert reasons == [{}] * 10
+    assert len(set(drawn)) == len(drawn)
+    assert model.n == len(drawn)
+
+
+def test_threads_that_call_at_once_share_a_trace() -> None:
+    fast = swap(seeded(Net(lambda s, h: h, {})).eval())
+    fast.new = 1
+    made = fast._fastconv_region._made
+    threads = [threading.Thread(target=fast, args=(features(),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert fast._fastconv_region._made == made + 1
+
+
+# ----------------------------------------------------------------------------------- arguments and what comes back
+
+
+class Appends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, features: Any) -> Any:
+        features.append(torch.relu(self.conv(features[-1])))
+        return features
+
+
+class Returns(Appends):
+    def forward(self, features: Any) -> Any:
+        return {"all": features, "last": torch.relu(self.conv(features[-1]))}
+
+
+class Fills(Appends):
+    def forward(self, features: Any) -> Any:
+        features["h"] = torch.relu(self.conv(features["x"]))
+        return features["h"]
+
+
+class Parent(nn.Module):
+    """Not traced itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Appends(), Appends()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        self.one(features)
+        if x.sum() > 1e9:
+            return x
+        self.two(features)
+        return torch.cat(features)
+
+
+def test_containers_that_are_passed() -> None:
+    """What a forward does to them is seen by who passed them; what comes back is the very same container."""
+    with torch.no_grad():
+        for model in (Parent(), Appends(), Returns(), Fills()):
+            fast = swap(seeded(model).eval())
+            for _ in range(2):
+                given = [{"x": features()} if isinstance(model, Fills) else [features()] for _ in range(2)]
+                arguments = [features()] * 2 if isinstance(model, Parent) else given
+                expected, got = model(arguments[0]), fast(arguments[1])
+                assert len(given[0]) == len(given[1])
+                assert (expected is given[0]) == (got is given[1])
+                if isinstance(model, Returns):
+                    assert got["all"] is given[1]
+                if isinstance(model, Parent):
+                    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_sign_of_a_zero_that_is_passed() -> None:
+    class Scales(Appends):
+        def forward(self, x: Tensor, by: float) -> Tensor:
+            return torch.relu(self.conv(x)) * by
+
+    model = seeded(Scales()).eval()
+    fast = swap(model)
+    with torch.no_grad():
+        for by in (0.0, -0.0, float("nan"), float("nan")):
+            assert torch.equal(torch.signbit(fast(features(), by)), torch.signbit(model(features(), by)))
+    assert fast._fastconv_region._made <= 5  # a NaN is the same each time
+
+
+@pytest.mark.parametrize("how", ["buffer", "attribute"])
+def test_gradients_of_what_is_no_parameter(how: str) -> None:
+    class Shifts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 64, 3, padding=1).requires_grad_(False)
+            delta = torch.zeros(1, 16, 1, 1, requires_grad=True)
+            if how == "buffer":
+                self.register_buffer("delta", delta)
+            else:
+                self.delta = delta
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.conv(x + self.delta))
+
+    model = seeded(Shifts()).eval()
+    fast = swap(model)
+    assert not explain(fast).untraced
+    x = torch.randn(2, 16, 32, 32)
+    ours, theirs = (torch.autograd.grad(net(x).sum(), net.delta)[0] for net in (fast, model))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def rounded(state: Any) -> Any:
+    """Of sums of tensors, what does not depend on the order of summing."""
+    if isinstance(state, dict):
+        return {name: rounded(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [rounded(value) for value in state]
+    return pytest.approx(state, rel=1e-3, abs=1e-2) if isinstance(state, float) else state

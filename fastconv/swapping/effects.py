@@ -152,6 +152,22 @@ class Effects:
         return Effect.NEW if plain or cls in _MODULES else Effect.UNKNOWN
 
 
+def writes_attributes(graph: fx.Graph, modules: dict[str, nn.Module]) -> bool:
+    """Whether a graph itself, and not a module that it calls, may overwrite a parameter or buffer."""
+    effects = Effects(graph, modules).of
+    for node in graph.nodes:
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        is_operator = name.startswith("i") and hasattr(operator, name[1:])
+        written = node.kwargs.get("out")
+        if effects[node] is Effect.IN_PLACE or is_operator or (name.endswith("_") and not name.endswith("__")):
+            written = node.args[0] if node.args else None
+        while isinstance(written, fx.Node) and effects[written] is not Effect.NEW:
+            if written.op == "get_attr":
+                return True
+            written = written.args[0] if written.args else None
+    return False
+
+
 def argument(node: fx.Node, name: str) -> Any:
     """An argument of a call of a Python function, by name; its default where it is not given."""
     try:

@@ -3,9 +3,11 @@
 A graph repeats what the forward did with its tensors, and nothing else. So a forward may only be traced if it does
 nothing else, and if what it read besides can be looked at again before every call. `Observer` sees every function that
 the forward enters, before it runs: Python functions by their code, functions of C by a list of those that are known to
-compute from their arguments alone. What a function reads by name (attributes, globals, variables of enclosing
-functions) is kept in `reads`. Torch's own functions are trusted; what they do to real tensors, a mode of the dispatcher
-sees. What is noticed too late is put back.
+compute from their arguments alone. Code that writes attributes or globals, handles exceptions, enters context managers
+of its own or asks which object a value is does not run at all. What a function reads by name (attributes, globals,
+variables of enclosing functions) is kept in `reads`. Torch's own functions are trusted, but for those that change
+modules or the state of the process; what they do to real tensors, a mode of the dispatcher sees. What is noticed too
+late, such as the content of a container, is put back.
 """
 
 from __future__ import annotations
@@ -15,20 +17,22 @@ import dis
 import functools
 import gc
 import importlib
-import itertools
-import random
+import inspect
 import re
 import sys
+import threading
 import types
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
-from .contents import Place, Unwatchable, is_fixed
+from .contents import MISSING, ClassPlace, Place, Unwatchable, is_fixed
 
 
 class Untraceable(Exception):
@@ -36,7 +40,19 @@ class Untraceable(Exception):
 
 
 class Refusal(BaseException):
-    """As `Untraceable`, from inside of the user's code, which is not meant to catch it."""
+    """As `Untraceable`, from inside of the user's code. The thread's first one counts, whoever catches it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        if not _refused.reason:
+            _refused.reason = reason
+
+
+class _Refused(threading.local):
+    reason = ""
+
+
+_refused = _Refused()
 
 
 # ------------------------------------------------------------------------------------------ what is harmless
@@ -56,11 +72,31 @@ _NOT_TRUSTED = (
     *("torch.backends", "torch.random", "torch.cuda.random", "torch.serialization", "torch.hub", "torch._dynamo"),
     *("torch.distributed", "torch.utils.data", "torch.utils.tensorboard", "fastconv.models"),
 )
+_CHANGING = _words(
+    """add_module apply bfloat16 compile cpu cuda double eval float half load_state_dict requires_grad_
+    set_extra_state set_submodule share_memory to to_empty train type zero_grad __setattr__ __delattr__ __setstate__"""
+)
 # Functions of Python code that is trusted else.
 _REFUSED = {
     contextlib.suppress.__init__.__code__: "its forward handles exceptions",
+    importlib.import_module.__code__: "its forward imports a module",
     torch.typename.__code__: "its forward tests the type of a value",
+    RemovableHandle.__init__.__code__: "its forward registers a hook",
+    **{
+        inspect.unwrap(function).__code__: f"its forward uses {module.__name__}.{name}"
+        for module in (torch.random, torch.cuda.random)
+        for name, function in vars(module).items()
+        if isinstance(function, types.FunctionType) and "get" not in name  # which checkpointing calls
+    },
+    **{
+        function.__code__: f"its forward changes a module ({name})"
+        for name, function in vars(nn.Module).items()
+        if isinstance(function, types.FunctionType) and (name in _CHANGING or name.startswith("register_"))
+    },
 }
+# Functions of these two modules that read or set the state of the process.
+_WITH_STATE = ("torch", "torch._tensor_str")
+_OF_STATE = ("set_", "get_", "use_", "are_", "is_warn", "is_deterministic")
 # Methods of these read and write their own content alone.
 _VALUES: tuple[type, ...] = (
     *(str, bytes, bytearray, int, float, complex, bool, range, slice, tuple, list, dict, set, frozenset, deque),
@@ -69,8 +105,8 @@ _VALUES: tuple[type, ...] = (
 # Functions of C, by their modules; and modules of which all are harmless, but for two.
 _FUNCTIONS = {
     "builtins": _words(
-        """abs all any ascii callable chr delattr divmod format getattr hasattr isinstance issubclass iter len max min
-        ord pow repr round setattr sorted sum __build_class__ __import__"""
+        """abs all any ascii callable chr divmod format getattr hasattr isinstance issubclass iter len max min ord pow
+        repr round sorted sum __build_class__ __import__"""
     ),
     "torch._C": {"_log_api_usage_once", "_get_tracing_state", "_is_tracing", "_are_functorch_transforms_active"},
 }
@@ -79,8 +115,9 @@ _MODULES = _words(
     torch._C._special torch._C._fft torch._C._sparse"""
 )
 _NOT_FOR_TENSORS = {"concat", "iconcat"}  # which an object with + takes for its own
-# Methods by which a tensor's numbers leave torch.
+# Methods by which a tensor's numbers leave torch, and those that the dispatcher does not see.
 _READERS = _words("numpy tolist item data_ptr __array__ __dlpack__ untyped_storage storage share_memory_")
+_SETTERS = _words("requires_grad_ retain_grad")
 _MOST_EVENTS = 5_000_000  # calls and returns of the user's functions, and of C functions there
 
 
@@ -96,7 +133,7 @@ def _is_harmless(function: Any) -> bool:
     if isinstance(owner, type):
         return name == "__new__" or issubclass(owner, _VALUES) or owner.__module__.partition(".")[0] == "torch"
     if isinstance(owner, (torch.Tensor, torch.dtype, torch.device)):
-        return name not in _READERS
+        return name not in _READERS | _SETTERS
     return isinstance(owner, _VALUES)
 
 
@@ -110,29 +147,55 @@ def _name_of(function: Any) -> str:
 # ------------------------------------------------------------------------------------------ what code reads
 
 
+# By these names attributes are reached that no name tells of.
+_BACK_DOORS = _words("__dict__ __setattr__ __delattr__ __globals__ __closure__")
+
+
 class _Code:
     """What can be said of a function's code before it runs."""
 
     def __init__(self, code: types.CodeType) -> None:
         self.names = frozenset(code.co_names)
-        self.globals: set[str] = set()
-        self.refusal = ""
         steps = list(dis.get_instructions(code))
-        names = [step.opname for step in steps]
-        ends = sum(one == "POP_EXCEPT" and two != "RERAISE" for one, two in itertools.pairwise(names))
-        if ends > names.count("WITH_EXCEPT_START"):  # an "except:" without a type
-            self.refusal = "its forward handles exceptions"
-        for step in steps:
-            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                self.globals.add(step.argval)
-            elif step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-                self.refusal = f"its forward writes the global {step.argval}"
-            elif step.opname in ("STORE_DEREF", "DELETE_DEREF") and step.argval in code.co_freevars:
-                self.refusal = f"its forward writes {step.argval}, a variable of an enclosing function"
-            elif step.opname == "MATCH_CLASS":
-                self.refusal = "its forward tests the type of a value"
-            elif step.opname in ("CHECK_EXC_MATCH", "CHECK_EG_MATCH", "JUMP_IF_NOT_EXC_MATCH"):
-                self.refusal = "its forward handles exceptions"
+        self.globals = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        self.refusal = next(_refusals(code, steps), "")
+
+
+def _refusals(code: types.CodeType, steps: list[dis.Instruction]) -> Iterator[str]:
+    names = [step.opname for step in steps]
+    # "except" and "finally"; what a "with" does about exceptions is its context's business.
+    if "SETUP_FINALLY" in names or names.count("PUSH_EXC_INFO") > names.count("WITH_EXCEPT_START"):
+        yield "its forward handles exceptions"
+    if code.co_name in ("__enter__", "__aenter__"):
+        yield "its forward enters a context manager of its own"
+    generated = code.co_filename == "<string>"  # by dataclasses and collections
+    for name in sorted(_BACK_DOORS & set(code.co_names)):
+        if not generated:
+            yield f"its forward uses {name}"
+    for i, step in enumerate(steps):
+        before = steps[i - 1] if i else step
+        if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            yield f"its forward writes the global {step.argval}"
+        elif step.opname in ("STORE_DEREF", "DELETE_DEREF") and step.argval in code.co_freevars:
+            yield f"its forward writes {step.argval}, a variable of an enclosing function"
+        elif step.opname in ("STORE_ATTR", "DELETE_ATTR") and not _is_of_new_object(code, before):
+            yield f"its forward writes the attribute {step.argval}"
+        elif step.opname == "IS_OP" and not (before.opname == "LOAD_CONST" and before.argval is None):
+            yield "its forward asks which object a value is"
+        elif step.opname == "MATCH_CLASS":
+            yield "its forward tests the type of a value"
+        elif step.opname == "IMPORT_NAME":
+            absolute = steps[i - 2].argval == 0
+            if not (absolute and (_is_trusted(step.argval) or step.argval in _MODULES)):
+                yield f"its forward imports {step.argval or 'a module'}"
+
+
+def _is_of_new_object(code: types.CodeType, before: dis.Instruction) -> bool:
+    """Whether an attribute is written in a constructor, to `self`."""
+    if code.co_name not in ("__init__", "__post_init__") or "LOAD_FAST" not in before.opname:
+        return False
+    loaded = before.argval[-1] if isinstance(before.argval, tuple) else before.argval
+    return code.co_argcount > 0 and loaded == code.co_varnames[0]
 
 
 _facts_of = functools.lru_cache(maxsize=4096)(_Code)
@@ -165,29 +228,37 @@ class _OfClass:
     def get(self, name: str, missing: Any = None) -> Any:
         return vars(self.cls).get(name, missing)
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self.cls, name, value)
-
 
 class _Index:
-    """The attributes of a tree of modules, by name: those whose content may change, and where they are."""
+    """The attributes of a tree of modules, and of classes, by name: where they are.
 
-    def __init__(self, root: nn.Module) -> None:
+    Attributes:
+        attributes: those whose content may change.
+        of_leaves: the others of modules that a graph calls as a whole.
+    """
+
+    def __init__(self, root: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
         self.modules = list(root.modules())
         self.ids = frozenset(map(id, self.modules))
         self.attributes: dict[str, list[Any]] = {}
+        self.of_leaves: dict[str, list[dict[str, Any]]] = {}
         self.functions: dict[types.CodeType, list[types.FunctionType]] = {}  # that are attributes, by their code
         for module in self.modules:
+            leaves = module is not root and is_leaf(module)
             for name, value in vars(module).items():
                 if isinstance(value, types.FunctionType):
                     self.functions.setdefault(value.__code__, []).append(value)
-                if not (name in BOOKKEEPING or is_fixed(value, self.ids)):
+                if name in BOOKKEEPING:
+                    continue
+                if not is_fixed(value, self.ids):
                     self.attributes.setdefault(name, []).append(vars(module))
-        for cls in {base for module in self.modules for base in type(module).__mro__}:
-            if not _is_trusted(cls.__module__):
-                for name, value in vars(cls).items():
-                    if not (name.startswith("__") or callable(value) or hasattr(value, "__get__")):
-                        self.attributes.setdefault(name, []).append(_OfClass(cls))
+                elif leaves:
+                    self.of_leaves.setdefault(name, []).append(vars(module))
+
+    def add_class(self, cls: type) -> None:
+        for name, value in vars(cls).items():
+            if not (name.startswith("__") or hasattr(value, "__get__") or is_fixed(value, self.ids)):
+                self.attributes.setdefault(name, []).append(_OfClass(cls))
 
 
 _IMPORT = importlib._bootstrap._find_and_load.__code__  # type: ignore[attr-defined]
@@ -220,14 +291,21 @@ class Observer:
 
     Args:
         root: the module whose forward is going to run.
+        is_leaf: whether a graph calls a module as a whole.
 
     Attributes:
-        reads: what the forward read and may change.
+        reads: what the forward read and may change, beside attributes of the modules whose forwards are traced.
+        of_leaves: attributes of the other modules that it may have read: dictionary, name and value.
+        ambient: the modes that it has to run in.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        self.reads: list[Place] = []
-        self._index = _Index(root)
+    def __init__(self, root: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
+        self.reads: list[Place | ClassPlace] = []
+        self.of_leaves: list[tuple[dict[str, Any], str, Any]] = []
+        self.ambient = ambient()
+        self._index = _Index(root, is_leaf)
+        self._arguments: Place | None = None
+        self._classes: set[type] = set()
         self._codes: dict[types.CodeType, bool] = {}  # those that ran: whether they are trusted
         self._inner: set[types.CodeType] = set()  # defined by functions that ran
         self._known: set[tuple[Any, str]] = set()
@@ -248,11 +326,37 @@ class Observer:
         """Whether the user's code tries if there is an attribute."""
         return bool(self._calls) and self._calls[-1] in (hasattr, getattr)
 
+    # What goes in and comes out
+
+    def take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward must not write to the containers in its arguments: a graph gets their tensors alone."""
+        try:
+            self._arguments = Place({"": (args, kwargs)}, "", "its arguments", self._index.ids)
+        except Unwatchable as error:
+            raise Refusal(f"its forward has an argument {error}") from None
+
+    def check_result(self, result: Any) -> None:
+        """A graph returns containers of its own making."""
+        places = [*self.reads, *filter(None, [self._arguments])]
+        old = {id(container) for place in places for container, _ in place.containers}
+        waiting, seen = [result], set()
+        while waiting:
+            value = waiting.pop()
+            if id(value) in old:
+                raise Refusal("its forward returns a container that it did not make")
+            if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+                seen.add(id(value))
+                waiting += dict.values(value) if isinstance(value, dict) else value
+
     # The block
 
     def __enter__(self) -> Observer:
-        self._attributes = [(values, dict(values)) for m in self._index.modules for values in _attributes(m)]
-        self._random = _RandomState()
+        # Parameters and buffers are shared with the original, which may be at work in another thread.
+        stores = [store for m in self._index.modules for store in (vars(m), m._modules)]
+        self._attributes = [(store, dict(store)) for store in stores]
+        for module in self._index.modules:
+            self._see_class(type(module))
+        _refused.reason = ""
         self._profiler = sys.getprofile()
         self._collects = gc.isenabled()
         gc.disable()  # what it calls would be taken for the forward's own
@@ -276,30 +380,23 @@ class Observer:
 
     def _undo(self) -> str:
         """Puts everything back; what had to be, in words."""
-        changed = sorted(
-            {
-                str(name)
-                for values, old in self._attributes
-                for name in values.keys() | old.keys()
-                if values.get(name) is not old.get(name)
-            }
-        )
-        for values, old in self._attributes:
-            if values.keys() != old.keys() or any(values[k] is not old[k] for k in old):
-                values.clear()
-                values.update(old)
-        written = [place for place in self.reads if not place.holds()]
+        changed = sorted({name for store, old in self._attributes for name in _put_back(store, old)})
+        places = [*self.reads, *filter(None, [self._arguments])]
+        written = [place for place in places if not place.holds()]
         for place in reversed(written):
             place.restore()
-        drawn = self._random.is_used()
-        if drawn:
-            self._random.restore()
+        for place in places:
+            place.settle()
+        sets_modes = ambient() != self.ambient
+        torch._C._set_grad_enabled(self.ambient[0])
+        if _refused.reason:
+            return _refused.reason
         if changed:
             return f"its forward changes attributes of the modules: {', '.join(changed)}"
         if written:
             return f"its forward changes {written[0].words}"
-        if drawn:
-            return "its forward draws random numbers"
+        if sets_modes:
+            return SETS_MODES
         return self._failed and f"its forward handles a failure of {self._failed}"
 
     # What the interpreter reports
@@ -325,8 +422,8 @@ class Observer:
                 drawn = "random" in type(getattr(function, "__self__", None)).__module__
                 raise Refusal(f"its forward {'draws random numbers with' if drawn else 'calls'} {_name_of(function)}")
             self._calls.append(function)
-            if function is getattr or function is setattr:
-                self._read_attributes(self._index.attributes)
+            if function is getattr:
+                self._read_attributes(self._index.attributes.keys() | self._index.of_leaves.keys())
         elif event == "c_return":
             self._calls.pop()
         elif event == "c_exception":
@@ -337,6 +434,10 @@ class Observer:
         code, module = frame.f_code, frame.f_globals.get("__name__") or ""
         if code in _REFUSED:
             raise Refusal(_REFUSED[code])
+        if module in _WITH_STATE and code.co_name.startswith(_OF_STATE):
+            if self._is_for_torch(frame):
+                return True
+            raise Refusal(f"its forward calls torch.{code.co_name}")
         if _is_trusted(module):
             self._codes[code] = True
             return True
@@ -348,17 +449,27 @@ class Observer:
         facts = _facts_of(code)
         if facts.refusal:
             raise Refusal(facts.refusal)
+        caller = frame.f_back.f_globals.get("__name__") if frame.f_back else ""
+        if code.co_flags & inspect.CO_GENERATOR and caller == "contextlib":
+            raise Refusal("its forward enters a context manager of its own")
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self._inner.add(constant)
-        self._read_attributes(facts.names & self._index.attributes.keys())
         for name in sorted(facts.globals):
             self._read(frame.f_globals, name, f"the global {name}", facts.names)
         if "type" in facts.globals and "type" not in frame.f_globals:
+            self._known.add((id(frame.f_globals), "type"))
             frame.f_globals["type"] = _TypeOfProxies
             self._injected.append(frame.f_globals)
         if code not in self._inner:
             self._read_function(frame, facts.names)
+        if code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            self._see_class(first if issubclass(type(first), type) else type(first))
+        count = -1
+        while count != len(self.reads):  # which may have led to further classes
+            count = len(self.reads)
+            self._read_attributes(facts.names)
         return False
 
     def _is_for_torch(self, frame: types.FrameType) -> bool:
@@ -371,9 +482,25 @@ class Observer:
         return False
 
     def _read_attributes(self, names: Any) -> None:
-        for name in names:
+        for name in names & self._index.attributes.keys():
             for store in self._index.attributes[name]:
                 self._read(store, name, f"the attribute {name}", frozenset())
+        for name in names & self._index.of_leaves.keys():
+            self.of_leaves += [(store, name, store[name]) for store in self._index.of_leaves.pop(name)]
+
+    def _see_class(self, cls: type) -> None:
+        """Notes a class of the user's that may have been met, its bases, and classes in it."""
+        for base in type.mro(cls):
+            module = str(base.__module__)
+            is_written_in_python = base.__flags__ & 1 << 9
+            if base in self._classes or not is_written_in_python or _is_trusted(module) or _is_of_python(module):
+                continue
+            self._classes.add(base)
+            self.reads.append(ClassPlace(base))
+            self._index.add_class(base)
+            for value in list(vars(base).values()):
+                if isinstance(value, type):
+                    self._see_class(value)
 
     def _read_function(self, frame: types.FrameType, names: frozenset[str]) -> None:
         """The variables of enclosing functions, and the default arguments."""
@@ -405,53 +532,52 @@ class Observer:
         return [(found, {}) for found in gc.get_referrers(code) if isinstance(found, types.FunctionType)]
 
     def _read(self, store: Any, name: str, words: str, names: frozenset[str]) -> None:
-        """Notes a value; of Python modules and classes, whose content is not their own, what the names tell."""
-        value = store.get(name, _MISSING)
+        """Notes a value; of Python modules, whose content is not their own, and functions what the names tell."""
+        value = store.get(name, MISSING)
         key = store if isinstance(store, _OfClass) else id(store), name
-        if value is _MISSING or key in self._known:
+        if value is MISSING or key in self._known:
             return
         self._known.add(key)
         try:
-            self.reads.append(Place(store, name, words, self._index.ids))
+            place = Place(store, name, words, self._index.ids)
         except Unwatchable as error:
             raise Refusal(f"its forward reads {words}, {error}") from None
+        self.reads.append(place)
+        for cls in [*place.classes, *([value] if isinstance(value, type) else [])]:
+            self._see_class(cls)
         is_module = isinstance(value, types.ModuleType)
-        if not (is_module or isinstance(value, type)) or _is_trusted(value.__name__ if is_module else value.__module__):
-            return
-        for attribute in sorted(names & vars(value).keys()):
-            found = vars(value)[attribute]
-            if is_module or not (callable(found) or hasattr(found, "__get__")):
-                inner = vars(value) if is_module else _OfClass(value)
-                self._read(inner, attribute, f"{name}.{attribute}", names)
+        if (is_module and not _is_trusted(value.__name__)) or isinstance(value, types.FunctionType):
+            for attribute in sorted(names & vars(value).keys()):
+                self._read(vars(value), attribute, f"{name}.{attribute}", names)
 
 
-_MISSING = object()
+def _put_back(store: dict[str, Any], old: dict[str, Any]) -> list[str]:
+    """Restores a dictionary of attributes; the names of those that were changed."""
+    names = (store.keys() | old.keys()) - {REGION}  # which another thread may have filled
+    changed = [name for name in names if store.get(name, MISSING) is not old.get(name, MISSING)]
+    for name in changed:
+        if name in old:
+            store[name] = old[name]
+        else:
+            del store[name]
+    if changed and [name for name in store if name != REGION] != [name for name in old if name != REGION]:
+        ordered = {name: store[name] for name in [*old, *(store.keys() - old.keys())] if name in store}
+        store.clear()
+        store.update(ordered)
+    return changed
 
 
-def _attributes(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return vars(module), module._parameters, module._buffers, module._modules
+SETS_MODES = "its forward sets a grad mode, autocast or checkpointing of its own"
 
 
-class _RandomState:
-    """Of Python's, torch's and NumPy's own generators."""
-
-    def __init__(self) -> None:
-        self._numpy = getattr(sys.modules.get("numpy"), "random", None)
-        self._state = self._now()
-
-    def is_used(self) -> bool:
-        python, of_torch, numpy = self._now()
-        before = self._state
-        return python != before[0] or not torch.equal(of_torch, before[1]) or repr(numpy) != repr(before[2])
-
-    def restore(self) -> None:
-        random.setstate(self._state[0])
-        torch.set_rng_state(self._state[1])
-        if self._numpy:
-            self._numpy.set_state(self._state[2])
-
-    def _now(self) -> tuple[Any, ...]:
-        return random.getstate(), torch.get_rng_state(), self._numpy and self._numpy.get_state(legacy=False)
+def ambient() -> tuple[Any, ...]:
+    """What a context manager inside a forward may change without leaving a trace."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+    )
 
 
 class _AsType(type):
@@ -468,6 +594,14 @@ class _TypeOfProxies(type, metaclass=_AsType):
     """Stands for `type` in the user's code: a proxy's type is nothing to go by."""
 
 
+_READ_NUMBERS = (
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.allclose.default,
+)
+_TAGS_OF_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
 class _RealTensors(TorchDispatchMode):
     """Refuses what would change the tensors that are there, read their numbers, or draw random ones."""
 
@@ -476,7 +610,7 @@ class _RealTensors(TorchDispatchMode):
             raise Refusal(f"its forward writes a tensor that is not computed in it ({func.name()})")
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Refusal("its forward draws random numbers")
-        if func is torch.ops.aten._local_scalar_dense.default or func is torch.ops.aten.equal.default:
+        if func in _READ_NUMBERS or _TAGS_OF_NUMBERS & set(func.tags):
             raise Refusal("its forward reads a tensor's numbers")
         return func(*args, **(kwargs or {}))
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from . import patterns
-from .contents import Place
+from .contents import ClassPlace, Place
+from .effects import writes_attributes
 from .fused import Attribute, FusedAdd, FusedConv, FusedLRN, FusedSeparable
 from .layout import restore_layouts
-from .observing import BOOKKEEPING, REGION
+from .observing import BOOKKEEPING, REGION, Untraceable
 from .prepared import PreparedConv, PreparedConvs, PreparedSeparable, prepared_convs
 from .tracing import has_hooks, hooks_of, is_leaf, is_region, trace
 
@@ -37,11 +39,13 @@ class Watch:
         # The root's own hooks run around its forward as ever.
         self._hooks = [hooks for m in modules if m is not root and not has_hooks(m) for hooks in hooks_of(m)]
         self._state = self._observe()
-        self._reads: list[Place] = []
+        self._reads: list[Place | ClassPlace] = []
+        self._of_leaves: list[tuple[dict[str, Any], str, Any]] = []
 
-    def add(self, reads: list[Place]) -> None:
-        """What the forward read beside the attributes of its modules."""
+    def add(self, reads: list[Place | ClassPlace], of_leaves: list[tuple[dict[str, Any], str, Any]]) -> None:
+        """What an Observer has seen the forward read beside the attributes of its modules."""
         self._reads = reads
+        self._of_leaves = of_leaves
 
     def _observe(self) -> list[Any]:
         state: list[Any] = [module.training for module in self._modules]
@@ -64,7 +68,9 @@ class Watch:
 
     def attributes_hold(self) -> bool:
         state = self._observe()
-        return len(state) == len(self._state) and all(map(operator.is_, state, self._state)) and not any(self._hooks)
+        if len(state) != len(self._state) or not all(map(operator.is_, state, self._state)) or any(self._hooks):
+            return False
+        return all(store.get(name) is value for store, name, value in self._of_leaves)
 
 
 class Programs:
@@ -82,11 +88,22 @@ class Programs:
     """
 
     def __init__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        graph, self.reads = trace(root, args, kwargs)
+        graph, observer = trace(root, args, kwargs)
+        self.reads, self.of_leaves = observer.reads, observer.of_leaves
+        modules = dict(root.named_modules(remove_duplicate=False))
+        if writes_attributes(graph, modules):
+            raise Untraceable("its forward writes a parameter or buffer")
         _drop_identities(graph, root)
+        self._attributes = [node.target.rpartition(".") for node in graph.nodes if node.op == "get_attr"]
+        self._modules = modules
         self.differentiable = Program(root, graph, fold=False)
         self.inference = Program(root, graph, fold=True)
         self.prepared = PreparedConvs([conv for call in self.inference.calls for conv in prepared_convs(call)])
+
+    def attributes(self) -> Iterator[Tensor]:
+        """The tensors that the forward itself reads from its modules."""
+        for path, _, name in self._attributes:
+            yield getattr(self._modules[path], name)
 
 
 class Program:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import threading
 import types
 import weakref
@@ -265,7 +266,7 @@ class Region:
         if isinstance(programs, str):
             return None, ()
         if (
-            not self._needs_grad(tensors)
+            not self._needs_grad(tensors, programs)
             and _library.LOADED
             and backends.current() != "reference"
             and programs.prepared.refresh()
@@ -285,12 +286,15 @@ class Region:
     def programs(self, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Programs | str:
         """The programs for calls of this signature in the module's present state, or why there are none."""
         key = signature, self.module.training
-        for watch, programs in self._traces.get(key, ()):
-            if watch.holds():
-                return programs
+        programs = self._known(key)
+        if programs is not None:
+            return programs
         if not is_possible():
             return "a profiler is at work"  # until it is not
         with self._lock:
+            programs = self._known(key)  # another thread may have made them
+            if programs is not None:
+                return programs
             self._made += 1
             if self._made > _TRACES_MADE:
                 return "it changes too often"
@@ -299,7 +303,7 @@ class Region:
             watch = Watch(self.module)
             try:
                 programs = Programs(self.module, args, kwargs)
-                watch.add(programs.reads)
+                watch.add(programs.reads, programs.of_leaves)
             except Untraceable as error:
                 programs = str(error)
                 self._failed[key] = programs, self._failed.get(key, ("", 0))[1] + 1
@@ -307,10 +311,18 @@ class Region:
             self._traces = {**known, key: [(watch, programs), *known.get(key, [])[: _TRACES_KEPT - 1]]}
         return programs
 
-    def _needs_grad(self, tensors: Sequence[Tensor]) -> bool:
-        return torch.is_grad_enabled() and (
-            any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.module.parameters())
-        )
+    def _known(self, key: Any) -> Programs | str | None:
+        for watch, programs in self._traces.get(key, ()):
+            if watch.holds():
+                return programs
+        return None
+
+    def _needs_grad(self, tensors: Sequence[Tensor], programs: Programs) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        module = self.module
+        everything = itertools.chain(tensors, module.parameters(), programs.attributes(), module.buffers())
+        return any(tensor.requires_grad for tensor in everything)
 
 
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Sequence[Tensor]] | None:
@@ -324,7 +336,7 @@ def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Sequ
             tensors.append(leaf)
             kinds.append(Tensor)
         elif type(leaf) in _CONSTANTS:
-            kinds.append((type(leaf), leaf))
+            kinds.append((type(leaf), leaf.hex() if isinstance(leaf, float) else leaf))  # -0.0 is not 0.0, NaN is NaN
         else:
             return None
     return (structure, tuple(kinds)), tensors

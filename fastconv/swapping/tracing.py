@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .contents import Place
-from .observing import Applied, Observer, Refusal, Untraceable
+from .observing import SETS_MODES, Applied, Observer, Refusal, Untraceable, ambient
 
 _MOST_NODES = 100_000
 _lock = threading.RLock()  # torch.fx patches torch.nn.Module for the whole process while it traces
@@ -82,8 +81,8 @@ def runs_forward_of(module: nn.Module | None, cls: type[nn.Module]) -> bool:
     )
 
 
-def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.Graph, list[Place]]:
-    """The graph of the call root(*args, **kwargs), with a placeholder for each tensor in it; and what it depends on.
+def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.Graph, Observer]:
+    """The graph of the call root(*args, **kwargs), with a placeholder for each tensor in it; and who saw what it reads.
 
     Of the tensors nothing is read; every other argument is a constant of the graph.
 
@@ -91,7 +90,7 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
         Untraceable: there is no graph that is safe to run instead.
     """
     with _lock:
-        observer = Observer(root)
+        observer = Observer(root, is_leaf)
         tracer = _Tracer(args, kwargs, observer)
         try:
             with _functions_of_autograd(tracer), observer:
@@ -103,7 +102,11 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
         except Exception as error:  # whatever the user's code does when it meets a proxy
             lines = str(error).strip().splitlines()
             raise Untraceable(lines[0] if lines else type(error).__name__) from error
-        return graph, observer.reads
+        return graph, observer
+
+
+_OF_PROXIES = {"tracer", "node", "root", "attr", "_node"}  # what torch.fx keeps in them
+_OFTEN_NONE = {"grad", "_grad", "grad_fn", "_grad_fn", "_base", "name", "names", "_backward_hooks"}
 
 
 class _Proxy(fx.Proxy):
@@ -129,21 +132,29 @@ class _Proxy(fx.Proxy):
             raise AttributeError(name)
         if self.tracer.observer.is_probing():
             raise Refusal("its forward tests what attributes a value has")
+        if name in _OFTEN_NONE:  # and a test whether it is None would go unseen
+            raise Refusal(f"its forward reads {name} of a value")
         return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OF_PROXIES:
+            raise Refusal(f"its forward writes the attribute {name}")
+        object.__setattr__(self, name, value)
 
     def _has_no_value(self, *_: object) -> Any:
         raise Refusal("its forward depends on a value that is computed in it")
 
     __bool__ = __len__ = __int__ = __float__ = __complex__ = __index__ = _has_no_value
-    __contains__ = __array__ = _has_no_value
+    __contains__ = __array__ = __hash__ = _has_no_value
 
     def _in_words(self, *_: object) -> str:
-        """For the message of an assertion, which is made whether it holds or not."""
-        if "_assert" in sys._getframe(1).f_code.co_names:
+        """For a message of torch's, or of an assertion, which is made whether it holds or not."""
+        caller = sys._getframe(1)
+        if "_assert" in caller.f_code.co_names or caller.f_globals.get("__name__", "").startswith("torch."):
             return "a value"
         return self._has_no_value()
 
-    __str__ = __format__ = _in_words
+    __str__ = __repr__ = __format__ = _in_words
 
     def _is_one_of_its_kind(self, *_: object) -> Any:
         raise Refusal("its forward copies a value as an object")
@@ -190,7 +201,6 @@ class _Tracer(fx.Tracer):
         self.observer = observer
         self.thread = threading.get_ident()
         self._call = (args, kwargs)
-        self._ambient = _ambient()
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -203,7 +213,14 @@ class _Tracer(fx.Tracer):
             for i, leaf in enumerate(leaves)
         ]
         args, kwargs = pytree.tree_unflatten(leaves, structure)
-        return functools.partial(plain_forward(self.root), *args, **kwargs), []
+        self.observer.take_arguments(args, kwargs)
+
+        def run() -> Any:
+            result = plain_forward(self.root)(*args, **kwargs)
+            self.observer.check_result(result)
+            return result
+
+        return run, []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -245,8 +262,8 @@ class _Tracer(fx.Tracer):
         raise Refusal("its forward goes through a value that is computed in it")
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _ambient() != self._ambient:
-            raise Refusal("its forward sets a grad mode, autocast or checkpointing of its own")
+        if ambient() != self.observer.ambient:
+            raise Refusal(SETS_MODES)
         if len(self.graph.nodes) > _MOST_NODES:
             raise Refusal(f"its forward takes more than {_MOST_NODES:,} steps")
         return super().create_node(*args, **kwargs)
@@ -263,13 +280,3 @@ def _is_plain(value: Any) -> bool:
 
 # Those of torch.fx have a plain container's place in a graph; torch.return_types' are not made again.
 _CONTAINERS_OF_FX = (fx.immutable_collections.immutable_list, fx.immutable_collections.immutable_dict)
-
-
-def _ambient() -> tuple[Any, ...]:
-    """What a context manager inside a forward may change without leaving a trace."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")),
-        torch._C._autograd._top_saved_tensors_default_hooks(True),
-    )
