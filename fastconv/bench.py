@@ -180,13 +180,18 @@ def run(args: argparse.Namespace) -> int:
     torch.backends.cudnn.benchmark = True
     facts = environment()
     rows: list[Row] = []
+
+    def save() -> None:
+        if args.json:
+            document = {"environment": facts, "rows": [asdict(row) for row in rows]}
+            args.json.write_text(json.dumps(document, indent=1) + "\n")
+
+    save()  # rather than find out after the first network that it cannot be
     try:
         for row in _measure(args):
             rows.append(row)
             print(f"  {row}", file=sys.stderr, flush=True)
-            if args.json:
-                document = {"environment": facts, "rows": [asdict(row) for row in rows]}
-                args.json.write_text(json.dumps(document, indent=1) + "\n")
+            save()
     except KeyboardInterrupt:
         print("interrupted: here is what was measured", file=sys.stderr)
     print(*(f"{name}: {value}" for name, value in facts.items()), "", sep="\n")

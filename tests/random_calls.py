@@ -264,6 +264,16 @@ def _draw(backend: str, seed: int, number: int, rng: random.Random) -> Call | No
     return None if result is not None and fault_of_torch(call, result) else call
 
 
+def _meets_a_row(a: dict[str, Any], weight: Tensor, result: Tensor, pairs: list[tuple[int, int]]) -> bool:
+    (dilation, _), (stride, _) = pairs
+    padding = a.get("padding", 0)
+    if isinstance(padding, str):
+        return True  # around every pixel of the image
+    before = padding if isinstance(padding, int) else padding[0]
+    rows = itertools.product(range(result.shape[-2]), range(weight.shape[2]))
+    return any(0 <= y * stride - before + r * dilation < a["input"].shape[-2] for y, r in rows)
+
+
 def fault_of_torch(call: Call, result: Tensor) -> str | None:
     """Why eager itself is wrong for such a call, or ends the process; such calls are not made.
 
@@ -277,6 +287,10 @@ def fault_of_torch(call: Call, result: Tensor) -> str | None:
             return "oneDNN's 16-bit convolutions end the process where a filter of one pixel is dilated"
         if torch.bfloat16 in kinds and pairs[1][1] > 1 and result.shape[-1] == 1:
             return "oneDNN's bfloat16 convolutions are wrong where a single column of output has a stride"
+        if torch.bfloat16 in kinds and pairs[1][1] > a["input"].shape[-1]:
+            return "oneDNN's bfloat16 weight gradients are wrong where the stride is wider than the image"
+        if torch.bfloat16 in kinds and pairs[0][0] > 1 and not _meets_a_row(a, weight, result, pairs):
+            return "oneDNN's bfloat16 convolutions end the process where a dilated filter meets padding alone"
         unbatched = a["input"].dim() == 3 and weight.is_contiguous(memory_format=torch.channels_last)
         if call.dtype == torch.float64 and unbatched and a.get("groups", 1) > 1:
             return "aten's float64 weight gradients of groups are wrong for an unbatched channels_last image"

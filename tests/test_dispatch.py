@@ -64,6 +64,17 @@ def test_opcheck(case: Case) -> None:
         torch.library.opcheck(function, leaf(args))
 
 
+@pytest.mark.parametrize("dynamic", [None, False, True])
+def test_compile_of_sums_that_are_broadcast(dynamic: bool | None) -> None:
+    """One node, whatever the dtypes and shapes of the two."""
+    image, channels, number = torch.randn(2, 4, 6, 6), torch.randn(4, 1, 1), torch.tensor(2.0)
+    for pair in ((image, channels), (channels.double(), image), (image, number.double()), (image.long(), channels)):
+        torch._dynamo.reset()
+        compiled = torch.compile(ops.add_relu, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        expected = torch.relu(pair[0] + pair[1])
+        torch.testing.assert_close(compiled(*pair), expected)
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_compile_fullgraph(case: Case, dynamic: bool) -> None:
@@ -350,6 +361,16 @@ def test_autocast_under_compile(case: Case) -> None:
 
 # -----------------------------------------------------------------------------------------------
 # vmap
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared weight"])
+def test_vmap_over_nothing(shared: bool) -> None:
+    images, weights = torch.empty(0, 2, 3, 8, 8), torch.empty(0, 4, 3, 3, 3)
+    if shared:
+        found = torch.vmap(lambda image: ops.conv2d_relu(image, torch.ones(4, 3, 3, 3)))(images)
+    else:
+        found = torch.vmap(ops.conv2d_relu)(images, weights)
+    assert found.shape == (0, 2, 4, 6, 6)
 
 
 @pytest.mark.parametrize("which", ["input", "everything"])

@@ -78,6 +78,8 @@ NO_PAIR = {
     "nested": [[1, 1]],
     "negative": (1, -1),
     "huge": (1, 2**62),
+    "texts": ["x" * 60] * 9,
+    "objects": [type("A" * 40, (), {})()] * 9,
 }
 NO_COUNT = {**NO_NUMBER, **HUGE, "float": 1.0, "list": [1], "zero": 0}
 NO_REAL = {**NO_NUMBER, "list": [1.0], "complex": 1j, "20,000 digits": 10**20_000}
@@ -199,6 +201,7 @@ def test_modules_misused(name: str) -> None:
         check_words(op, message_of(lambda given=value: module(torch.ones(FULL), given)))
     if "padding" in vars(module) and op != "conv2d_add_relu" and op != "pointwise_conv2d":
         check_words(op, message_of(lambda: module(torch.ones(2, 3, 0, 4))))
+        check_words(op, message_of(lambda: module(torch.ones(2, 0, 5, 4))))
 
 
 @pytest.mark.parametrize("kind", [*NO_NAME, "pair"])
@@ -446,6 +449,8 @@ def test_out_of_inference_mode(op: str, where: str) -> None:
     for given in (arguments, made_there):
         found = message_of(lambda given=given: run(op, {**given, "out": out}, backend=where))
         assert f"fastconv::{op}: got out that was made in inference mode, needed a tensor from outside of it; " in found
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert message_of(lambda given=given: run(op, {**given, "out": out}, backend=where)) == found
     assert all((result == 7).all() for result in results)
     with torch.inference_mode():
         run(op, {**arguments, "out": out}, backend=where)
@@ -475,6 +480,36 @@ def test_sums_are_promoted_as_eagers(where: str, cast_to: torch.dtype | None) ->
                 torch.testing.assert_close(found, expected)
 
 
+def test_a_failure_within_torch_keeps_its_reason() -> None:
+    """From torch 2.13 on; before, it is on stderr."""
+    if torch.__version__ < "2.13":
+        pytest.skip("this torch keeps what it says to itself")
+    vast = torch.ones(1).expand(2**33, 4, 1, 1)
+    found = message_of(lambda: ops.conv2d_relu(vast, torch.ones(2, 4, 1, 1), backend="cpu"))
+    assert re.match(r"fastconv: \S+ failed: .*you tried to allocate", found), found
+
+
+@pytest.mark.parametrize("where", BACKENDS)
+def test_the_branch_that_does_not_fit_is_named(where: str) -> None:
+    device_of(where)
+    x, weight, bias = torch.ones(1, 4, 2, 2), torch.ones(2, 4, 1, 1), torch.ones(2)
+    for weights, biases, words in (
+        ([weight, weight], [bias, torch.ones(3)], "got biases[1] of shape [3], needed [2]"),
+        ([weight, weight[:0]], None, "got weights[1] of shape [0, 4, 1, 1], needed at least"),
+        ([weight, weight.double()], None, "got weights[1] of dtype float64"),
+        ([weight, weight[:, :3]], None, "needed 3 (weights[1].shape[1] 3 x groups 1)"),
+    ):
+        assert words in message_of(
+            lambda weights=weights, biases=biases: ops.pointwise_conv2d_group(x, weights, biases, backend=where)
+        )
+    depthwise = torch.ones(4, 1, 1, 1)
+    for call, words in (
+        (partial(ops.depthwise_separable_conv2d, x, depthwise, weight.double()), "got pointwise_weight of dtype"),
+        (partial(ops.depthwise_separable_conv2d, x, depthwise, weight, bias), "got depthwise_bias of shape [2]"),
+    ):
+        assert words in message_of(lambda call=call: call(backend=where))
+
+
 @pytest.mark.parametrize("op", [op for op in ops.__all__ if "conv" in op])
 def test_convolutions_take_one_dtype(op: str) -> None:
     for dtype, name in itertools.product((torch.float32, torch.bfloat16), FIRST[op].shapes):
@@ -484,4 +519,6 @@ def test_convolutions_take_one_dtype(op: str) -> None:
             found = message_of(lambda arguments=arguments: run(op, arguments))
             check_words(op, found)
             assert "needed one dtype; convert it with" in found
+            given = arguments[name]
+            assert (f"got {name}[0] of" if isinstance(given, list) else f"got {name} of") in found or name == "input"
             assert message_of(lambda arguments=arguments: run(op, arguments, backend="reference")) == found

@@ -9,6 +9,7 @@ import torch
 from cases import FORMATS, layout_of
 from kernel_backends import device_of
 from random_calls import SHARES, Call, check, sweep
+from torch._subclasses import FakeTensorMode
 
 from fastconv import ops
 
@@ -76,7 +77,7 @@ def test_subnormal_numbers(backend: str, dtype: torch.dtype) -> None:
 def test_where_onednn_fails(
     backend: str, dtype: torch.dtype, filter: tuple[int, ...], width: int, step: int, dilation: int
 ) -> None:
-    """A single column of output with a stride; a filter of one pixel that is dilated."""
+    """A single column of output with a stride; a filter of one pixel that is dilated, which ends eager's process."""
     device_of(backend)
     weight = torch.randn(filter).to(dtype)
     padding = 1 if dilation > 1 else 0
@@ -86,6 +87,35 @@ def test_where_onednn_fails(
         expected = torch.relu(torch.nn.functional.conv2d(input.double(), weight.double(), *geometry))
         found = ops.conv2d_relu(input, weight, *geometry, backend=backend)
         torch.testing.assert_close(found, expected.to(dtype))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda-emulated"])
+def test_strides_wider_than_the_image(backend: str) -> None:
+    """In bfloat16, where eager's weight gradient reads memory beside the image."""
+    device_of(backend)
+    input, weight = torch.randn(1, 16, 5, 1).bfloat16(), torch.randn(16, 16, 1, 3).bfloat16()
+    geometry = (None, (1, 2), (0, 2))
+    grads = []
+    for dtype, options in ((torch.bfloat16, {"backend": backend}), (torch.float64, {"backend": "reference"})):
+        beside = [torch.full((size,), 3e38) for size in (1000, 5000, 20000, 100000)]
+        del beside
+        leaf = weight.to(dtype, copy=True).requires_grad_()
+        output = ops.conv2d_relu(input.to(dtype), leaf, *geometry, activation="none", **options)
+        grads += torch.autograd.grad(output.sum(), leaf)
+    torch.testing.assert_close(grads[0].double(), grads[1], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda-emulated"])
+def test_filters_that_meet_padding_alone(backend: str) -> None:
+    """In bfloat16, for which eager's process ends."""
+    device_of(backend)
+    input = torch.randn(2, 3, 5, 3).bfloat16().requires_grad_()
+    weight = torch.randn(3, 3, 2, 2).bfloat16().requires_grad_()
+    bias = torch.randn(3).bfloat16().requires_grad_()
+    output = ops.conv2d_relu(input, weight, bias, 1, (5, 1), (10, 1), activation="none", backend=backend)
+    assert torch.equal(output, bias[:, None, None].expand_as(output))
+    grads = torch.autograd.grad(output.sum(), (input, weight, bias))
+    assert [int(grad.count_nonzero()) for grad in grads] == [0, 0, 3]
 
 
 def test_weight_gradient_of_an_unbatched_image() -> None:
@@ -129,8 +159,32 @@ def test_layout_of_a_sum(backend: str, one: str, two: str) -> None:
     expected = torch.relu(a + b)
     assert ops.add_relu(a, b, backend=backend).stride() == expected.stride()
     if backend != "reference":
-        from torch._subclasses import FakeTensorMode
-
         with FakeTensorMode() as mode:
             fake = ops.add_relu(mode.from_tensor(a), mode.from_tensor(b), backend=backend)
         assert layout_of(fake) == layout_of(expected)
+
+
+@pytest.mark.parametrize("backend", SHARES)
+def test_layouts_that_are_contiguous_and_channels_last(backend: str) -> None:
+    """Results are contiguous in every stride, as eager's: a convolution behind them reads the layout from that."""
+    device_of(backend)
+    image = torch.randn(2, 4, 4, 1).permute(0, 3, 1, 2)
+    depthwise = torch.randn(1, 3, 3, 3).contiguous(memory_format=torch.channels_last)[:, 1:2]
+    pixel, pointwise = torch.randn(2, 1, 1, 1), torch.randn(4, 1, 1, 1)
+    calls = {
+        "add_relu": lambda x: ops.add_relu(x, x, backend=backend),
+        "local_response_norm": lambda x: ops.local_response_norm(x, 3, backend=backend),
+        "separable": lambda x: ops.depthwise_separable_conv2d(pixel, depthwise, pointwise, padding=1, backend=backend),
+    }
+    expected = {
+        "add_relu": (image + image).stride(),
+        "local_response_norm": torch.nn.functional.local_response_norm(image, 3).stride(),
+        "separable": ops.depthwise_separable_conv2d(
+            pixel, depthwise, pointwise, padding=1, backend="reference"
+        ).stride(),
+    }
+    for name, call in calls.items():
+        assert call(image).stride() == expected[name], name
+        if backend != "reference":
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                assert call(mode.from_tensor(image)).stride() == expected[name], name

@@ -275,6 +275,30 @@ def test_activations(activation, fused, bn):
     agree_in_training(model.train(), image() * 4)
 
 
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "in place"])
+@pytest.mark.parametrize("overwrite", [lambda y: y.mul_(2), torch.relu_, None], ids=["mul_", "relu_", "by the caller"])
+def test_overwriting_a_relu6(inplace, overwrite):
+    """In eager its gradient comes from its input, and survives."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 6, 3), nn.ReLU6(inplace)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.relu(self.conv(x))
+            return y if overwrite is None else overwrite(y)
+
+    model = seeded(Net()).eval()
+    grads = []
+    for net in (model, swap(model)):
+        x = (image() * 4).requires_grad_()
+        output = net(x)
+        (output if overwrite else output.mul_(2)).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
+
+
 POOLS = {
     "module": (nn.MaxPool2d(3, 2, 1), True),
     "dilated": (nn.MaxPool2d(2, dilation=2, ceil_mode=True), True),
@@ -412,12 +436,13 @@ def test_geometries(options, bias):
         (torch.bfloat16, (2, 2), 1, {"stride": (1, 2)}, 3),  # eager's is wrong
         (torch.bfloat16, (3, 3), 3, {"stride": (1, 3)}, 3),
         (torch.float16, (1, 1), 3, {"stride": (1, 2), "padding": 1, "dilation": 2}, 1),  # eager's ends the process
+        (torch.bfloat16, (2, 2), 1, {"padding": (5, 1), "dilation": (10, 1)}, 3),
     ],
-    ids=["bfloat16", "bfloat16 depthwise", "float16"],
+    ids=["bfloat16", "bfloat16 depthwise", "float16", "padding alone"],
 )
 @pytest.mark.parametrize("residual", [False, True], ids=["conv", "residual"])
 def test_where_onednn_fails(dtype, filter, groups, settings, width, residual):
-    """A single column of output with a stride; a filter of one pixel that is dilated."""
+    """A single column of output with a stride; filters of one pixel that are dilated, or that meet padding alone."""
     conv = seeded(nn.Conv2d(3, 3, filter, groups=groups, **settings)).to(dtype).eval()
     wide = copy.deepcopy(conv).double()
 

@@ -156,24 +156,25 @@ void check_same_shape(const char* op, const Tensor& input, const char* name, con
 }
 
 IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                     const std::optional<Tensor>& residual, const ConvGeometry& geometry, const char* residual_name) {
+                     const std::optional<Tensor>& residual, const ConvGeometry& geometry, const ConvNames& names) {
   check_4d(op, "input", input, "(N, C, H, W)");
-  check_4d(op, "weight", weight, "(K, C / groups, R, S)");
+  check_4d(op, names.weight.c_str(), weight, "(K, C / groups, R, S)");
   check_floating(op, input);
-  check_like_input(op, input, "weight", weight);
+  check_like_input(op, input, names.weight.c_str(), weight);
   check_pair(op, "stride", geometry.stride, 1);
   check_pair(op, "padding", geometry.padding, 0);
   check_pair(op, "dilation", geometry.dilation, 1);
   const int64_t groups = geometry.groups;
   check_count(op, "groups", groups, "pass groups=1 for a dense convolution");
   const int64_t out_channels = weight.size(0);
-  CHECK(out_channels >= 1 && weight.size(1) >= 1 && weight.size(2) >= 1 && weight.size(3) >= 1, op,
-        ": got weight of shape ", shape(weight), ", needed at least one filter element; pass a non-empty weight");
-  CHECK(out_channels % groups == 0, op, ": got ", out_channels, " output channels in weight of shape ", shape(weight),
-        ", needed a multiple of groups ", groups, "; change weight or groups");
+  CHECK(out_channels >= 1 && weight.size(1) >= 1 && weight.size(2) >= 1 && weight.size(3) >= 1, op, ": got ",
+        names.weight, " of shape ", shape(weight), ", needed at least one filter element; pass a non-empty ",
+        names.weight);
+  CHECK(out_channels % groups == 0, op, ": got ", out_channels, " output channels in ", names.weight, " of shape ",
+        shape(weight), ", needed a multiple of groups ", groups, "; change ", names.weight, " or groups");
   CHECK(input.size(1) == weight.size(1) * groups, op, ": got ", input.size(1), " channels in input of shape ",
-        shape(input), ", needed ", weight.size(1) * groups, " (weight.shape[1] ", weight.size(1), " x groups ", groups,
-        "); change input, weight or groups");
+        shape(input), ", needed ", weight.size(1) * groups, " (", names.weight, ".shape[1] ", weight.size(1),
+        " x groups ", groups, "); change input, ", names.weight, " or groups");
   for (int axis = 0; axis < 2; ++axis) {
     const int64_t padded = input.size(2 + axis) + 2 * geometry.padding[axis];
     CHECK(padded <= kMost, op, ": got a padded ", axis ? "width" : "height", " of ", padded, ", needed at most ", kMost,
@@ -185,13 +186,13 @@ IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight, 
   const IntList output_size = conv2d_output_size(input, weight, geometry);
   check_result(op, output_size, input);
   if (bias) {
-    check_like_input(op, input, "bias", *bias);
-    CHECK(bias->dim() == 1 && bias->size(0) == out_channels, op, ": got bias of shape ", shape(*bias), ", needed [",
-          out_channels, "], one value for each output channel; reshape it");
+    check_like_input(op, input, names.bias.c_str(), *bias);
+    CHECK(bias->dim() == 1 && bias->size(0) == out_channels, op, ": got ", names.bias, " of shape ", shape(*bias),
+          ", needed [", out_channels, "], one value for each output channel; reshape it");
   }
   if (residual) {
-    check_like_input(op, input, residual_name, *residual);
-    CHECK(residual->sizes().equals(output_size), op, ": got ", residual_name, " of shape ", shape(*residual),
+    check_like_input(op, input, names.residual.c_str(), *residual);
+    CHECK(residual->sizes().equals(output_size), op, ": got ", names.residual, " of shape ", shape(*residual),
           ", needed ", list(output_size), ", the shape of the convolution's output; expand it first");
   }
   return output_size;
@@ -231,9 +232,10 @@ void check_pointwise_group(const char* op, const Tensor& input, const std::vecto
   CHECK(!weights.empty() && (biases.empty() || biases.size() == weights.size()), op, ": got ", weights.size(),
         " weights and ", biases.size(), " biases, needed at least one weight and as many biases; use None for no bias");
   for (size_t i = 0; i < weights.size(); ++i) {
-    check_pointwise_weight(op, entry_name("weights", i).c_str(), weights[i]);
+    const ConvNames names{entry_name("weights", i), entry_name("biases", i)};
+    check_pointwise_weight(op, names.weight.c_str(), weights[i]);
     check_conv2d(op, input, weights[i], biases.empty() ? std::nullopt : std::optional(biases[i]), std::nullopt,
-                 kPointwise);
+                 kPointwise, names);
   }
 }
 
@@ -352,8 +354,9 @@ void check_pointwise_group_backward(const char* op, const std::vector<Tensor>& g
         " outputs, needed as many of each, and no outputs without an activation; pass what the "
         "forward had");
   for (size_t i = 0; i < weights.size(); ++i) {
-    check_pointwise_weight(op, entry_name("weights", i).c_str(), weights[i]);
-    check_conv2d(op, input, weights[i], std::nullopt, grad_outputs[i], kPointwise, "grad_outputs");
+    const ConvNames names{entry_name("weights", i), "", entry_name("grad_outputs", i)};
+    check_pointwise_weight(op, names.weight.c_str(), weights[i]);
+    check_conv2d(op, input, weights[i], std::nullopt, grad_outputs[i], kPointwise, names);
     if (activation != Activation::kNone) {
       const std::string name = entry_name("outputs", i);
       check_like_input(op, input, name.c_str(), outputs[i]);

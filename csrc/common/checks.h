@@ -26,11 +26,15 @@ void check_floating(const char* op, const Tensor& input);
 void check_like_input(const char* op, const Tensor& input, const char* name, const Tensor& other);
 void check_same_shape(const char* op, const Tensor& input, const char* name, const Tensor& other);
 
+// What a convolution's tensors are called in its operator.
+struct ConvNames {
+  std::string weight = "weight", bias = "bias", residual = "residual";
+};
+
 // Everything about a 2-d convolution's arguments, as torch.nn.functional.conv2d wants them. Returns
 // its output size, which is that of the residual (in a backward: of grad_output), too.
 IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                     const std::optional<Tensor>& residual, const ConvGeometry& geometry,
-                     const char* residual_name = "residual");
+                     const std::optional<Tensor>& residual, const ConvGeometry& geometry, const ConvNames& names = {});
 // [N, K, P, Q] for arguments that were checked
 IntList conv2d_output_size(const Tensor& input, const Tensor& weight, const ConvGeometry& geometry);
 // In a backward: the forward's output is there where the activation's mask is read from it.

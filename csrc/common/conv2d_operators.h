@@ -55,7 +55,7 @@ struct Conv2dOperators {
     constexpr auto kOp = "fastconv::conv2d_backward";
     const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
     check_output_mask(kOp, output_mask, 4);
-    check_conv2d(kOp, input, weight, std::nullopt, grad_output, geometry, "grad_output");
+    check_conv2d(kOp, input, weight, std::nullopt, grad_output, geometry, {"weight", "bias", "grad_output"});
     const Activation kind = parse_activation(kOp, activation);
     check_mask_source(kOp, grad_output, output, kind);
     const std::array<bool, 3> convolved{output_mask[0], output_mask[1], output_mask[2]};

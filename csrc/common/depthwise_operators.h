@@ -21,13 +21,14 @@ struct DepthwiseOperators {
   }
 };
 
-// Whether the second convolution's output is channels_last in eager, where the first one's result loses that layout to
-// an ReLU if it has a single channel or a single pixel.
+// Whether the second convolution's output is channels_last in eager. The first one's result loses that layout to an
+// ReLU if it has a single channel or a single pixel; with both it cannot have it.
 inline bool separable_is_channels_last(const Tensor& input, const Tensor& depthwise_weight,
                                        const Tensor& pointwise_weight, const IntList& hidden_size,
                                        Activation depthwise_activation) {
-  const bool ambiguous = hidden_size[1] == 1 || (hidden_size[2] == 1 && hidden_size[3] == 1);
-  const bool kept = !ambiguous || depthwise_activation != Activation::kRelu;
+  const bool one_channel = hidden_size[1] == 1, one_pixel = hidden_size[2] == 1 && hidden_size[3] == 1;
+  const bool through_relu = depthwise_activation == Activation::kRelu;
+  const bool kept = through_relu ? !one_channel && !one_pixel : !one_channel || !one_pixel;
   return (kept && output_is_channels_last(input, depthwise_weight)) || has_channels_last_strides(pointwise_weight);
 }
 
@@ -48,8 +49,10 @@ struct DepthwiseSeparableOperators {
     const int64_t groups = check_depthwise_weight(kOp, "depthwise_weight", input, depthwise_weight);
     check_pointwise_weight(kOp, "pointwise_weight", pointwise_weight);
     const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
-    const IntList hidden_size = check_conv2d(kOp, input, depthwise_weight, depthwise_bias, std::nullopt, geometry);
-    check_conv2d(kOp, of_size(input, hidden_size), pointwise_weight, pointwise_bias, std::nullopt, kPointwise);
+    const IntList hidden_size = check_conv2d(kOp, input, depthwise_weight, depthwise_bias, std::nullopt, geometry,
+                                             {"depthwise_weight", "depthwise_bias"});
+    check_conv2d(kOp, of_size(input, hidden_size), pointwise_weight, pointwise_bias, std::nullopt, kPointwise,
+                 {"pointwise_weight", "pointwise_bias"});
     return kForward(input, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, hidden_size, geometry,
                     inner, outer);
   }
@@ -66,9 +69,10 @@ struct DepthwiseSeparableOperators {
     const int64_t groups = check_depthwise_weight(kOp, "depthwise_weight", input, depthwise_weight);
     check_pointwise_weight(kOp, "pointwise_weight", pointwise_weight);
     const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
-    const IntList hidden_size = check_conv2d(kOp, input, depthwise_weight, depthwise_bias, std::nullopt, geometry);
+    const IntList hidden_size = check_conv2d(kOp, input, depthwise_weight, depthwise_bias, std::nullopt, geometry,
+                                             {"depthwise_weight", "depthwise_bias"});
     check_conv2d(kOp, of_size(input, hidden_size), pointwise_weight, std::nullopt, grad_output, kPointwise,
-                 "grad_output");
+                 {"pointwise_weight", "pointwise_bias", "grad_output"});
     check_mask_source(kOp, grad_output, output, outer);
 
     const bool wants_depthwise = output_mask[0] || output_mask[1] || output_mask[3];

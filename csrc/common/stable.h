@@ -10,10 +10,14 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
+
+// Why the thread's last call failed; torch has it from 2.13 on.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace fastconv {
 
@@ -51,8 +55,11 @@ Result call(const char* op, const char* overload, const Args&... args) {
   // Arguments go in and results come out in the same place.
   constexpr size_t kSlots = std::max(sizeof...(Args), detail::Unpack<Result>::kCount);
   std::array<StableIValue, kSlots> stack{torch::stable::detail::from(args)...};
-  STD_TORCH_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION) == 0, "fastconv: the call of ",
-                  op, " failed; torch's own message stands above");
+  if (torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION) != 0) {
+    const bool has_reason = &torch_exception_get_what_without_backtrace != nullptr;
+    throw std::runtime_error(std::string("fastconv: ") + op +
+                             " failed: " + (has_reason ? torch_exception_get_what_without_backtrace() : "see stderr"));
+  }
   return detail::Unpack<Result>::from(stack.data());
 }
 

@@ -79,11 +79,31 @@ Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::op
   return residual || activation == Activation::kRelu ? with_plain_strides(output) : output;
 }
 
+// Whether some tap of the filter meets some row of the image, and not the padding alone.
+bool meets_a_row(int64_t height, int64_t rows, int64_t output_height, const ConvGeometry& geometry) {
+  const int64_t stride = geometry.stride[0];
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t start = row * geometry.dilation[0] - geometry.padding[0];
+    const int64_t first =
+        start >= 0 ? 0 : (-start + stride - 1) / stride;  // the output's row whose tap is in the image
+    if (first < output_height && start + first * stride < height) return true;
+  }
+  return false;
+}
+
 // Whether a 16-bit convolution is left to oneDNN's kernels for float32: there are none for its type, or they fail for
-// its shape. In bfloat16 a single column of output is wrong where the filter's step is over 1 (seen with torch 2.14).
-bool through_fp32(ScalarType dtype, int64_t output_width, const ConvGeometry& geometry) {
+// its shape (seen with torch 2.14). In bfloat16 results are wrong where the filter's step is over 1 and the output has
+// a single column, weight gradients where the step is longer than the image; and the process ends where all rows of a
+// dilated filter meet padding alone.
+bool through_fp32(const Tensor& input, const Tensor& weight, int64_t output_height, int64_t output_width,
+                  const ConvGeometry& geometry) {
+  const ScalarType dtype = input.scalar_type();
   if (!is_low_precision(dtype)) return false;
-  return !onednn_computes(dtype) || (dtype == ScalarType::BFloat16 && output_width == 1 && geometry.stride[1] > 1);
+  if (!onednn_computes(dtype)) return true;
+  if (dtype != ScalarType::BFloat16) return false;
+  const int64_t step = geometry.stride[1];
+  return (step > 1 && output_width == 1) || step > input.size(3) ||
+         (geometry.dilation[0] > 1 && !meets_a_row(input.size(2), weight.size(2), output_height, geometry));
 }
 
 // A single tap has no neighbour to keep away from, but oneDNN's 16-bit kernels end the process over its dilation (seen
@@ -116,7 +136,8 @@ Tensor new_convolution(const Tensor& input, const Tensor& weight, const std::opt
                        const std::optional<Tensor>& residual, const ConvGeometry& given, Activation activation) {
   const ScalarType dtype = input.scalar_type();
   const ConvGeometry geometry = without_idle_dilation(weight, given);
-  const bool in_fp32 = through_fp32(dtype, conv2d_output_size(input, weight, geometry)[3], geometry);
+  const IntList size = conv2d_output_size(input, weight, geometry);
+  const bool in_fp32 = through_fp32(input, weight, size[2], size[3], geometry);
   if (input.numel() == 0 || !(onednn_computes(dtype) || in_fp32)) {
     return aten_convolution(input, weight, bias, residual, geometry, activation);
   }
@@ -145,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
                                                         std::array<bool, 3> mask) {
   const ScalarType dtype = input.scalar_type();
   const ConvGeometry geometry = without_idle_dilation(weight, given);
-  if (through_fp32(dtype, grad_output.size(3), geometry)) {
+  if (through_fp32(input, weight, grad_output.size(2), grad_output.size(3), geometry)) {
     constexpr ScalarType kCompute = ScalarType::Float;
     auto [grad_input, grad_weight, grad_bias] =
         convolution_backward(torch::stable::to(grad_output, kCompute), torch::stable::to(input, kCompute),

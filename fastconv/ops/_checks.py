@@ -28,8 +28,11 @@ _MOST = 2**31 - 1
 # What to pass instead
 DENSE = "pass groups=1 for a dense convolution"
 CHANNELS = "pass the number of channels to sum over"
-# In a message: entries of a list, characters of a text
-_SHOWN, _TEXT = 8, 40
+# Of the separable op's two convolutions: what weight, bias, and residual (or gradient) are called there.
+OF_DEPTHWISE = ("depthwise_weight", "depthwise_bias", "")
+OF_POINTWISE = ("pointwise_weight", "pointwise_bias", "grad_output")
+# In a message: entries of a list, characters of one of them, characters of a text
+_SHOWN, _ENTRY, _TEXT = 8, 20, 40
 
 
 def fail(op: str, got: object, needed: object, remedy: str) -> NoReturn:
@@ -37,21 +40,21 @@ def fail(op: str, got: object, needed: object, remedy: str) -> NoReturn:
 
 
 def _list(values: Sequence[object]) -> str:
-    entries = [_literal(value) or _type(value) for value in values[:_SHOWN]]
+    entries = [_literal(value, _ENTRY) or _type(value, _ENTRY) for value in values[:_SHOWN]]
     return f"[{', '.join(entries + ['...'] * (len(values) > _SHOWN))}]"
 
 
-def _literal(value: object) -> str | None:
+def _literal(value: object, room: int = _TEXT) -> str | None:
     """A number, a text or None, in no more characters than a message has room for."""
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, str):
-        return repr(value if len(value) <= _TEXT else value[:_TEXT] + "...")
+        return repr(value if len(value) <= room else value[:room] + "...")
     return repr(value) if value is None or isinstance(value, (int, float, torch.SymInt)) else None
 
 
-def _type(value: object) -> str:
-    return "Tensor" if isinstance(value, Tensor) else type(value).__name__[:_TEXT]
+def _type(value: object, room: int = _TEXT) -> str:
+    return "Tensor" if isinstance(value, Tensor) else type(value).__name__[:room]
 
 
 def given(name: str, value: object) -> str:
@@ -143,10 +146,8 @@ def padded(op: str, input: Tensor, borders: Sequence[int], mode: str) -> None:
     """The input can be padded with these borders (left, right, top, bottom) made of its own pixels."""
     if input.dim() not in (3, 4):
         fail(op, f"input of shape {_shape(input)}", "[N, C, H, W] or [C, H, W]", "reshape it")
-    most = {"reflect": lambda size: size - 1, "circular": lambda size: size, "replicate": lambda size: size * _MOST}[
-        mode
-    ]
-    if max(borders[:2]) > most(input.shape[-1]) or max(borders[2:]) > most(input.shape[-2]):
+    sizes = zip((input.shape[-1], input.shape[-2]), (max(borders[:2]), max(borders[2:])), strict=True)
+    if input.shape[-3] == 0 or any(border > _most_padding(size, mode) for size, border in sizes):
         fail(
             op,
             f"padding {_list(borders[::-2])} with padding_mode '{mode}' for input of shape {_shape(input)}",
@@ -154,6 +155,12 @@ def padded(op: str, input: Tensor, borders: Sequence[int], mode: str) -> None:
             "pass a larger input or less padding",
         )
     storage(op, "input", input)
+
+
+def _most_padding(size: int, mode: str) -> int:
+    if mode == "replicate" and size > 0:
+        return _MOST
+    return size - 1 if mode == "reflect" else size
 
 
 def pair(op: str, name: str, value: Any, least: int) -> list[int]:
@@ -300,9 +307,9 @@ def image(op: str, name: str, tensor: Tensor, axes: str) -> None:
             fail(op, f"{name} of shape {_shape(tensor)}", f"at most {_MOST} in dimension {axis}", "split it")
 
 
-def images(op: str, input: Tensor, weight: Tensor) -> None:
+def images(op: str, input: Tensor, weight: Tensor, weight_name: str = "weight") -> None:
     image(op, "input", input, "(N, C, H, W)")
-    image(op, "weight", weight, "(K, C / groups, R, S)")
+    image(op, weight_name, weight, "(K, C / groups, R, S)")
 
 
 def _result(op: str, shape: Sequence[int], like: Tensor) -> None:
@@ -329,12 +336,13 @@ def conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    residual_name: str = "residual",
+    names: tuple[str, str, str] = ("weight", "bias", "residual"),
 ) -> list[int]:
-    """Returns the shape of the convolution's output."""
-    images(op, input, weight)
+    """Returns the shape of the convolution's output. `names` are those of weight, bias and residual in the op."""
+    weight_name, bias_name, residual_name = names
+    images(op, input, weight, weight_name)
     floating(op, input)
-    like_input(op, input, "weight", weight)
+    like_input(op, input, weight_name, weight)
     _pair(op, "stride", stride, 1)
     _pair(op, "padding", padding, 0)
     _pair(op, "dilation", dilation, 1)
@@ -344,23 +352,23 @@ def conv2d(
     if min(weight.shape) < 1:
         fail(
             op,
-            f"weight of shape {_shape(weight)}",
+            f"{weight_name} of shape {_shape(weight)}",
             "at least one filter element",
-            "pass a non-empty weight",
+            f"pass a non-empty {weight_name}",
         )
     if out_channels % groups:
         fail(
             op,
-            f"{out_channels} output channels in weight of shape {_shape(weight)}",
+            f"{out_channels} output channels in {weight_name} of shape {_shape(weight)}",
             f"a multiple of groups {groups}",
-            "change weight or groups",
+            f"change {weight_name} or groups",
         )
     if channels != group_channels * groups:
         fail(
             op,
             f"{channels} channels in input of shape {_shape(input)}",
-            f"{group_channels * groups} (weight.shape[1] {group_channels} x groups {groups})",
-            "change input, weight or groups",
+            f"{group_channels * groups} ({weight_name}.shape[1] {group_channels} x groups {groups})",
+            f"change input, {weight_name} or groups",
         )
     output_shape = [batch, out_channels]
     for axis, name in enumerate(("height", "width")):
@@ -378,11 +386,11 @@ def conv2d(
         output_shape.append((padded - extent) // stride[axis] + 1)
     _result(op, output_shape, input)
     if bias is not None:
-        like_input(op, input, "bias", bias)
+        like_input(op, input, bias_name, bias)
         if tuple(bias.shape) != (out_channels,):
             fail(
                 op,
-                f"bias of shape {_shape(bias)}",
+                f"{bias_name} of shape {_shape(bias)}",
                 f"[{out_channels}], one value for each output channel",
                 "reshape it",
             )
@@ -420,6 +428,11 @@ def depthwise_weight(op: str, name: str, input: Tensor, weight: Tensor) -> int:
             "use conv2d_relu for other groups",
         )
     return channels
+
+
+def of_branch(i: int) -> tuple[str, str, str]:
+    """What weight, bias and gradient of a group's branch are called."""
+    return f"weights[{i}]", f"biases[{i}]", f"grad_outputs[{i}]"
 
 
 def group(op: str, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:

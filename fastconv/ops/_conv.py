@@ -237,7 +237,7 @@ def _fake(
 ) -> tuple[Tensor, ...]:
     op = "conv2d_backward"
     geometry = (stride, padding, dilation, groups)
-    _checks.conv2d(op, input, weight, None, grad_output, *geometry, "grad_output")
+    _checks.conv2d(op, input, weight, None, grad_output, *geometry, ("weight", "bias", "grad_output"))
     _checks.activation(op, activation)
     grad = masked_like(grad_output, output)
     found = fake_gradients(grad, input, weight, *geometry)

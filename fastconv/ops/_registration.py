@@ -207,6 +207,7 @@ class OutOperator(PublicOperator):
             with _below_autocast(device):
                 found = self._cast(lambda *cast: overload(*cast, out), device, tuple(given))
                 if found is not None:  # the rule did without the overload
+                    self._check_writable(out)
                     self._store(found, given, out)
 
         return kernel
@@ -300,6 +301,16 @@ def _mapped(op: Callable[..., Any], fold_batch: Sequence[int]) -> Callable[..., 
 
         def batched(leaf: Tensor, dim: int | None) -> Tensor:
             return leaf.expand(size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
+
+        if size == 0:  # the shapes are those of a batch of one
+            one = [
+                leaf if dim is None else leaf.new_zeros(leaf.movedim(dim, 0).shape[1:])
+                for leaf, dim in zip(leaves, dims, strict=True)
+            ]
+            results = pytree.tree_map(
+                lambda out: out.new_empty(0, *out.shape), op(*pytree.tree_unflatten(one, structure))
+            )
+            return results, pytree.tree_map(lambda _: 0, results)
 
         mapped = {i for i, dim in enumerate(in_dims) if any(d is not None for d in pytree.tree_leaves(dim))}
         folded = {i: batched(args[i], in_dims[i]) for i in fold_batch if isinstance(args[i], Tensor)}

@@ -41,11 +41,19 @@ def add_relu(input: Tensor, other: Tensor, *, activation: str = "relu", backend:
     if input.dtype != other.dtype or input.shape != other.shape:
         _checks.storage(_NAME, "input", input)
         _checks.storage(_NAME, "other", other)
-        dtype = torch.result_type(input, other)  # before they are broadcast: it asks for their dimensions
+        dtype = _promoted(input, other)  # before they are broadcast: it asks for their dimensions
         input, other = input.to(dtype), other.to(dtype)
         if _broadcast(input, other):
             input, other = torch.broadcast_tensors(input, other)
     return _operator.run(backend, input, other, activation)
+
+
+def _promoted(input: Tensor, other: Tensor) -> torch.dtype:
+    """torch.result_type, in a way that torch.compile follows."""
+    if input.dtype == other.dtype:
+        return input.dtype
+    one, two = (torch.empty((1,) * min(t.dim(), 1), dtype=t.dtype, device="meta") for t in (input, other))
+    return (one + two).dtype
 
 
 def _broadcast(input: Tensor, other: Tensor) -> bool:

@@ -104,12 +104,11 @@ def _reference(
     _checks.activation(_NAME, pointwise_activation)
     groups = _checks.depthwise_weight(_NAME, "depthwise_weight", input, depthwise_weight)
     _checks.pointwise_weight(_NAME, "pointwise_weight", pointwise_weight)
-    _checks.conv2d(_NAME, input, depthwise_weight, depthwise_bias, None, stride, padding, dilation, groups)
-    hidden = _conv.activate(
-        F.conv2d(input, depthwise_weight, depthwise_bias, stride, padding, dilation, groups),
-        depthwise_activation,
-    )
-    _checks.conv2d(_NAME, hidden, pointwise_weight, pointwise_bias, None, [1, 1], [0, 0], [1, 1], 1)
+    geometry = (stride, padding, dilation, groups)
+    _checks.conv2d(_NAME, input, depthwise_weight, depthwise_bias, None, *geometry, _checks.OF_DEPTHWISE)
+    hidden = _conv.activate(F.conv2d(input, depthwise_weight, depthwise_bias, *geometry), depthwise_activation)
+    pointwise = ([1, 1], [0, 0], [1, 1], 1)
+    _checks.conv2d(_NAME, hidden, pointwise_weight, pointwise_bias, None, *pointwise, _checks.OF_POINTWISE)
     return _conv.activate(F.conv2d(hidden, pointwise_weight, pointwise_bias), pointwise_activation)
 
 

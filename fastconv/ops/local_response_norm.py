@@ -82,7 +82,9 @@ def _reach(size: int, input: Tensor) -> int:
 
 def _fake(input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str) -> Tensor:
     _checks.local_response_norm(_NAME, input, size, activation)
-    return torch.empty_like(input)
+    # What is contiguous, whatever else it may be, gets plain strides.
+    layout = torch.contiguous_format if input.is_contiguous() else torch.preserve_format
+    return torch.empty_like(input, memory_format=layout)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

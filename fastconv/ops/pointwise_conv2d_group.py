@@ -82,7 +82,7 @@ def _reference(input: Tensor, weights: list[Tensor], biases: list[Tensor], activ
     branches = list(zip(weights, given, strict=True))
     for i, (weight, bias) in enumerate(branches):
         _checks.pointwise_weight(_NAME, f"weights[{i}]", weight)
-        _checks.conv2d(_NAME, input, weight, bias, None, *_POINTWISE)
+        _checks.conv2d(_NAME, input, weight, bias, None, *_POINTWISE, _checks.of_branch(i))
     return [_conv.activate(F.conv2d(input, weight, bias), activation) for weight, bias in branches]
 
 

@@ -201,7 +201,8 @@ class _Finder:
     def _take_activation(self, group: Group) -> None:
         node = None if group.reason else self._only_reader(group)
         activation = None if node is None else self._activation(node)
-        if activation == "relu6" and not self.fold and self._keeps_input(node):
+        if activation == "relu6" and not self.fold and self.effects.is_ever_written(node):
+            # In eager, in place or not, the gradient comes from the input.
             group.reason = "its ReLU6 may be overwritten, and the fused one needs it for the gradient"
         elif activation is not None:
             group.activation = activation
@@ -247,10 +248,6 @@ class _Finder:
             and after.residual is None
             and not any(self.effects.is_written(value, node, after.nodes[-1]) for value, node in group.reads())
         )
-
-    def _keeps_input(self, node: fx.Node) -> bool:
-        """Whether eager's gradient survives that the result is overwritten: it comes from the input."""
-        return self.effects.of[node] is Effect.NEW and self.effects.is_ever_written(node)
 
     def _normalization(self, node: fx.Node) -> Group:
         """An LRN, with the activation before it if nobody else reads what goes into that, or what comes out."""

@@ -275,7 +275,7 @@ class _OneDNN:
         self._weight, self._bias = self.weights = weight, bias
         self._geometry = (padding, list(conv.stride), list(conv.dilation), conv.groups)
         self._activate = _ACTIVATIONS[source.activation]
-        self._known: dict[torch.Size, tuple[Tensor | None, tuple[int, ...]]] = {}
+        self._known: dict[torch.Size, tuple[Tensor | None, tuple[int, ...], bool]] = {}
         self._packs: list[Tensor] = []  # one for each format
         self._lock = threading.Lock()
 
@@ -285,8 +285,8 @@ class _OneDNN:
             dtype = torch.get_autocast_dtype("cpu")
         elif dtype is not self._dtype:
             return self._source.pooled(FusedConv.__call__(self._source, input, residual))  # it says what is wrong
-        packed, shape = self._known.get(input.shape) or self._meet(input)
-        if self._is_wrong(shape):
+        packed, shape, fails = self._known.get(input.shape) or self._meet(input)
+        if fails:
             return self._wide(input, residual)
         compute, geometry = self._compute, self._geometry
         if input.dtype is not compute:
@@ -309,30 +309,41 @@ class _OneDNN:
         return self._activate(self._source.pooled(output))
 
     def kernel(self, input: Tensor) -> str:
-        packed, shape = self._known.get(input.shape) or self._meet(input)
-        if self._is_wrong(shape):
+        packed, _, fails = self._known.get(input.shape) or self._meet(input)
+        if fails:
             return self._wide.kernel(input)
         name = str(self._compute).removeprefix("torch.")
         return f"aten {name}" if packed is None else f"oneDNN {name}, prepacked, channels_last"
 
-    def _is_wrong(self, shape: tuple[int, ...]) -> bool:
-        """Whether oneDNN's bfloat16 kernels are wrong for this output; see through_fp32 in csrc/cpu/conv2d.cpp."""
-        return shape[-1] == 1 and self._compute is torch.bfloat16 and self._source.conv.stride[1] > 1
+    def _fails(self, input: Tensor, shape: tuple[int, ...]) -> bool:
+        """Whether oneDNN's bfloat16 kernels fail for this input; see through_fp32 in csrc/cpu/conv2d.cpp."""
+        conv, padding = self._source.conv, self._geometry[0]
+        if self._compute is not torch.bfloat16 or min(shape) <= 0:
+            return False
+        rows = (
+            y * conv.stride[0] + r * conv.dilation[0] - padding[0]
+            for r in range(conv.kernel_size[0])
+            for y in range(shape[-2])
+        )
+        meets_no_row = conv.dilation[0] > 1 and not any(0 <= row < input.shape[-2] for row in rows)
+        return meets_no_row or (shape[-1] == 1 and conv.stride[1] > 1)
 
     @functools.cached_property
     def _wide(self) -> _OneDNN:
         """The same in float32."""
         return _OneDNN(self._source, torch.float32, self._geometry[0])
 
-    def _meet(self, input: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
-        """The packed weight for inputs of this shape, None where aten is faster; and the output's shape."""
+    def _meet(self, input: Tensor) -> tuple[Tensor | None, tuple[int, ...], bool]:
+        """The packed weight for inputs of this shape, None where aten is faster; the output's shape; whether oneDNN
+        fails for them."""
         shape = output_shape(self._source.conv, input)
+        fails = self._fails(input, shape)
         with self._lock:
-            packed = self._pack(input) if not self._is_wrong(shape) and self._pays(input, shape) else None
+            packed = self._pack(input) if not fails and self._pays(input, shape) else None
             if len(self._known) >= _SHAPES_KEPT:
                 self._known = {}
-            self._known[input.shape] = packed, shape
-        return packed, shape
+            self._known[input.shape] = packed, shape, fails
+        return packed, shape, fails
 
     def _pays(self, input: Tensor, shape: tuple[int, ...]) -> bool:
         weight = self._weight

@@ -103,7 +103,7 @@ def conv2d_backward(
     """
     op = "conv2d_backward"
     geometry: Geometry = (stride, padding, dilation, groups)
-    _checks.conv2d(op, input, weight, None, grad_output, *geometry, "grad_output")
+    _checks.conv2d(op, input, weight, None, grad_output, *geometry, ("weight", "bias", "grad_output"))
     _checks.activation(op, activation)
     needs_output(op, output, activation)
     empty = ops_conv.empty_gradient(input)

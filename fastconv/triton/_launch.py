@@ -120,6 +120,8 @@ def new_output(input: Tensor, weight: Tensor, geometry: Geometry, plain: bool = 
 
 def dense(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """(the tensor without gaps or overlaps, an unwritten one like it): itself, or a copy if it has some."""
+    if tensor.is_contiguous():  # whatever else it may be
+        return tensor, torch.empty_like(tensor, memory_format=torch.contiguous_format)
     like = torch.empty_like(tensor)
     return (tensor if like.stride() == tensor.stride() else like.copy_(tensor)), torch.empty_like(like)
 

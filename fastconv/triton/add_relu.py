@@ -42,8 +42,10 @@ def add_relu(input: Tensor, other: Tensor, activation: str) -> Tensor:
     _checks.floating(op, input)
     _checks.like_input(op, input, "other", other)
     _checks.same_shape(op, input, "other", other)
-    output = torch.empty_like(input)
-    if input.dtype == torch.float64 or not input.stride() == other.stride() == output.stride():
+    contiguous = input.is_contiguous() and other.is_contiguous()  # whatever else they may be
+    output = torch.empty_like(input, memory_format=torch.contiguous_format if contiguous else torch.preserve_format)
+    alike = contiguous or input.stride() == other.stride() == output.stride()
+    if input.dtype == torch.float64 or not alike:
         return ops_conv.activate(input + other, activation)
     _flat(add_relu_fprop, input, other, output, activation)
     return output

@@ -86,9 +86,9 @@ def depthwise_separable_conv2d(
     groups = _checks.depthwise_weight(op, "depthwise_weight", input, depthwise_weight)
     _checks.pointwise_weight(op, "pointwise_weight", pointwise_weight)
     depthwise: _conv.Geometry = (stride, padding, dilation, groups)
-    _checks.conv2d(op, input, depthwise_weight, depthwise_bias, None, *depthwise)
+    _checks.conv2d(op, input, depthwise_weight, depthwise_bias, None, *depthwise, _checks.OF_DEPTHWISE)
     hidden = _hidden_size(input, depthwise_weight, depthwise)
-    _checks.conv2d(op, hidden, pointwise_weight, pointwise_bias, None, *_conv.POINTWISE)
+    _checks.conv2d(op, hidden, pointwise_weight, pointwise_bias, None, *_conv.POINTWISE, _checks.OF_POINTWISE)
     config = table.config(
         "depthwise_separable_fprop", _launch.dtype_class(input), _launch.width_class(pointwise_weight.shape[0])
     )
@@ -158,9 +158,9 @@ def depthwise_separable_conv2d_backward(
     groups = _checks.depthwise_weight(op, "depthwise_weight", input, depthwise_weight)
     _checks.pointwise_weight(op, "pointwise_weight", pointwise_weight)
     depthwise: _conv.Geometry = (stride, padding, dilation, groups)
-    _checks.conv2d(op, input, depthwise_weight, depthwise_bias, None, *depthwise)
+    _checks.conv2d(op, input, depthwise_weight, depthwise_bias, None, *depthwise, _checks.OF_DEPTHWISE)
     hidden = _hidden_size(input, depthwise_weight, depthwise)
-    _checks.conv2d(op, hidden, pointwise_weight, None, grad_output, *_conv.POINTWISE, "grad_output")
+    _checks.conv2d(op, hidden, pointwise_weight, None, grad_output, *_conv.POINTWISE, _checks.OF_POINTWISE)
     hidden = _conv.convolution(input, depthwise_weight, depthwise_bias, None, depthwise, depthwise_activation)
     wants_depthwise = output_mask[0] or output_mask[1] or output_mask[3]
     grad_hidden, grad_pointwise, grad_pointwise_bias, _ = _conv.conv2d_backward(

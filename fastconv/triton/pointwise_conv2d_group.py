@@ -99,7 +99,8 @@ def pointwise_conv2d_group(
     shapes = []
     for i, weight in enumerate(weights):
         _checks.pointwise_weight(op, f"weights[{i}]", weight)
-        shapes.append(_checks.conv2d(op, input, weight, biases[i] if biases else None, None, *_conv.POINTWISE))
+        bias = biases[i] if biases else None
+        shapes.append(_checks.conv2d(op, input, weight, bias, None, *_conv.POINTWISE, _checks.of_branch(i)))
     if out is not None:
         _checks.destinations(op, out, shapes, input, [input, *weights, *biases])
     given: list[Tensor | None] = [bias.contiguous() for bias in biases] or [None for _ in weights]
@@ -188,7 +189,7 @@ def pointwise_conv2d_group_backward(
             "pass what the forward had",
         )
     for i, (weight, grad) in enumerate(zip(weights, grad_outputs, strict=True)):
-        _checks.conv2d(op, input, weight, None, grad, *_conv.POINTWISE, "grad_outputs")
+        _checks.conv2d(op, input, weight, None, grad, *_conv.POINTWISE, _checks.of_branch(i))
         if outputs:
             _checks.same_shape(op, grad, f"outputs[{i}]", outputs[i])
     sizes = [weight.shape[0] for weight in weights]
