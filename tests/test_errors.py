@@ -217,8 +217,8 @@ TABLE = [
     Bad(
         "depthwise_separable_conv2d",
         {"pointwise_weight": t(4, 5, 1, 1)},
-        "got 6 channels in input of shape [2, 6, 4, 4], needed 5 (weight.shape[1] 5 x groups 1); "
-        "change input, weight or groups",
+        "got 6 channels in input of shape [2, 6, 4, 4], needed 5 (pointwise_weight.shape[1] 5 x groups 1); "
+        "change input, pointwise_weight or groups",
     ),
     Bad(
         "depthwise_separable_conv2d",

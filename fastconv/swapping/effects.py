@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import inspect
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -152,8 +152,8 @@ class Effects:
         return Effect.NEW if plain or cls in _MODULES else Effect.UNKNOWN
 
 
-def writes_attributes(graph: fx.Graph, modules: dict[str, nn.Module]) -> bool:
-    """Whether a graph itself, and not a module that it calls, may overwrite a parameter or buffer."""
+def written_attributes(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterator[str]:
+    """The paths of parameters and buffers that a graph itself, and not a module that it calls, may overwrite."""
     effects = Effects(graph, modules).of
     for node in graph.nodes:
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
@@ -163,9 +163,8 @@ def writes_attributes(graph: fx.Graph, modules: dict[str, nn.Module]) -> bool:
             written = node.args[0] if node.args else None
         while isinstance(written, fx.Node) and effects[written] is not Effect.NEW:
             if written.op == "get_attr":
-                return True
+                yield written.target
             written = written.args[0] if written.args else None
-    return False
 
 
 def argument(node: fx.Node, name: str) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from . import patterns
 from .contents import ClassPlace, Place
-from .effects import writes_attributes
+from .effects import written_attributes
 from .fused import Attribute, FusedAdd, FusedConv, FusedLRN, FusedSeparable
 from .layout import restore_layouts
 from .observing import BOOKKEEPING, REGION, Untraceable
@@ -91,8 +91,12 @@ class Programs:
         graph, observer = trace(root, args, kwargs)
         self.reads, self.of_leaves = observer.reads, observer.of_leaves
         modules = dict(root.named_modules(remove_duplicate=False))
-        if writes_attributes(graph, modules):
-            raise Untraceable("its forward writes a parameter or buffer")
+        called = [modules[node.target] for node in graph.nodes if node.op == "call_module"]
+        of_layers = {id(tensor) for module in called for tensor in (*module.parameters(), *module.buffers())}
+        for path in written_attributes(graph, modules):
+            owner, _, name = path.rpartition(".")
+            if id(getattr(modules[owner], name)) in of_layers:  # of which there may be folded copies
+                raise Untraceable(f"its forward writes {path}, which a layer has")
         _drop_identities(graph, root)
         self._attributes = [node.target.rpartition(".") for node in graph.nodes if node.op == "get_attr"]
         self._modules = modules
