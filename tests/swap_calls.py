@@ -119,7 +119,7 @@ OTHERS: dict[str, Callable[[Tensor], Any]] = {
     "einsum": lambda v: torch.einsum("nchw->nc", v),
     "scripted": lambda v: _scripted(v),
     "exec": lambda v: eval("v + 1", {"v": v}),
-    "super": lambda v: sum([v, v]),
+    "sum": lambda v: sum([v, v]),
     "max of two": lambda v: max(v.shape[0], 1) * v,
     "sorted": lambda v: sorted([v.shape[0], 1])[0] * v,
     "isinstance int": lambda v: v if isinstance(v.shape[0], int) else v + 1,

@@ -54,11 +54,14 @@ def swap(model: nn.Module) -> nn.Module:
     Only what the graph of the forward proves safe is fused; `fastconv.explain` says what that is, and why not the
     rest.
 
-    Tracing runs the forward once, on stand-ins for its tensors, and does no harm. A forward that writes anything but
-    its own variables, prints, reads the time, a mode or randomness, handles exceptions or tests types is not traced;
-    whatever it did is put back, and its parts are swapped one by one. What a traced forward read (attributes, globals,
-    variables of enclosing functions, the content of containers) is compared before every call; ``torch.compile`` gets
-    the plain forward where content was read. Not seen: what a C extension does behind its arguments' back.
+    Tracing runs the forward once, on stand-ins for its tensors, and does no harm. A forward is not traced if it writes
+    attributes, globals or containers that are not its own, prints, reads the time, a mode or randomness, changes
+    modules, handles exceptions, enters context managers of the user's, imports modules, tests types, or asks with
+    ``is`` which object a value is (other than None). It is stopped before it does so; what it wrote to containers is
+    put back; and its parts are swapped one by one. What a traced forward read (attributes, globals, variables of
+    enclosing functions, the content of containers and objects, classes) is compared before every call;
+    ``torch.compile`` gets the plain forward where content was read. Not seen: what a C extension does behind its
+    arguments' back.
 
     A parametrization or pruning takes a parameter away from the layer and from what the two models share: register it
     before the swap, or on a ``copy.deepcopy`` of the result, if the original goes on being used.
