@@ -14,6 +14,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -47,13 +48,13 @@ class Pair(torch.autograd.Function):
 
 
 def _index(key: Any) -> Callable[[Tensor], Any]:
-    return lambda v: v[key(v) if callable(key) else key]
+    return lambda v: v[key(v) if isinstance(key, FunctionType) else key]
 
 
 def _store(key: Any) -> Callable[[Tensor], Any]:
     def store(v: Tensor) -> Tensor:
         v = v.clone()
-        v[key(v) if callable(key) else key] = 0.5
+        v[key(v) if isinstance(key, FunctionType) else key] = 0.5
         return v
 
     return store

@@ -11,6 +11,7 @@ import inspect
 import itertools
 import json
 import logging
+import operator
 import os
 import random
 import subprocess
@@ -197,6 +198,15 @@ def notes_on_a_value(s: Net, h: Tensor) -> Tensor:
     return h
 
 
+@functools.lru_cache(None)
+def kept(n: int) -> int:
+    return n * COUNT
+
+
+def exchanges_weights(s: Net, h: Tensor) -> Tensor:
+    return torch.func.functional_call(s.conv, s.weights, (h,))
+
+
 class Quiet:
     def __enter__(self) -> None:
         print("entered")
@@ -283,7 +293,20 @@ SIDE_EFFECTS = {
     "attribute": (lambda s, h: (setattr(s, "h", h), h)[-1], {}, "calls setattr"),
     "object": (counts_in_an_object, {"state": types.SimpleNamespace(n=0)}, "writes the attribute n"),
     "__dict__": (lambda s, h: (s.__dict__["log"].append(h), h)[-1], {"log": []}, "uses __dict__"),
-    "submodule": (lambda s, h: (s._modules.update(relu=nn.Identity()), h)[-1], {}, "attributes of the modules: relu"),
+    "submodules": (
+        lambda s, h: (s.parts.clear(), h)[-1],
+        {"parts": nn.ModuleDict({"act": nn.ReLU()})},
+        "attributes of the modules: act",
+    ),
+    "buffers": (
+        lambda s, h: (s._buffers.update(st=s.st + 1), h * s.st)[-1],
+        {"st": nn.Buffer(torch.zeros(1))},
+        "uses _buffers",
+    ),
+    "partial": (lambda s, h: (s.p(), h)[-1], {"p": functools.partial(print, "called")}, "a partial print"),
+    "map": (lambda s, h: (list(map(print, ["called"])), h)[-1], {}, "passes print on"),
+    "cached": (lambda s, h: h * kept(2), {}, "a function that keeps its results"),
+    "other weights": (exchanges_weights, {"weights": {"bias": torch.ones(8)}}, "functional_call"),
     "mode": (in_evaluation, {"norm": nn.BatchNorm2d(8)}, "changes a module (eval)"),
     "mode as attribute": (in_evaluation_by_attribute, {"norm": nn.BatchNorm2d(8)}, "writes the attribute training"),
     "hook": (hooks, {}, "changes a module (register_forward_hook)"),
@@ -538,7 +561,19 @@ READS = {
         lambda s: s.t.add_(1),
     ),
     "how many are not zero": (lambda s, h: h * len(s.t.nonzero()), {"t": torch.ones(2)}, lambda s: s.t[0].zero_()),
+    "parameters": (
+        lambda s, h: h * len([p for p in s.parameters() if p.requires_grad]),
+        {},
+        lambda s: s.requires_grad_(False),
+    ),
+    "attrgetter": (lambda s, h: h * operator.attrgetter("l")(s)[0], {"l": [2]}, lambda s: s.l.__setitem__(0, 3)),
     # These depend on a traced value itself, in ways that Python answers without asking it.
+    "callable": (lambda s, h: h * 2 if callable(h) else h, {}, lambda s: None),
+    "weights of attention": (
+        lambda s, h: h * (2 if s.attention(*[h.flatten(2)] * 3, need_weights=False)[1] is None else 1),
+        {"attention": nn.MultiheadAttention(144, 2)},
+        lambda s: None,
+    ),
     "shape in a set": (lambda s, h: h * 2 if h.shape[2] in {12, 13} else h, {}, lambda s: None),
     "type as a key": (lambda s, h: h * {torch.float32: 3.0}.get(h.dtype, 1.0), {}, lambda s: None),
     "which type": (lambda s, h: h * 2 if h.dtype is torch.float32 else h, {}, lambda s: None),
@@ -871,6 +906,203 @@ def test_gradients_of_what_is_no_parameter(how: str) -> None:
     x = torch.randn(2, 16, 32, 32)
     ours, theirs = (torch.autograd.grad(net(x).sum(), net.delta)[0] for net in (fast, model))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+class Twice(Appends):
+    def forward(self, x: Tensor) -> Any:
+        found = [torch.relu(self.conv(x))]
+        return found, found
+
+
+def test_a_container_that_is_returned_twice() -> None:
+    one, two = swap(Twice())(features())
+    assert one is two
+
+
+# ------------------------------------------------------------------------------------------- parts of all kinds
+
+
+class Goes(nn.Module):
+    """Through its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(8, 8, 1), nn.ReLU()])
+        self.named = nn.ModuleDict({"conv": nn.Conv2d(8, 8, 1), "act": nn.Identity()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        for name, layer in self.named.items():
+            x = layer(x) * len(name)
+        return x
+
+
+LAYERS = {
+    "append": lambda net: net.layers.append(nn.Sigmoid()),
+    "replace": lambda net: net.layers.__setitem__(1, nn.Tanh()),
+    "delete": lambda net: net.layers.__delitem__(1),
+    "other channels": lambda net: (net.layers.__setitem__(0, seeded(nn.Conv2d(8, 8, 3))), net.named.pop("conv")),
+    "rename": lambda net: net.named.update({"activation": net.named.pop("act")}),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_lists_that_change(name: str) -> None:
+    model = seeded(Goes()).eval()
+    fast = swap(model)
+    assert not explain(fast).untraced
+    with torch.no_grad():
+        fast(features())
+        for net in (fast, model):
+            LAYERS[name](net)
+        torch.testing.assert_close(fast(features()), model(features()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda part: torch.jit.trace(part, features())])
+def test_scripted_parts(compiled: Any) -> None:
+    model = seeded(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), compiled(nn.Sequential(nn.Conv2d(8, 8, 1))))).eval()
+    fast = swap(model)
+    torch.testing.assert_close(fast(features()), model(features()), rtol=1e-4, atol=1e-5)
+    assert str(explain(fast).rows[0].inference).startswith("conv + relu -> ")
+
+
+class Hooked(nn.Module):
+    """What a hook keeps is read by the forward around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+        self.part = nn.Conv2d(8, 8, 1)
+        self.kept, self.count = [], 0
+        self.part.register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.kept.append(output)
+        self.count += 1
+
+    def forward(self, x: Tensor) -> Any:
+        self.kept.clear()
+        x = self.part(self.first(x))
+        return x * self.count, list(self.kept)
+
+
+def test_hooks_that_the_forward_knows_of() -> None:
+    model = seeded(Hooked()).eval()
+    twin = copy.deepcopy(model)
+    fast = swap(model)
+    assert "hooks" in explain(fast).untraced[""]
+    assert not explain(fast).untraced.keys() - {""}  # the other parts are traced
+    for _ in range(3):
+        torch.testing.assert_close(fast(features()), twin(features()), rtol=1e-4, atol=1e-5)
+
+
+def test_classes_that_watch() -> None:
+    """A registry of subclasses, a frozen class and one with slots of its own hear nothing of a swap."""
+    known: list[str] = []
+
+    class Registry(nn.Module):
+        def __init_subclass__(cls, *, name: str, **more: Any) -> None:
+            known.append(name)
+
+    class Frozen(Registry, name="frozen"):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 1)
+            self.ready = True
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if "ready" in vars(self):
+                raise AttributeError(f"frozen: {name}")
+            super().__setattr__(name, value)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.conv(x)) * (2 if type(self).__name__ == "Frozen" else 1)
+
+    model = seeded(Frozen())
+    fast = swap(model)
+    assert known == ["frozen"]
+    torch.testing.assert_close(fast(features()), model(features()), rtol=1e-4, atol=1e-5)
+    assert isinstance(copy.deepcopy(fast), Frozen)
+
+
+def circular(self: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(F.pad(input, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+
+class Doubles(nn.Conv2d):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+
+class Refuses(nn.BatchNorm2d):
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.shape[-1] == 12:
+            raise ValueError("no")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_layers_that_compute_something_else(when: str) -> None:
+    """A convolution patched for seamless images, a layer with a __call__ of its own, a norm with a check of its own."""
+
+    def patch(net: nn.Module) -> None:
+        net[0]._conv_forward = types.MethodType(circular, net[0])
+
+    model = seeded(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), Doubles(8, 8, 1), nn.ReLU())).eval()
+    if when == "before":
+        patch(model)
+    fast, twin = swap(model), copy.deepcopy(model)
+    if when == "after":
+        fast(features())
+        for net in (fast, twin):
+            patch(net)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(fast(features()), twin(features()), rtol=1e-4, atol=1e-5)
+    refusing = swap(nn.Sequential(nn.Conv2d(8, 8, 1), Refuses(8)).eval())
+    with torch.no_grad(), pytest.raises(ValueError, match="no"):
+        refusing(features())
+
+
+class Statistics(nn.Module):
+    """Reads memory that something else writes."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.conv, self.bn = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.register_buffer("st", torch.ones(2, 8, 12, 12))
+        self.register_buffer("view", self.bn.running_var.view(1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "norm":
+            t = self.conv(x) + self.bn.running_mean[None, :, None, None]
+            z = self.bn(x * 3 + 5)
+            return torch.relu(t) + 0 * z
+        if self.how == "argument":
+            h = self.conv(x)
+            self.st.mul_(0)
+            return torch.relu(h)
+        if self.how == "view":
+            self.view.mul_(0.5)
+        elif self.how == "foreach":
+            torch._foreach_mul_([self.conv.weight.detach()], 0.5)
+        else:
+            F.batch_norm(x * 3 + 2, self.bn.running_mean, self.bn.running_var, training=True)
+        return torch.relu(self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("how", ["norm", "argument", "view", "foreach", "batch_norm"])
+def test_memory_that_a_forward_reads_and_writes(how: str, training: bool) -> None:
+    model = seeded(Statistics(how)).train(training)
+    twin = copy.deepcopy(model)
+    fast = swap(model)
+    with torch.no_grad():
+        for _ in range(3):
+            found, expected = (net(net.st if how == "argument" else features()) for net in (fast, twin))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def rounded(state: Any) -> Any:

@@ -168,6 +168,13 @@ def _parts(value: Any, containers: list[tuple[Any, Callable[[], None]]]) -> Iter
         yield getattr(value, "__func__", value.__name__)
         return
     elif isinstance(value, functools.partial):
+        of_torch = str(getattr(value.func, "__module__", None)).partition(".")[0] == "torch"
+        if (
+            isinstance(value.func, types.BuiltinFunctionType)
+            and not of_torch
+            and value.func.__self__ is not torch._C._VariableFunctions
+        ):
+            raise Unwatchable(f"a partial {value.func.__name__}, whose call cannot be observed")
         yield from (value.func, value.args, value.keywords)
         return
     elif isinstance(value, (types.CellType, types.MappingProxyType)):

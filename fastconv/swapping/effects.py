@@ -72,12 +72,13 @@ class Effects:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.of = {node: self._classify(node) for node in graph.nodes}
         self._storage: dict[fx.Node, fx.Node] = {}
-        outside: dict[str, fx.Node] = {}
+        outside: fx.Node | None = None
         for node in graph.nodes:
             self._storage[node] = node
             if node.op in ("placeholder", "get_attr"):
-                # Two arguments, or two names of one parameter, may be the same tensor.
-                self._join(node, outside.setdefault(node.op, node))
+                # Two arguments, two names of one parameter, or an argument and a buffer, may be the same tensor.
+                outside = outside or node
+                self._join(node, outside)
             elif self.of[node] is Effect.IN_PLACE or self.of[node] is Effect.VIEW:
                 self._join(node, node.args[0])
             elif self.of[node] is Effect.UNKNOWN:
@@ -121,7 +122,16 @@ class Effects:
             return node.all_input_nodes[:1]
         if self.of[node] is Effect.UNKNOWN and node.op != "output":
             return node.all_input_nodes
+        if self._updates_statistics(node):
+            return [other for other in self._nodes if other.op == "get_attr"]
         return ()
+
+    def _updates_statistics(self, node: fx.Node) -> bool:
+        """Whether a batch norm writes running statistics, which the forward itself may read as well."""
+        if node.op == "call_module":
+            module = self._modules[node.target]
+            return module.training and getattr(module, "running_mean", None) is not None
+        return node.target is F.batch_norm and argument(node, "training") is not False
 
     def _classify(self, node: fx.Node) -> Effect:
         if not node.all_input_nodes and node.op != "output":
@@ -161,10 +171,12 @@ def written_attributes(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterat
         written = node.kwargs.get("out")
         if effects[node] is Effect.IN_PLACE or is_operator or (name.endswith("_") and not name.endswith("__")):
             written = node.args[0] if node.args else None
-        while isinstance(written, fx.Node) and effects[written] is not Effect.NEW:
-            if written.op == "get_attr":
-                yield written.target
-            written = written.args[0] if written.args else None
+        several = name.startswith("_foreach_") or node.target is F.batch_norm
+        for value in node.all_input_nodes if several else [written]:
+            while isinstance(value, fx.Node) and effects[value] is not Effect.NEW:
+                if value.op == "get_attr":
+                    yield value.target
+                value = value.args[0] if value.args else None
 
 
 def argument(node: fx.Node, name: str) -> Any:

@@ -12,6 +12,7 @@ late, such as the content of a container, is put back.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dis
 import functools
@@ -69,6 +70,7 @@ _TRUSTED = _words(
 )
 # Of torch: what reads or sets the state of the process. And networks of our own are like any other's.
 _NOT_TRUSTED = (
+    *("torch._functorch.functional_call", "torch.nn.utils.stateless"),  # which exchange parameters
     *("torch.backends", "torch.random", "torch.cuda.random", "torch.serialization", "torch.hub", "torch._dynamo"),
     *("torch.distributed", "torch.utils.data", "torch.utils.tensorboard", "fastconv.models"),
 )
@@ -94,6 +96,11 @@ _REFUSED = {
         if isinstance(function, types.FunctionType) and (name in _CHANGING or name.startswith("register_"))
     },
 }
+# Functions whose results are the parameters themselves, refused to the user alone.
+_GIVING_PARAMETERS = {
+    getattr(nn.Module, name).__code__
+    for name in _words("parameters named_parameters buffers named_buffers state_dict get_parameter get_buffer")
+}
 # Functions of these two modules that read or set the state of the process.
 _WITH_STATE = ("torch", "torch._tensor_str")
 _OF_STATE = ("set_", "get_", "use_", "are_", "is_warn", "is_deterministic")
@@ -105,7 +112,7 @@ _VALUES: tuple[type, ...] = (
 # Functions of C, by their modules; and modules of which all are harmless, but for two.
 _FUNCTIONS = {
     "builtins": _words(
-        """abs all any ascii callable chr divmod format getattr hasattr isinstance issubclass iter len max min ord pow
+        """abs all any ascii chr divmod format getattr hasattr isinstance issubclass iter len max min ord pow
         repr round sorted sum __build_class__ __import__"""
     ),
     "torch._C": {"_log_api_usage_once", "_get_tracing_state", "_is_tracing", "_are_functorch_transforms_active"},
@@ -148,7 +155,13 @@ def _name_of(function: Any) -> str:
 
 
 # By these names attributes are reached that no name tells of.
-_BACK_DOORS = _words("__dict__ __setattr__ __delattr__ __globals__ __closure__")
+_BACK_DOORS = _words(
+    """__dict__ __setattr__ __delattr__ __getattribute__ __globals__ __closure__ attrgetter methodcaller _parameters
+    _buffers _modules _non_persistent_buffers_set _forward_hooks _forward_pre_hooks _backward_hooks
+    _backward_pre_hooks"""
+)
+# Functions of C that call those they are given, which the interpreter does not report.
+_CALLING = _words("map filter sorted min max reduce accumulate starmap partial")
 
 
 class _Code:
@@ -158,6 +171,7 @@ class _Code:
         self.names = frozenset(code.co_names)
         steps = list(dis.get_instructions(code))
         self.globals = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        self.tests_none = any("_NONE" in step.opname or step.opname == "IS_OP" for step in steps)
         self.refusal = next(_refusals(code, steps), "")
 
 
@@ -182,7 +196,7 @@ def _refusals(code: types.CodeType, steps: list[dis.Instruction]) -> Iterator[st
             yield f"its forward writes the attribute {step.argval}"
         elif step.opname == "IS_OP" and not (before.opname == "LOAD_CONST" and before.argval is None):
             yield "its forward asks which object a value is"
-        elif step.opname == "MATCH_CLASS":
+        elif step.opname in ("MATCH_CLASS", "MATCH_SEQUENCE", "MATCH_MAPPING"):
             yield "its forward tests the type of a value"
         elif step.opname == "IMPORT_NAME":
             absolute = steps[i - 2].argval == 0
@@ -257,7 +271,8 @@ class _Index:
 
     def add_class(self, cls: type) -> None:
         for name, value in vars(cls).items():
-            if not (name.startswith("__") or hasattr(value, "__get__") or is_fixed(value, self.ids)):
+            caches = isinstance(value, functools._lru_cache_wrapper)
+            if caches or not (name.startswith("__") or hasattr(value, "__get__") or is_fixed(value, self.ids)):
                 self.attributes.setdefault(name, []).append(_OfClass(cls))
 
 
@@ -297,12 +312,14 @@ class Observer:
         reads: what the forward read and may change, beside attributes of the modules whose forwards are traced.
         of_leaves: attributes of the other modules that it may have read: dictionary, name and value.
         ambient: the modes that it has to run in.
+        tests_none: whether it asks if anything is None.
     """
 
     def __init__(self, root: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
         self.reads: list[Place | ClassPlace] = []
         self.of_leaves: list[tuple[dict[str, Any], str, Any]] = []
         self.ambient = ambient()
+        self.tests_none = False
         self._index = _Index(root, is_leaf)
         self._arguments: Place | None = None
         self._classes: set[type] = set()
@@ -313,7 +330,6 @@ class Observer:
         self._failed = ""
         self._events = 0
         self._importing: types.FrameType | None = None
-        self._injected: list[dict[str, Any]] = []
         self._mode = _RealTensors()
 
     # What a proxy may ask
@@ -342,8 +358,8 @@ class Observer:
         waiting, seen = [result], set()
         while waiting:
             value = waiting.pop()
-            if id(value) in old:
-                raise Refusal("its forward returns a container that it did not make")
+            if id(value) in old or (id(value) in seen and isinstance(value, (dict, list))):
+                raise Refusal("its forward returns a container that it did not make, or twice")
             if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
                 seen.add(id(value))
                 waiting += dict.values(value) if isinstance(value, dict) else value
@@ -352,7 +368,8 @@ class Observer:
 
     def __enter__(self) -> Observer:
         # Parameters and buffers are shared with the original, which may be at work in another thread.
-        stores = [store for m in self._index.modules for store in (vars(m), m._modules)]
+        modules = [m for m in self._index.modules if not isinstance(m, torch.jit.ScriptModule)]
+        stores = [store for m in modules for store in (vars(m), m._modules)]
         self._attributes = [(store, dict(store)) for store in stores]
         for module in self._index.modules:
             self._see_class(type(module))
@@ -371,8 +388,6 @@ class Observer:
         if self._collects:
             gc.enable()
         self._mode.__exit__(None, None, None)
-        for namespace in self._injected:
-            del namespace["type"]
         problem = self._undo()
         sys.setprofile(self._profiler)
         if problem and kind is None:
@@ -434,6 +449,10 @@ class Observer:
         code, module = frame.f_code, frame.f_globals.get("__name__") or ""
         if code in _REFUSED:
             raise Refusal(_REFUSED[code])
+        if code in _GIVING_PARAMETERS:
+            if self._is_for_torch(frame):
+                return True
+            raise Refusal(f"its forward goes through its {code.co_name}")
         if module in _WITH_STATE and code.co_name.startswith(_OF_STATE):
             if self._is_for_torch(frame):
                 return True
@@ -452,15 +471,13 @@ class Observer:
         caller = frame.f_back.f_globals.get("__name__") if frame.f_back else ""
         if code.co_flags & inspect.CO_GENERATOR and caller == "contextlib":
             raise Refusal("its forward enters a context manager of its own")
+        self.tests_none = self.tests_none or facts.tests_none
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self._inner.add(constant)
         for name in sorted(facts.globals):
             self._read(frame.f_globals, name, f"the global {name}", facts.names)
-        if "type" in facts.globals and "type" not in frame.f_globals:
-            self._known.add((id(frame.f_globals), "type"))
-            frame.f_globals["type"] = _TypeOfProxies
-            self._injected.append(frame.f_globals)
+        self._check_builtins(frame, facts)
         if code not in self._inner:
             self._read_function(frame, facts.names)
         if code.co_argcount:
@@ -471,6 +488,18 @@ class Observer:
             count = len(self.reads)
             self._read_attributes(facts.names)
         return False
+
+    def _check_builtins(self, frame: types.FrameType, facts: _Code) -> None:
+        """Refuses what a call does not show: the type of a traced value, and functions of C that others of C call."""
+        found = {name: getattr(builtins, name, None) for name in facts.globals if name not in frame.f_globals}
+        if "type" in found:
+            raise Refusal("its forward tests the type of a value")
+        if not _CALLING & facts.names:
+            return
+        found |= {name: frame.f_globals.get(name) for name in facts.globals - found.keys()}
+        for name, function in sorted(found.items()):
+            if isinstance(function, types.BuiltinFunctionType) and not _is_harmless(function):
+                raise Refusal(f"its forward passes {name} on")
 
     def _is_for_torch(self, frame: types.FrameType) -> bool:
         """Whether it was torch that called the function, and not the user."""
@@ -538,6 +567,10 @@ class Observer:
         if value is MISSING or key in self._known:
             return
         self._known.add(key)
+        if isinstance(value, functools._lru_cache_wrapper):
+            raise Refusal(f"its forward reads {words}, a function that keeps its results")
+        if isinstance(value, type) and _is_of_python(value.__module__) and not _is_trusted(value.__module__):
+            raise Refusal(f"its forward uses {value.__module__}.{value.__name__}")
         try:
             place = Place(store, name, words, self._index.ids)
         except Unwatchable as error:
@@ -578,20 +611,6 @@ def ambient() -> tuple[Any, ...]:
         *((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")),
         torch._C._autograd._top_saved_tensors_default_hooks(True),
     )
-
-
-class _AsType(type):
-    def __call__(cls, *args: Any, **named: Any) -> Any:
-        if len(args) == 1 and isinstance(args[0], torch.fx.Proxy):
-            raise Refusal("its forward tests the type of a value")
-        return type(*args, **named)
-
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, type)
-
-
-class _TypeOfProxies(type, metaclass=_AsType):
-    """Stands for `type` in the user's code: a proxy's type is nothing to go by."""
 
 
 _READ_NUMBERS = (

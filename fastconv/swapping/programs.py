@@ -6,7 +6,9 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from . import patterns
 from .contents import ClassPlace, Place
@@ -34,8 +36,11 @@ class Watch:
         leaves = [m for m in modules if m is not root and is_leaf(m)]
         self._attributes = [(vars(m), name) for m in inlined for name in vars(m) if name not in BOOKKEEPING]
         self._attributes += [(vars(m), name) for m in leaves for name in _OF_LAYERS if name in vars(m)]
-        self._children = [m._modules for m in inlined]
-        self._tensors = [(store, name) for m in leaves for store in (m._parameters, m._buffers) for name in store]
+        scripted = torch.jit.ScriptModule
+        # Of a ModuleList, too, whose content forwards go through.
+        self._children = [m._modules for m in modules if not isinstance(m, scripted)]
+        stores = [store for m in leaves if not isinstance(m, scripted) for store in (m._parameters, m._buffers)]
+        self._tensors = [(store, name) for store in stores for name in store]
         # The root's own hooks run around its forward as ever.
         self._hooks = [hooks for m in modules if m is not root and not has_hooks(m) for hooks in hooks_of(m)]
         self._state = self._observe()
@@ -54,6 +59,7 @@ class Watch:
         state += [attributes.get(name) for attributes, name in self._attributes]
         state += [store.get(name) is None for store, name in self._tensors]
         for children in self._children:
+            state += children.keys()
             state += children.values()
         return state
 
@@ -91,11 +97,11 @@ class Programs:
         graph, observer = trace(root, args, kwargs)
         self.reads, self.of_leaves = observer.reads, observer.of_leaves
         modules = dict(root.named_modules(remove_duplicate=False))
-        called = [modules[node.target] for node in graph.nodes if node.op == "call_module"]
-        of_layers = {id(tensor) for module in called for tensor in (*module.parameters(), *module.buffers())}
         for path in written_attributes(graph, modules):
             owner, _, name = path.rpartition(".")
-            if id(getattr(modules[owner], name)) in of_layers:  # of which there may be folded copies
+            called = [modules[node.target] for node in graph.nodes if node.op == "call_module"]
+            of_layers = (tensor for module in called for tensor in (*module.parameters(), *module.buffers()))
+            if _memory(getattr(modules[owner], name)) in map(_memory, of_layers):  # of which there may be folded copies
                 raise Untraceable(f"its forward writes {path}, which a layer has")
         _drop_identities(graph, root)
         self._attributes = [node.target.rpartition(".") for node in graph.nodes if node.op == "get_attr"]
@@ -154,6 +160,12 @@ class Program:
         one, two = (PreparedConv, PreparedSeparable) if self._fold else (FusedConv, FusedSeparable)
         call = one(*settings)
         return call if after is None else two(call, one(after.conv, after.bn, after.activation))
+
+
+def _memory(tensor: Tensor) -> int:
+    """What is equal for tensors that share their storage."""
+    has_storage = tensor.layout is torch.strided and not is_lazy(tensor)
+    return tensor.untyped_storage()._cdata if has_storage else id(tensor)
 
 
 def _drop_identities(graph: fx.Graph, root: nn.Module) -> None:

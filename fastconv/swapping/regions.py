@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import functools
 import inspect
@@ -138,6 +139,9 @@ def _with_copies(value: Any, copies: dict[int, nn.Module]) -> Any:
         return copies.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in copies:
         return types.MethodType(value.__func__, copies[id(value.__self__)])
+    if type(value) is functools.partial:
+        function, args = _with_copies(value.func, copies), _with_copies(value.args, copies)
+        return functools.partial(function, *args, **_with_copies(value.keywords, copies))
     if isinstance(value, RemovableHandle):
         return copy.copy(value)
     if type(value) in (list, tuple, set):
@@ -157,9 +161,9 @@ def _with_copies(value: Any, copies: dict[int, nn.Module]) -> Any:
 def install(model: nn.Module) -> None:
     """Makes every module of the tree that has a forward of its own run programs."""
     for module in model.modules():
-        has_forward = type(module).forward is not nn.Module.forward
-        if has_forward and not is_leaf(module):
-            module.__class__ = _fast_class(plain_class(module))
+        if not is_leaf(module) and type(module).forward is not nn.Module.forward:
+            # Not by way of a __setattr__ of the user's.
+            object.__setattr__(module, "__class__", _fast_class(plain_class(module)))
 
 
 @functools.cache
@@ -180,17 +184,20 @@ def _fast_class(cls: type[nn.Module]) -> type[nn.Module]:
         state = {name: value for name, value in vars(self).items() if name != REGION}
         return _new, (cls,), state
 
-    return type(
-        f"Fast{cls.__name__}",
-        (cls,),
-        {
-            "__module__": cls.__module__,
-            "__doc__": cls.__doc__,
-            "__reduce_ex__": reduce,
-            "fastconv_plain_class": cls,
-            "forward": forward,
-        },
-    )
+    content = {
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "__qualname__": cls.__qualname__,
+        "__reduce_ex__": reduce,
+        "fastconv_plain_class": cls,
+        "forward": forward,
+    }
+    if type(cls) in (type, abc.ABCMeta) and not any("__init_subclass__" in vars(base) for base in cls.__mro__[:-1]):
+        return type(cls)(cls.__name__, (cls,), content)
+    # Classes that are told of their subclasses are not to hear of this one.
+    fast = type.__new__(type(cls), cls.__name__, (nn.Module,), content)
+    fast.__bases__ = (cls,)
+    return fast
 
 
 def _new(cls: type[nn.Module]) -> nn.Module:
@@ -225,11 +232,11 @@ def programs_of(module: nn.Module, mode: bool) -> Programs | str:
     flags = [(part, part.training) for part in module.modules()]
     try:
         for part, _ in flags:
-            part.training = mode
+            vars(part)["training"] = mode
         return region.programs(count, (torch.empty(0),) * count, {})
     finally:
         for part, training in flags:
-            part.training = training
+            vars(part)["training"] = training
 
 
 def _required_arguments(module: nn.Module) -> int:

@@ -75,10 +75,32 @@ def runs_forward_of(module: nn.Module | None, cls: type[nn.Module]) -> bool:
     """Whether the module computes what `cls` does: `cls` itself, or a subclass that overrides no computation."""
     return (
         isinstance(module, cls)
-        and type(module).forward is cls.forward
-        and getattr(type(module), "_conv_forward", None) is getattr(cls, "_conv_forward", None)
-        and "forward" not in vars(module)
+        and all(getattr(type(module), name, None) is getattr(cls, name, None) for name in _COMPUTATIONS)
+        and not any(name in vars(module) for name in _COMPUTATIONS)
     )
+
+
+_COMPUTATIONS = (
+    "forward",
+    "_conv_forward",
+    "_check_input_dim",
+    "__call__",
+)  # methods of torch's convolutions and norms
+
+
+def runs_foreign_code(module: nn.Module) -> bool:
+    """Whether a call of a leaf runs code of the user's, which may do anything to what the forward around it reads."""
+    hooks = [hook for hooks in hooks_of(module) for hook in hooks.values()]
+    if any(not _is_of_torch(hook) for hook in hooks):
+        return True
+    return not isinstance(module, torch.jit.ScriptModule) and (
+        "forward" in vars(module) or any(runs_foreign_code(child) for child in module.children() if is_leaf(child))
+    )
+
+
+def _is_of_torch(hook: Any) -> bool:
+    """Such as those of pruning, of weight norms and of lazy layers."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.")
 
 
 def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.Graph, Observer]:
@@ -102,7 +124,16 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
         except Exception as error:  # whatever the user's code does when it meets a proxy
             lines = str(error).strip().splitlines()
             raise Untraceable(lines[0] if lines else type(error).__name__) from error
+        if observer.tests_none and any(map(_may_be_none, graph.nodes)):
+            raise Untraceable("its forward asks whether something is None, which a value that is computed in it may be")
         return graph, observer
+
+
+def _may_be_none(node: fx.Node) -> bool:
+    """Whether the node is a part of what a layer returns, such as attention without its weights, or a user's own."""
+    if isinstance(node.target, Applied):
+        return True
+    return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].op == "call_module"
 
 
 _OF_PROXIES = {"tracer", "node", "root", "attr", "_node"}  # what torch.fx keeps in them
@@ -231,6 +262,12 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
+        if is_leaf(m):
+            if any("__call__" in vars(cls) for cls in type(m).__mro__ if not cls.__module__.startswith("torch.")):
+                raise Refusal("its forward calls a module that has a __call__ of its own")
+            if runs_foreign_code(m):
+                raise Refusal("its forward calls a module that has hooks or a forward of its own")
+            return super().call_module(m, forward, args, kwargs)
         return super().call_module(m, plain_forward(m), args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
