@@ -569,8 +569,9 @@ class Observer:
         self._known.add(key)
         if isinstance(value, functools._lru_cache_wrapper):
             raise Refusal(f"its forward reads {words}, a function that keeps its results")
-        if isinstance(value, type) and _is_of_python(value.__module__) and not _is_trusted(value.__module__):
-            raise Refusal(f"its forward uses {value.__module__}.{value.__name__}")
+        home = str(value.__module__) if isinstance(value, type) else "builtins"
+        if home != "builtins" and _is_of_python(home) and not _is_trusted(home):
+            raise Refusal(f"its forward uses {home}.{value.__name__}")
         try:
             place = Place(store, name, words, self._index.ids)
         except Unwatchable as error:
