@@ -134,6 +134,8 @@ def _examine(
         _change_weights(model)
         for one in (model, fast):
             synthetic.change(one)
+            one.train()  # as for a step: some models then forget what they have computed from their weights
+            one.eval()
         _compare_outputs(subject, fast, calls[0], "after a step", found)
     if not quick:
         with report.check("times"):

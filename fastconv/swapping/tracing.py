@@ -124,16 +124,16 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
         except Exception as error:  # whatever the user's code does when it meets a proxy
             lines = str(error).strip().splitlines()
             raise Untraceable(lines[0] if lines else type(error).__name__) from error
-        if observer.tests_none and any(map(_may_be_none, graph.nodes)):
+        if observer.tests_none and any(_may_be_none(node, root) for node in graph.nodes):
             raise Untraceable("its forward asks whether something is None, which a value that is computed in it may be")
         return graph, observer
 
 
-def _may_be_none(node: fx.Node) -> bool:
-    """Whether the node is a part of what a layer returns, such as attention without its weights, or a user's own."""
-    if isinstance(node.target, Applied):
-        return True
-    return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].op == "call_module"
+def _may_be_none(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a part of the value may be None, as of a user's own function and of attention without its weights."""
+    if node.op == "call_module":
+        return isinstance(root.get_submodule(node.target), nn.MultiheadAttention)
+    return isinstance(node.target, Applied)
 
 
 _OF_PROXIES = {"tracer", "node", "root", "attr", "_node"}  # what torch.fx keeps in them
