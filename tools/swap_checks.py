@@ -601,7 +601,7 @@ def _valued(value: Any, depth: int = 6) -> Any:
         return (cls.__name__, [_valued(item, depth - 1) for item in value])
     if depth and _is_plain_object(value):
         return (cls.__name__, [(key, _valued(item, depth - 1)) for key, item in vars(value).items()])
-    return cls.__name__.removeprefix("Fast")
+    return cls.__name__
 
 
 def _equal(one: Any, other: Any) -> bool:

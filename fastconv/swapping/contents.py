@@ -78,7 +78,7 @@ class Place:
 
     def restore(self) -> None:
         """Puts the value back, and what the containers in it held."""
-        if self._value() is not self._original:
+        if isinstance(self._store, dict) and self._value() is not self._original:  # else a class or a closure
             self._store[self._name] = self._original
         for _, put_back in self.containers:
             put_back()

@@ -42,8 +42,8 @@ def swap(model: nn.Module) -> nn.Module:
     by both. Make a ``copy.deepcopy`` of the result for one of its own. Modes (``train()``, ``eval()``), hooks,
     submodules and containers (lists, dicts, sets) belong to each model alone; other objects are shared.
 
-    The copy is of a subclass of the model's class and differs in the forwards only. They run, in the order of what
-    applies:
+    The copy is of a subclass of the model's class, of the same name, and differs in the forwards only (``type(module)
+    is Block`` and ``super(type(self), self)`` see the difference). They run, in the order of what applies:
 
     - without gradients: convolutions with batch norm in evaluation mode folded in, residual and activation attached,
       and weights packed for the processor. What is packed follows every change of the weights, see
