@@ -177,3 +177,19 @@ def image(*shape: int, seed: int = 1, layout: torch.memory_format = torch.contig
 
 def features(seed: int = 1) -> Tensor:
     return image(2, 8, 12, 12, seed=seed)
+
+
+class Acting(nn.Module):
+    """A part that can be swapped, and whatever else the forward does."""
+
+    def __init__(self, act: Any, state: dict[str, Any]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.b = nn.Parameter(torch.ones(8, 1, 1))
+        self.act = act
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.act(self, self.relu(self.conv(x)))

@@ -13,27 +13,37 @@ late, such as the content of a container, is put back.
 from __future__ import annotations
 
 import builtins
-import contextlib
-import dis
 import functools
 import gc
 import importlib
 import inspect
-import re
 import sys
 import threading
 import types
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.hooks import RemovableHandle
 
 from .contents import MISSING, ClassPlace, Place, Unwatchable, is_fixed
+from .harmless import (
+    CALLING,
+    GIVING_PARAMETERS,
+    OF_STATE,
+    REFUSED,
+    WITH_STATE,
+    Code,
+    facts_of,
+    is_harmless,
+    is_of_python,
+    is_trusted,
+    name_of,
+)
+
+_MOST_EVENTS = 5_000_000  # calls and returns of the user's functions, and of C functions there
 
 
 class Untraceable(Exception):
@@ -56,163 +66,7 @@ class _Refused(threading.local):
 _refused = _Refused()
 
 
-# ------------------------------------------------------------------------------------------ what is harmless
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_TRUSTED = _words(
-    """torch fastconv abc collections _collections_abc contextlib copy copyreg dataclasses enum functools importlib
-    inspect dis opcode keyword numbers operator re sre_parse sre_compile sre_constants reprlib string types typing
-    typing_extensions weakref _weakrefset"""
-)
-# Of torch: what reads or sets the state of the process. And networks of our own are like any other's.
-_NOT_TRUSTED = (
-    *("torch._functorch.functional_call", "torch.nn.utils.stateless"),  # which exchange parameters
-    *("torch.backends", "torch.random", "torch.cuda.random", "torch.serialization", "torch.hub", "torch._dynamo"),
-    *("torch.distributed", "torch.utils.data", "torch.utils.tensorboard", "fastconv.models"),
-)
-_CHANGING = _words(
-    """add_module apply bfloat16 compile cpu cuda double eval float half load_state_dict requires_grad_
-    set_extra_state set_submodule share_memory to to_empty train type zero_grad __setattr__ __delattr__ __setstate__"""
-)
-# Functions of Python code that is trusted else.
-_REFUSED = {
-    contextlib.suppress.__init__.__code__: "its forward handles exceptions",
-    importlib.import_module.__code__: "its forward imports a module",
-    torch.typename.__code__: "its forward tests the type of a value",
-    RemovableHandle.__init__.__code__: "its forward registers a hook",
-    **{
-        inspect.unwrap(function).__code__: f"its forward uses {module.__name__}.{name}"
-        for module in (torch.random, torch.cuda.random)
-        for name, function in vars(module).items()
-        if isinstance(function, types.FunctionType) and "get" not in name  # which checkpointing calls
-    },
-    **{
-        function.__code__: f"its forward changes a module ({name})"
-        for name, function in vars(nn.Module).items()
-        if isinstance(function, types.FunctionType) and (name in _CHANGING or name.startswith("register_"))
-    },
-}
-# Functions whose results are the parameters themselves, refused to the user alone.
-_GIVING_PARAMETERS = {
-    getattr(nn.Module, name).__code__
-    for name in _words("parameters named_parameters buffers named_buffers state_dict get_parameter get_buffer")
-}
-# Functions of these two modules that read or set the state of the process.
-_WITH_STATE = ("torch", "torch._tensor_str")
-_OF_STATE = ("set_", "get_", "use_", "are_", "is_warn", "is_deterministic")
-# Methods of these read and write their own content alone.
-_VALUES: tuple[type, ...] = (
-    *(str, bytes, bytearray, int, float, complex, bool, range, slice, tuple, list, dict, set, frozenset, deque),
-    *(types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()), re.Pattern, re.Match),
-)
-# Functions of C, by their modules; and modules of which all are harmless, but for two.
-_FUNCTIONS = {
-    "builtins": _words(
-        """abs all any ascii chr divmod format getattr hasattr isinstance issubclass iter len max min ord pow
-        repr round sorted sum __build_class__ __import__"""
-    ),
-    "torch._C": {"_log_api_usage_once", "_get_tracing_state", "_is_tracing", "_are_functorch_transforms_active"},
-}
-_MODULES = _words(
-    """math cmath _operator operator _functools _collections _abc _typing _sre itertools torch._C._nn torch._C._linalg
-    torch._C._special torch._C._fft torch._C._sparse"""
-)
-_NOT_FOR_TENSORS = {"concat", "iconcat"}  # which an object with + takes for its own
-# Methods by which a tensor's numbers leave torch, and those that the dispatcher does not see.
-_READERS = _words("numpy tolist item data_ptr __array__ __dlpack__ untyped_storage storage share_memory_")
-_SETTERS = _words("requires_grad_ retain_grad")
-_MOST_EVENTS = 5_000_000  # calls and returns of the user's functions, and of C functions there
-
-
-def _is_harmless(function: Any) -> bool:
-    """Whether a function of C depends on its arguments alone, and changes nothing but those."""
-    owner, name = getattr(function, "__self__", None), function.__name__
-    if owner is None and function == getattr(torch._C._VariableFunctions, name, None):
-        return True
-    if name in _FUNCTIONS.get(function.__module__, ()):
-        return True
-    if isinstance(owner, types.ModuleType):
-        return owner.__name__ in _MODULES and name not in _NOT_FOR_TENSORS
-    if isinstance(owner, type):
-        return name == "__new__" or issubclass(owner, _VALUES) or owner.__module__.partition(".")[0] == "torch"
-    if isinstance(owner, (torch.Tensor, torch.dtype, torch.device)):
-        return name not in _READERS | _SETTERS
-    return isinstance(owner, _VALUES)
-
-
-def _name_of(function: Any) -> str:
-    owner = getattr(function, "__self__", None)
-    name = getattr(function, "__qualname__", function.__name__)
-    module = owner.__name__ if isinstance(owner, types.ModuleType) else getattr(function, "__module__", None)
-    return name if module in (None, "builtins") else f"{module}.{name}"
-
-
 # ------------------------------------------------------------------------------------------ what code reads
-
-
-# By these names attributes are reached that no name tells of.
-_BACK_DOORS = _words(
-    """__dict__ __setattr__ __delattr__ __getattribute__ __globals__ __closure__ attrgetter methodcaller _parameters
-    _buffers _modules _non_persistent_buffers_set _forward_hooks _forward_pre_hooks _backward_hooks
-    _backward_pre_hooks"""
-)
-# Functions of C that call those they are given, which the interpreter does not report.
-_CALLING = _words("map filter sorted min max reduce accumulate starmap partial")
-
-
-class _Code:
-    """What can be said of a function's code before it runs."""
-
-    def __init__(self, code: types.CodeType) -> None:
-        self.names = frozenset(code.co_names)
-        steps = list(dis.get_instructions(code))
-        self.globals = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-        self.tests_none = any("_NONE" in step.opname or step.opname == "IS_OP" for step in steps)
-        self.refusal = next(_refusals(code, steps), "")
-
-
-def _refusals(code: types.CodeType, steps: list[dis.Instruction]) -> Iterator[str]:
-    names = [step.opname for step in steps]
-    # "except" and "finally"; what a "with" does about exceptions is its context's business.
-    if "SETUP_FINALLY" in names or names.count("PUSH_EXC_INFO") > names.count("WITH_EXCEPT_START"):
-        yield "its forward handles exceptions"
-    if code.co_name in ("__enter__", "__aenter__"):
-        yield "its forward enters a context manager of its own"
-    generated = code.co_filename == "<string>"  # by dataclasses and collections
-    for name in sorted(_BACK_DOORS & set(code.co_names)):
-        if not generated:
-            yield f"its forward uses {name}"
-    for i, step in enumerate(steps):
-        before = steps[i - 1] if i else step
-        if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            yield f"its forward writes the global {step.argval}"
-        elif step.opname in ("STORE_DEREF", "DELETE_DEREF") and step.argval in code.co_freevars:
-            yield f"its forward writes {step.argval}, a variable of an enclosing function"
-        elif step.opname in ("STORE_ATTR", "DELETE_ATTR") and not _is_of_new_object(code, before):
-            yield f"its forward writes the attribute {step.argval}"
-        elif step.opname == "IS_OP" and not (before.opname == "LOAD_CONST" and before.argval is None):
-            yield "its forward asks which object a value is"
-        elif step.opname in ("MATCH_CLASS", "MATCH_SEQUENCE", "MATCH_MAPPING"):
-            yield "its forward tests the type of a value"
-        elif step.opname == "IMPORT_NAME":
-            absolute = steps[i - 2].argval == 0
-            if not (absolute and (_is_trusted(step.argval) or step.argval in _MODULES)):
-                yield f"its forward imports {step.argval or 'a module'}"
-
-
-def _is_of_new_object(code: types.CodeType, before: dis.Instruction) -> bool:
-    """Whether an attribute is written in a constructor, to `self`."""
-    if code.co_name not in ("__init__", "__post_init__") or "LOAD_FAST" not in before.opname:
-        return False
-    loaded = before.argval[-1] if isinstance(before.argval, tuple) else before.argval
-    return code.co_argcount > 0 and loaded == code.co_varnames[0]
-
-
-_facts_of = functools.lru_cache(maxsize=4096)(_Code)
 
 
 class _Variables:
@@ -281,17 +135,6 @@ REGION = "_fastconv_region"  # where a swapped module keeps its programs, in its
 BOOKKEEPING = {*vars(nn.Module()), REGION}  # attributes of every module that no forward reads
 
 
-@functools.lru_cache(maxsize=4096)
-def _is_trusted(module: str) -> bool:
-    if module.startswith("namedtuple_"):
-        return True  # what collections has made
-    return module.partition(".")[0] in _TRUSTED and not f"{module}.".startswith(tuple(f"{n}." for n in _NOT_TRUSTED))
-
-
-def _is_of_python(module: str) -> bool:
-    return module.partition(".")[0] in sys.stdlib_module_names and module != "__main__"
-
-
 # ---------------------------------------------------------------------------------------------- the observer
 
 
@@ -353,8 +196,7 @@ class Observer:
 
     def check_result(self, result: Any) -> None:
         """A graph returns containers of its own making."""
-        places = [*self.reads, *filter(None, [self._arguments])]
-        old = {id(container) for place in places for container, _ in place.containers}
+        old = {id(container) for place in self._places() for container, _ in place.containers}
         waiting, seen = [result], set()
         while waiting:
             value = waiting.pop()
@@ -363,6 +205,9 @@ class Observer:
             if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
                 seen.add(id(value))
                 waiting += dict.values(value) if isinstance(value, dict) else value
+
+    def _places(self) -> list[Place | ClassPlace]:
+        return [*self.reads, *filter(None, [self._arguments])]
 
     # The block
 
@@ -396,11 +241,10 @@ class Observer:
     def _undo(self) -> str:
         """Puts everything back; what had to be, in words."""
         changed = sorted({name for store, old in self._attributes for name in _put_back(store, old)})
-        places = [*self.reads, *filter(None, [self._arguments])]
-        written = [place for place in places if not place.holds()]
+        written = [place for place in self._places() if not place.holds()]
         for place in reversed(written):
             place.restore()
-        for place in places:
+        for place in self._places():
             place.settle()
         sets_modes = ambient() != self.ambient
         torch._C._set_grad_enabled(self.ambient[0])
@@ -433,39 +277,39 @@ class Observer:
         if self._events > _MOST_EVENTS:
             raise Refusal("its forward takes too long")
         if event == "c_call":
-            if not _is_harmless(function):
+            if not is_harmless(function):
                 drawn = "random" in type(getattr(function, "__self__", None)).__module__
-                raise Refusal(f"its forward {'draws random numbers with' if drawn else 'calls'} {_name_of(function)}")
+                raise Refusal(f"its forward {'draws random numbers with' if drawn else 'calls'} {name_of(function)}")
             self._calls.append(function)
             if function is getattr:
                 self._read_attributes(self._index.attributes.keys() | self._index.of_leaves.keys())
         elif event == "c_return":
             self._calls.pop()
         elif event == "c_exception":
-            self._failed = _name_of(self._calls.pop())
+            self._failed = name_of(self._calls.pop())
 
     def _meet(self, frame: types.FrameType) -> bool:
         """Looks at a function that runs for the first time; whether it is trusted."""
         code, module = frame.f_code, frame.f_globals.get("__name__") or ""
-        if code in _REFUSED:
-            raise Refusal(_REFUSED[code])
-        if code in _GIVING_PARAMETERS:
+        if code in REFUSED:
+            raise Refusal(REFUSED[code])
+        if code in GIVING_PARAMETERS:
             if self._is_for_torch(frame):
                 return True
             raise Refusal(f"its forward goes through its {code.co_name}")
-        if module in _WITH_STATE and code.co_name.startswith(_OF_STATE):
+        if module in WITH_STATE and code.co_name.startswith(OF_STATE):
             if self._is_for_torch(frame):
                 return True
             raise Refusal(f"its forward calls torch.{code.co_name}")
-        if _is_trusted(module):
+        if is_trusted(module):
             self._codes[code] = True
             return True
-        if _is_of_python(module) or module.startswith("torch."):
+        if is_of_python(module) or module.startswith("torch."):
             if self._is_for_torch(frame):
                 return True
             raise Refusal(f"its forward uses {module}.{code.co_name}")
         self._codes[code] = False
-        facts = _facts_of(code)
+        facts = facts_of(code)
         if facts.refusal:
             raise Refusal(facts.refusal)
         caller = frame.f_back.f_globals.get("__name__") if frame.f_back else ""
@@ -489,16 +333,16 @@ class Observer:
             self._read_attributes(facts.names)
         return False
 
-    def _check_builtins(self, frame: types.FrameType, facts: _Code) -> None:
+    def _check_builtins(self, frame: types.FrameType, facts: Code) -> None:
         """Refuses what a call does not show: the type of a traced value, and functions of C that others of C call."""
         found = {name: getattr(builtins, name, None) for name in facts.globals if name not in frame.f_globals}
         if "type" in found:
             raise Refusal("its forward tests the type of a value")
-        if not _CALLING & facts.names:
+        if not CALLING & facts.names:
             return
         found |= {name: frame.f_globals.get(name) for name in facts.globals - found.keys()}
         for name, function in sorted(found.items()):
-            if isinstance(function, types.BuiltinFunctionType) and not _is_harmless(function):
+            if isinstance(function, types.BuiltinFunctionType) and not is_harmless(function):
                 raise Refusal(f"its forward passes {name} on")
 
     def _is_for_torch(self, frame: types.FrameType) -> bool:
@@ -522,7 +366,7 @@ class Observer:
         for base in type.mro(cls):
             module = str(base.__module__)
             is_written_in_python = base.__flags__ & 1 << 9
-            if base in self._classes or not is_written_in_python or _is_trusted(module) or _is_of_python(module):
+            if base in self._classes or not is_written_in_python or is_trusted(module) or is_of_python(module):
                 continue
             self._classes.add(base)
             self.reads.append(ClassPlace(base))
@@ -570,7 +414,7 @@ class Observer:
         if isinstance(value, functools._lru_cache_wrapper):
             raise Refusal(f"its forward reads {words}, a function that keeps its results")
         home = str(value.__module__) if isinstance(value, type) else "builtins"
-        if home != "builtins" and _is_of_python(home) and not _is_trusted(home):
+        if home != "builtins" and is_of_python(home) and not is_trusted(home):
             raise Refusal(f"its forward uses {home}.{value.__name__}")
         try:
             place = Place(store, name, words, self._index.ids)
@@ -580,7 +424,7 @@ class Observer:
         for cls in [*place.classes, *([value] if isinstance(value, type) else [])]:
             self._see_class(cls)
         is_module = isinstance(value, types.ModuleType)
-        if (is_module and not _is_trusted(value.__name__)) or isinstance(value, types.FunctionType):
+        if (is_module and not is_trusted(value.__name__)) or isinstance(value, types.FunctionType):
             for attribute in sorted(names & vars(value).keys()):
                 self._read(vars(value), attribute, f"{name}.{attribute}", names)
 
