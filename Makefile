@@ -5,7 +5,7 @@ ARGS ?=
 
 PY := .venv/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard _build/*.py) $(shell find csrc -type f)
-CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # What `make sanitize` builds with. Python leaks by design, and torch's allocations outlive the process.
 SANITIZERS := -fsanitize=address,undefined
@@ -34,7 +34,7 @@ bench: .venv/built
 
 # Without .venv: it runs in the python3 whose torch knows the GPU.
 gpu-check:
-	$(if $(wildcard .venv/built),$(PY),$(PYTHON)) benchmarks/gpu_check.py $(or $(OUT),gpu-check) --part $(or $(PART),all)
+	$(if $(wildcard .venv/built),$(PY),$(PYTHON)) tools/gpu_check.py $(or $(OUT),gpu-check) --part $(or $(PART),all)
 
 # In a copy of the tree, so that neither its objects nor its library get in the way of the others. Objects are kept.
 sanitize: .venv/built
@@ -44,9 +44,9 @@ sanitize: .venv/built
 	cd build/sanitize && FASTCONV_CUDA=0 CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZERS)" \
 		$(abspath $(PY)) setup.py build_ext --inplace
 	cd build/sanitize && export LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. && \
-		$(abspath $(PY)) -m pytest -q -n 2 -p no:cacheprovider tests/test_cpu_kernels.py tests/test_op_numerics.py \
+		$(abspath $(PY)) -m pytest -q -n 2 -p no:cacheprovider tests/kernels/cpu tests/ops/test_op_numerics.py \
 			-k "auto and forward or kernels" $(ARGS) && \
-		$(abspath $(PY)) tests/random_calls.py --backend cpu --calls 500 --seed 11
+		$(abspath $(PY)) tests/support/random_calls.py --backend cpu --calls 500 --seed 11
 
 check: .venv/built
 	$(PY) -m ruff format --check .

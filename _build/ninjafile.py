@@ -49,7 +49,7 @@ CUDA = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-w
 CPP_JOB_BYTES = 1_000_000_000
 CUDA_JOB_BYTES = 1_500_000_000
 
-# fastconv/_library.py looks for it in a library that does not load.
+# fastconv/operators/library.py looks for it in a library that does not load.
 MARK = "FASTCONV_BUILD_INFO"
 
 

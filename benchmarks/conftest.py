@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Settings, clock
-from shapes import layers_of
 
 import fastconv
-from fastconv import backends
-from fastconv._report import environment
-from fastconv.verify import DTYPES
+from fastconv.commands.verify import DTYPES
+from fastconv.measure.report import environment
+from fastconv.operators import backends
+from harness import Settings, clock
+from shapes import layers_of
 
 RESULTS = Path(__file__).parent / "results"
 _SETTINGS = pytest.StashKey[Settings]()
@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        # The bounds of fastconv/_numerics.py are those of true float32.
+        # The bounds of fastconv/measure/tolerance.py are those of true float32.
         torch.backends.cudnn.allow_tf32 = False
     if option.save_results:
         hardware = environment()["GPU" if device.type == "cuda" else "CPU"].split(", ")[0]

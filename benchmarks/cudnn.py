@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from shapes import Layer
 from torch import Tensor
+
+from shapes import Layer
 
 
 def has(layer: Layer) -> bool:

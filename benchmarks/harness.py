@@ -1,7 +1,7 @@
 """One way to time everything: verify first, then let pytest-benchmark repeat and count.
 
 A case is a layer, a direction (forward, backward) and a contender. Its result is compared with
-float64 by fastconv/_numerics.py; a wrong one fails and gets no time.
+float64 by fastconv/measure/tolerance.py; a wrong one fails and gets no time.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import cudnn
-import eager
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from shapes import BATCHED, Layer, layers_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import cudnn
+import eager
 from fastconv import ops
-from fastconv._numerics import assert_close_to_oracle, poisoned_outputs
-from fastconv.verify import DTYPES, LAYOUTS, gates, mapped, named
+from fastconv.commands.verify import DTYPES, LAYOUTS, gates, mapped, named
+from fastconv.measure.tolerance import assert_close_to_oracle, poisoned_outputs
+from shapes import BATCHED, Layer, layers_of
 
 Call = Callable[..., Any]
 ALL = slice(None)
@@ -169,7 +169,7 @@ class Problem:
             )
 
     def verify(self, contender: Contender, call: Call) -> float:
-        """Raises if a result is beyond the bounds of fastconv/_numerics.py.
+        """Raises if a result is beyond the bounds of fastconv/measure/tolerance.py.
 
         Returns: seconds that this call took, usually the first.
         """

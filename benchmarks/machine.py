@@ -10,10 +10,10 @@ import sys
 from importlib import metadata
 
 import torch
-from harness import copy_seconds, peak
 
-from fastconv._report import environment
-from fastconv.verify import DTYPES
+from fastconv.commands.verify import DTYPES
+from fastconv.measure.report import environment
+from harness import copy_seconds, peak
 
 TOOLS = ("nvcc", "ncu", "compute-sanitizer", "cuobjdump", "g++", "clang++", "git")
 PACKAGES = ("numpy", "triton", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "torchvision", "ninja")

@@ -10,14 +10,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastconv import verify
+from fastconv.commands import verify
 
 BATCHED = ("input", "residual", "other")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer(verify.Layer):
-    """A `fastconv.verify.Layer`, stated for one image, that knows where it comes from."""
+    """A `fastconv.commands.verify.Layer`, stated for one image, that knows where it comes from."""
 
     why: str
 

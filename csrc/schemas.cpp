@@ -9,7 +9,7 @@
 // comes back as an empty tensor of size [0].
 #include "common/stable.h"
 
-// The emulator of the CUDA kernels in tests/emulator builds this file under another name.
+// The emulator of the CUDA kernels in emulator builds this file under another name.
 #ifndef FASTCONV_LIBRARY
 #define FASTCONV_LIBRARY fastconv
 #endif

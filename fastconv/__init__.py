@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from . import models, nn, ops
-from .backends import use_backend
+from .operators.backends import use_backend
 from .swapping import explain, swap
 
 __all__ = ["__version__", "explain", "models", "nn", "ops", "swap", "use_backend"]

@@ -15,7 +15,6 @@ COMMANDS = {
     "bench": "time of networks, eager against fastconv",
     "tune": "block sizes of the Triton kernels, measured on this GPU",
 }
-_MODULES = {"explain": "swapping.explanation"}  # where it is not the command's own name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="see COMMAND --help")
     selected = parser.parse_args(argv)
 
-    command = import_module(f"fastconv.{_MODULES.get(selected.command, selected.command)}")
+    command = import_module(f"fastconv.commands.{selected.command}")
     parser = argparse.ArgumentParser(prog=f"{parser.prog} {selected.command}", description=COMMANDS[selected.command])
     command.add_arguments(parser)
     return command.run(parser.parse_args(selected.arguments))

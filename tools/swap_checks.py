@@ -17,17 +17,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import synthetic
 import torch
 from torch import Tensor, fx, nn
-from zoo import Subject, Unusable, build, in_layout
 
 import fastconv
-from fastconv._numerics import compare
+import synthetic
+from fastconv.measure.tolerance import compare
 from fastconv.swapping import patterns
 from fastconv.swapping.explanation import _traced_parts
 from fastconv.swapping.observing import REGION
 from fastconv.swapping.regions import programs_of
+from zoo import Subject, Unusable, build, in_layout
 
 LAYOUTS = ("contiguous", "channels_last")
 _TIMED_RUNS = 5
@@ -374,9 +374,9 @@ def _compare_in_double(subject: Subject, args: Any, grad: bool) -> list[str]:
 def _compare_values(expected: Any, got: Any, oracle: Any, close: float = _CLOSE, baseline: Any = None) -> list[str]:
     """What is different in nature, layout or value.
 
-    Values keep to the policy of `fastconv._numerics` where an oracle is given, else they are equal but for `close`. The
-    result is [_DISCRETE] where eager's own outputs are beyond what the policy allows. Twice the error of `baseline` is
-    allowed, by default that of the expected outputs.
+    Values keep to the policy of `fastconv.measure.tolerance` where an oracle is given, else they are equal but for
+    `close`. The result is [_DISCRETE] where eager's own outputs are beyond what the policy allows. Twice the error of
+    `baseline` is allowed, by default that of the expected outputs.
     """
     nature = _nature(expected, got)
     if nature:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import synthetic
 import torch
 from torch import Tensor, nn
+
+import synthetic
 
 LIST = Path(__file__).with_name("zoo.txt")
 _LARGEST = 60_000_000  # parameters

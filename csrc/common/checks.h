@@ -1,5 +1,5 @@
-// The argument checks that every backend's kernels share. fastconv/ops/_checks.py says the same in
-// the same words for tensors without data (fake, meta) and for the reference; tests/test_errors.py
+// The argument checks that every backend's kernels share. fastconv/operators/checks.py says the same in
+// the same words for tensors without data (fake, meta) and for the reference; tests/ops/test_errors.py
 // holds the two together.
 //
 // A message names the operator, what arrived, what was needed and the remedy.

@@ -9,7 +9,7 @@
 namespace fastconv::cuda {
 
 // One per call of an operator, alive until its last launch. Every tensor goes through it, for the sake of its twin in
-// tests/emulator, which lets kernels touch the memory that was named here and nothing else.
+// emulator, which lets kernels touch the memory that was named here and nothing else.
 class Device {
  public:
   // Makes the tensor's device current until the end of this object.

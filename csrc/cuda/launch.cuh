@@ -1,4 +1,4 @@
-// Dynamic shared memory and the launch, each in one place. tests/emulator/include/cuda/launch.cuh is the twin for a
+// Dynamic shared memory and the launch, each in one place. emulator/include/cuda/launch.cuh is the twin for a
 // host compiler.
 #pragma once
 

@@ -1,5 +1,5 @@
 // Every instruction that C++ has no word for, as a typed function: the only inline assembly of the library.
-// tests/emulator/include/cuda/ptx.cuh is the twin for a host compiler; tests/emulator/conformance.cu compares the two.
+// emulator/include/cuda/ptx.cuh is the twin for a host compiler; emulator/conformance.cu compares the two.
 //
 // Shared memory is addressed by 32-bit addresses of the shared window (smem_address). ldmatrix and mma are collectives
 // of a full warp.

@@ -1,4 +1,4 @@
-// Where the glue registers its operators; tests/emulator has a twin that registers them elsewhere.
+// Where the glue registers its operators; emulator has a twin that registers them elsewhere.
 #pragma once
 
 #include "common/stable.h"

@@ -1,4 +1,4 @@
-// Numbers on the device. tests/emulator/include/cuda/types.cuh is the twin for a host compiler: same names, same
+// Numbers on the device. emulator/include/cuda/types.cuh is the twin for a host compiler: same names, same
 // results.
 #pragma once
 

@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import _checks
+from ..operators import checks
 
 
 def pad(op: str, module: torch.nn.Conv2d, input: Tensor) -> tuple[Tensor, int | str | tuple[int, ...]]:
     """The input and the padding left for the op, which itself pads with zeros alone."""
     if module.padding_mode == "zeros":
         return input, module.padding
-    _checks.tensors(op, input=input)
-    _checks.padded(op, input, module._reversed_padding_repeated_twice, module.padding_mode)
+    checks.tensors(op, input=input)
+    checks.padded(op, input, module._reversed_padding_repeated_twice, module.padding_mode)
     return F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
 
 
@@ -26,8 +26,8 @@ def require(module: torch.nn.Module, met: bool, got: str, needed: str, remedy: s
 def checked_activation(module: torch.nn.Module, activation: str) -> str:
     require(
         module,
-        _checks.is_activation(activation),
-        _checks.given("activation", activation),
+        checks.is_activation(activation),
+        checks.given("activation", activation),
         "'none', 'relu' or 'relu6'",
         "apply other activations after the module",
     )

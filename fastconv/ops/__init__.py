@@ -1,7 +1,6 @@
 """The ops as functions, every one differentiable twice; see the table in the README."""
 
-from .. import _library
-from . import _cuda_by_triton
+from ..operators import cuda_by_triton, library
 from .add_relu import add_relu
 from .conv2d_add_relu import conv2d_add_relu
 from .conv2d_relu import conv2d_relu
@@ -22,5 +21,5 @@ __all__ = [
     "pointwise_conv2d_group",
 ]
 
-if _cuda_by_triton.needed():
-    _cuda_by_triton.register("fastconv", define=not _library.LOADED)
+if cuda_by_triton.needed():
+    cuda_by_triton.register("fastconv", define=not library.LOADED)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _conv
-from ._registration import Operator, PublicOperator
+from ..operators import checks, convolution
+from ..operators.registration import Operator, PublicOperator
 
 _NAME = "add_relu"
 
@@ -36,11 +36,11 @@ def add_relu(input: Tensor, other: Tensor, *, activation: str = "relu", backend:
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition", equation 1 with the ReLU
     after it.
     """
-    _checks.activation(_NAME, activation)
-    _checks.summands(_NAME, input, other)
+    checks.activation(_NAME, activation)
+    checks.summands(_NAME, input, other)
     if input.dtype != other.dtype or input.shape != other.shape:
-        _checks.storage(_NAME, "input", input)
-        _checks.storage(_NAME, "other", other)
+        checks.storage(_NAME, "input", input)
+        checks.storage(_NAME, "other", other)
         dtype = _promoted(input, other)  # before they are broadcast: it asks for their dimensions
         input, other = input.to(dtype), other.to(dtype)
         if _broadcast(input, other):
@@ -62,15 +62,15 @@ def _broadcast(input: Tensor, other: Tensor) -> bool:
 
 
 def _check(input: Tensor, other: Tensor, activation: str) -> None:
-    _checks.activation(_NAME, activation)
-    _checks.floating(_NAME, input)
-    _checks.like_input(_NAME, input, "other", other)
-    _checks.same_shape(_NAME, input, "other", other)
+    checks.activation(_NAME, activation)
+    checks.floating(_NAME, input)
+    checks.like_input(_NAME, input, "other", other)
+    checks.same_shape(_NAME, input, "other", other)
 
 
 def _reference(input: Tensor, other: Tensor, activation: str) -> Tensor:
     _check(input, other, activation)
-    return _conv.activate(input + other, activation)
+    return convolution.activate(input + other, activation)
 
 
 def _fake(input: Tensor, other: Tensor, activation: str) -> Tensor:
@@ -145,10 +145,10 @@ def _autocast_promote(function: Callable[..., Any], device: str, args: tuple[Any
 
 def _fake_backward(grad_output: Tensor, output: Tensor, activation: str) -> Tensor:
     op = "add_relu_backward"
-    _checks.activation(op, activation)
-    _checks.floating(op, output)
-    _checks.like_input(op, output, "grad_output", grad_output)
-    _checks.same_shape(op, output, "grad_output", grad_output)
+    checks.activation(op, activation)
+    checks.floating(op, output)
+    checks.like_input(op, output, "grad_output", grad_output)
+    checks.same_shape(op, output, "grad_output", grad_output)
     return torch.empty_like(output)
 
 

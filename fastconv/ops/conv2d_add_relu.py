@@ -7,8 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _conv
-from ._registration import OutOperator
+from ..operators import checks, convolution
+from ..operators.registration import OutOperator
 
 _NAME = "conv2d_add_relu"
 _RESIDUAL = 3
@@ -19,9 +19,9 @@ def conv2d_add_relu(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor,
-    stride: _conv.Size2 = 1,
-    padding: _conv.Padding = 0,
-    dilation: _conv.Size2 = 1,
+    stride: convolution.Size2 = 1,
+    padding: convolution.Padding = 0,
+    dilation: convolution.Size2 = 1,
     groups: int = 1,
     *,
     activation: str = "relu",
@@ -53,14 +53,14 @@ def conv2d_add_relu(
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition", equation 1 with the ReLU
     after it.
     """
-    _checks.tensors(_NAME, input=input, weight=weight, residual=residual)
-    _checks.optional_tensors(_NAME, bias=bias, out=out)
-    _checks.activation(_NAME, activation)
-    groups = _checks.count(_NAME, "groups", groups, _checks.DENSE)
-    input, unbatch, stride, padding, dilation = _conv.geometry(_NAME, input, weight, stride, padding, dilation)
+    checks.tensors(_NAME, input=input, weight=weight, residual=residual)
+    checks.optional_tensors(_NAME, bias=bias, out=out)
+    checks.activation(_NAME, activation)
+    groups = checks.count(_NAME, "groups", groups, checks.DENSE)
+    input, unbatch, stride, padding, dilation = convolution.geometry(_NAME, input, weight, stride, padding, dilation)
     added, destination = (
-        _conv.batch_like(_NAME, unbatch, "residual", residual),
-        _conv.batch_like(_NAME, unbatch, "out", out),
+        convolution.batch_like(_NAME, unbatch, "residual", residual),
+        convolution.batch_like(_NAME, unbatch, "out", out),
     )
     found = _operator.run(
         backend, input, weight, bias, added, stride, padding, dilation, groups, activation, out=destination
@@ -79,10 +79,10 @@ def _reference(
     groups: int,
     activation: str,
 ) -> Tensor:
-    _checks.activation(_NAME, activation)
-    _checks.conv2d(_NAME, input, weight, bias, residual, stride, padding, dilation, groups)
+    checks.activation(_NAME, activation)
+    checks.conv2d(_NAME, input, weight, bias, residual, stride, padding, dilation, groups)
     output = _convolve(input, weight, bias, residual, stride, padding, dilation, groups, activation)
-    return _conv.activate(_conv.with_plain_strides(output + residual), activation)
+    return convolution.activate(convolution.with_plain_strides(output + residual), activation)
 
 
 def _convolve(
@@ -101,11 +101,11 @@ def _convolve(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, _, _, *ctx.geometry, activation = inputs
-    _conv.save_for_backward(ctx, activation, output, input, weight)
+    convolution.save_for_backward(ctx, activation, output, input, weight)
 
 
 def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    found = _conv.gradients(ctx, grad, ctx.geometry, ctx.needs_input_grad[:4])
+    found = convolution.gradients(ctx, grad, ctx.geometry, ctx.needs_input_grad[:4])
     return *found, *[None] * 5
 
 
@@ -114,6 +114,6 @@ _operator = OutOperator(
     reference=_reference,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=_conv.autocast_with_residual(_RESIDUAL, _convolve),
+    autocast=convolution.autocast_with_residual(_RESIDUAL, _convolve),
     fold_batch=(0, _RESIDUAL),
 )

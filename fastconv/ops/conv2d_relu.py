@@ -7,8 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _conv
-from ._registration import OutOperator, autocast_to_low_precision
+from ..operators import checks, convolution
+from ..operators.registration import OutOperator, autocast_to_low_precision
 
 _NAME = "conv2d_relu"
 
@@ -17,9 +17,9 @@ def conv2d_relu(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: _conv.Size2 = 1,
-    padding: _conv.Padding = 0,
-    dilation: _conv.Size2 = 1,
+    stride: convolution.Size2 = 1,
+    padding: convolution.Padding = 0,
+    dilation: convolution.Size2 = 1,
     groups: int = 1,
     *,
     activation: str = "relu",
@@ -61,12 +61,12 @@ def conv2d_relu(
     Source: Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural
     Networks", section 3.1 (ReLU); Howard et al. 2017, "MobileNets" (ReLU6).
     """
-    _checks.tensors(_NAME, input=input, weight=weight)
-    _checks.optional_tensors(_NAME, bias=bias, out=out)
-    _checks.activation(_NAME, activation)
-    groups = _checks.count(_NAME, "groups", groups, _checks.DENSE)
-    input, unbatch, stride, padding, dilation = _conv.geometry(_NAME, input, weight, stride, padding, dilation)
-    destination = _conv.batch_like(_NAME, unbatch, "out", out)
+    checks.tensors(_NAME, input=input, weight=weight)
+    checks.optional_tensors(_NAME, bias=bias, out=out)
+    checks.activation(_NAME, activation)
+    groups = checks.count(_NAME, "groups", groups, checks.DENSE)
+    input, unbatch, stride, padding, dilation = convolution.geometry(_NAME, input, weight, stride, padding, dilation)
+    destination = convolution.batch_like(_NAME, unbatch, "out", out)
     found = _operator.run(backend, input, weight, bias, stride, padding, dilation, groups, activation, out=destination)
     return unbatch(found) if out is None else out
 
@@ -81,18 +81,18 @@ def _reference(
     groups: int,
     activation: str,
 ) -> Tensor:
-    _checks.activation(_NAME, activation)
-    _checks.conv2d(_NAME, input, weight, bias, None, stride, padding, dilation, groups)
-    return _conv.activate(F.conv2d(input, weight, bias, stride, padding, dilation, groups), activation)
+    checks.activation(_NAME, activation)
+    checks.conv2d(_NAME, input, weight, bias, None, stride, padding, dilation, groups)
+    return convolution.activate(F.conv2d(input, weight, bias, stride, padding, dilation, groups), activation)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, _, *ctx.geometry, activation = inputs
-    _conv.save_for_backward(ctx, activation, output, input, weight)
+    convolution.save_for_backward(ctx, activation, output, input, weight)
 
 
 def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    found = _conv.gradients(ctx, grad, ctx.geometry, (*ctx.needs_input_grad[:3], False))
+    found = convolution.gradients(ctx, grad, ctx.geometry, (*ctx.needs_input_grad[:3], False))
     return *found[:3], *[None] * 5
 
 

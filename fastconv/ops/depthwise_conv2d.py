@@ -7,8 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _conv
-from ._registration import PublicOperator, autocast_to_low_precision
+from ..operators import checks, convolution
+from ..operators.registration import PublicOperator, autocast_to_low_precision
 
 _NAME = "depthwise_conv2d"
 
@@ -17,9 +17,9 @@ def depthwise_conv2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: _conv.Size2 = 1,
-    padding: _conv.Padding = 0,
-    dilation: _conv.Size2 = 1,
+    stride: convolution.Size2 = 1,
+    padding: convolution.Padding = 0,
+    dilation: convolution.Size2 = 1,
     *,
     activation: str = "none",
     backend: str | None = None,
@@ -49,10 +49,10 @@ def depthwise_conv2d(
     Source: Howard et al. 2017, "MobileNets: Efficient Convolutional Neural Networks for Mobile
     Vision Applications", equation 3; Chollet 2017, "Xception" (channel multiplier 1).
     """
-    _checks.tensors(_NAME, input=input, weight=weight)
-    _checks.optional_tensors(_NAME, bias=bias)
-    _checks.activation(_NAME, activation)
-    input, unbatch, stride, padding, dilation = _conv.geometry(_NAME, input, weight, stride, padding, dilation)
+    checks.tensors(_NAME, input=input, weight=weight)
+    checks.optional_tensors(_NAME, bias=bias)
+    checks.activation(_NAME, activation)
+    input, unbatch, stride, padding, dilation = convolution.geometry(_NAME, input, weight, stride, padding, dilation)
     return unbatch(_operator.run(backend, input, weight, bias, stride, padding, dilation, activation))
 
 
@@ -65,20 +65,20 @@ def _reference(
     dilation: list[int],
     activation: str,
 ) -> Tensor:
-    _checks.activation(_NAME, activation)
-    groups = _checks.depthwise_weight(_NAME, "weight", input, weight)
-    _checks.conv2d(_NAME, input, weight, bias, None, stride, padding, dilation, groups)
-    return _conv.activate(F.conv2d(input, weight, bias, stride, padding, dilation, groups), activation)
+    checks.activation(_NAME, activation)
+    groups = checks.depthwise_weight(_NAME, "weight", input, weight)
+    checks.conv2d(_NAME, input, weight, bias, None, stride, padding, dilation, groups)
+    return convolution.activate(F.conv2d(input, weight, bias, stride, padding, dilation, groups), activation)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, _, *geometry, activation = inputs
     ctx.geometry = (*geometry, input.shape[1])
-    _conv.save_for_backward(ctx, activation, output, input, weight)
+    convolution.save_for_backward(ctx, activation, output, input, weight)
 
 
 def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    found = _conv.gradients(ctx, grad, ctx.geometry, (*ctx.needs_input_grad[:3], False))
+    found = convolution.gradients(ctx, grad, ctx.geometry, (*ctx.needs_input_grad[:3], False))
     return *found[:3], *[None] * 4
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import _checks, _conv
-from ._registration import Operator, PublicOperator, autocast_to_low_precision
+from ..operators import checks, convolution
+from ..operators.registration import Operator, PublicOperator, autocast_to_low_precision
 
 _NAME = "depthwise_separable_conv2d"
 
@@ -21,9 +21,9 @@ def depthwise_separable_conv2d(
     pointwise_weight: Tensor,
     depthwise_bias: Tensor | None = None,
     pointwise_bias: Tensor | None = None,
-    stride: _conv.Size2 = 1,
-    padding: _conv.Padding = 0,
-    dilation: _conv.Size2 = 1,
+    stride: convolution.Size2 = 1,
+    padding: convolution.Padding = 0,
+    dilation: convolution.Size2 = 1,
     *,
     depthwise_activation: str = "none",
     pointwise_activation: str = "none",
@@ -60,11 +60,11 @@ def depthwise_separable_conv2d(
     Source: Chollet 2017, "Xception: Deep Learning with Depthwise Separable Convolutions"; Howard et
     al. 2017, "MobileNets", section 3.1.
     """
-    _checks.tensors(_NAME, input=input, depthwise_weight=depthwise_weight, pointwise_weight=pointwise_weight)
-    _checks.optional_tensors(_NAME, depthwise_bias=depthwise_bias, pointwise_bias=pointwise_bias)
-    _checks.activation(_NAME, depthwise_activation)
-    _checks.activation(_NAME, pointwise_activation)
-    input, unbatch, stride, padding, dilation = _conv.geometry(
+    checks.tensors(_NAME, input=input, depthwise_weight=depthwise_weight, pointwise_weight=pointwise_weight)
+    checks.optional_tensors(_NAME, depthwise_bias=depthwise_bias, pointwise_bias=pointwise_bias)
+    checks.activation(_NAME, depthwise_activation)
+    checks.activation(_NAME, pointwise_activation)
+    input, unbatch, stride, padding, dilation = convolution.geometry(
         _NAME, input, depthwise_weight, stride, padding, dilation
     )
     found = unbatch(
@@ -83,7 +83,7 @@ def depthwise_separable_conv2d(
         )
     )
     # What lies between two calls for [C, H, W] has no batch, hence no layout that the second could take over.
-    if unbatch is not _conv.as_it_is and suggest_memory_format(pointwise_weight) != torch.channels_last:
+    if unbatch is not convolution.as_it_is and suggest_memory_format(pointwise_weight) != torch.channels_last:
         return found.contiguous()
     return found
 
@@ -100,16 +100,16 @@ def _reference(
     depthwise_activation: str,
     pointwise_activation: str,
 ) -> Tensor:
-    _checks.activation(_NAME, depthwise_activation)
-    _checks.activation(_NAME, pointwise_activation)
-    groups = _checks.depthwise_weight(_NAME, "depthwise_weight", input, depthwise_weight)
-    _checks.pointwise_weight(_NAME, "pointwise_weight", pointwise_weight)
+    checks.activation(_NAME, depthwise_activation)
+    checks.activation(_NAME, pointwise_activation)
+    groups = checks.depthwise_weight(_NAME, "depthwise_weight", input, depthwise_weight)
+    checks.pointwise_weight(_NAME, "pointwise_weight", pointwise_weight)
     geometry = (stride, padding, dilation, groups)
-    _checks.conv2d(_NAME, input, depthwise_weight, depthwise_bias, None, *geometry, _checks.OF_DEPTHWISE)
-    hidden = _conv.activate(F.conv2d(input, depthwise_weight, depthwise_bias, *geometry), depthwise_activation)
+    checks.conv2d(_NAME, input, depthwise_weight, depthwise_bias, None, *geometry, checks.OF_DEPTHWISE)
+    hidden = convolution.activate(F.conv2d(input, depthwise_weight, depthwise_bias, *geometry), depthwise_activation)
     pointwise = ([1, 1], [0, 0], [1, 1], 1)
-    _checks.conv2d(_NAME, hidden, pointwise_weight, pointwise_bias, None, *pointwise, _checks.OF_POINTWISE)
-    return _conv.activate(F.conv2d(hidden, pointwise_weight, pointwise_bias), pointwise_activation)
+    checks.conv2d(_NAME, hidden, pointwise_weight, pointwise_bias, None, *pointwise, checks.OF_POINTWISE)
+    return convolution.activate(F.conv2d(hidden, pointwise_weight, pointwise_bias), pointwise_activation)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -166,17 +166,17 @@ def _fake_backward(
     pointwise_activation: str,
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
-    _checks.activation("depthwise_separable_conv2d_backward", depthwise_activation)
-    _checks.activation("depthwise_separable_conv2d_backward", pointwise_activation)
+    checks.activation("depthwise_separable_conv2d_backward", depthwise_activation)
+    checks.activation("depthwise_separable_conv2d_backward", pointwise_activation)
     depthwise = (stride, padding, dilation, input.shape[1])
     hidden = F.conv2d(input, depthwise_weight, depthwise_bias, *depthwise)
-    grad = _conv.masked_like(grad_output, output)
-    grad_hidden, grad_pointwise, grad_pointwise_bias, _ = _conv.fake_gradients(
+    grad = convolution.masked_like(grad_output, output)
+    grad_hidden, grad_pointwise, grad_pointwise_bias, _ = convolution.fake_gradients(
         grad, hidden, pointwise_weight, [1, 1], [0, 0], [1, 1], 1
     )
     if depthwise_activation != "none":
         grad_hidden = torch.empty_like(hidden)
-    grad_input, grad_depthwise, grad_depthwise_bias, _ = _conv.fake_gradients(
+    grad_input, grad_depthwise, grad_depthwise_bias, _ = convolution.fake_gradients(
         grad_hidden, input, depthwise_weight, *depthwise
     )
     found = (
@@ -186,13 +186,13 @@ def _fake_backward(
         grad_depthwise_bias,
         grad_pointwise_bias,
     )
-    return _conv.where_wanted(found, output_mask, input)
+    return convolution.where_wanted(found, output_mask, input)
 
 
 def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, stride, padding, dilation, _, _, ctx.output_mask = inputs
     ctx.activations = inputs[-3:-1]
-    ctx.depthwise = _conv.Convolution(stride, padding, dilation, tensors[2].shape[1])
+    ctx.depthwise = convolution.Convolution(stride, padding, dilation, tensors[2].shape[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
@@ -209,46 +209,46 @@ def _double_backward(ctx: Any, *ggs: Tensor | None) -> tuple[Tensor | None, ...]
     gg_input, gg_depthwise, gg_pointwise, gg_depthwise_bias, gg_pointwise_bias = (
         gg if wanted else None for gg, wanted in zip(ggs, ctx.output_mask, strict=True)
     )
-    dw, pw = ctx.depthwise, _conv.Convolution([1, 1], [0, 0], [1, 1], 1)
+    dw, pw = ctx.depthwise, convolution.Convolution([1, 1], [0, 0], [1, 1], 1)
 
     hidden = dw.fprop(input, depthwise_weight)
     if depthwise_bias is not None:
-        hidden = hidden + _conv.per_channel(depthwise_bias)
-    hidden = _conv.activate(hidden, inner)
-    z = _conv.mask(grad_output, output, outer)
-    t = _conv.mask(pw.dgrad(z, hidden, pointwise_weight), hidden, inner)
+        hidden = hidden + convolution.per_channel(depthwise_bias)
+    hidden = convolution.activate(hidden, inner)
+    z = convolution.mask(grad_output, output, outer)
+    t = convolution.mask(pw.dgrad(z, hidden, pointwise_weight), hidden, inner)
 
-    for_t = _conv.total(
+    for_t = convolution.total(
         [
             None if gg_input is None else dw.fprop(gg_input, depthwise_weight),
             None if gg_depthwise is None else dw.fprop(input, gg_depthwise),
-            None if gg_depthwise_bias is None else _conv.per_channel(gg_depthwise_bias).expand_as(t),
+            None if gg_depthwise_bias is None else convolution.per_channel(gg_depthwise_bias).expand_as(t),
         ]
     )
-    masked = None if for_t is None else _conv.mask(for_t, hidden, inner)
+    masked = None if for_t is None else convolution.mask(for_t, hidden, inner)
     # gg_pointwise also meets the recomputed h, and through it input, depthwise weight and bias
-    for_hidden = None if gg_pointwise is None else _conv.mask(pw.dgrad(z, hidden, gg_pointwise), hidden, inner)
-    for_z = _conv.total(
+    for_hidden = None if gg_pointwise is None else convolution.mask(pw.dgrad(z, hidden, gg_pointwise), hidden, inner)
+    for_z = convolution.total(
         [
             None if masked is None else pw.fprop(masked, pointwise_weight),
             None if gg_pointwise is None else pw.fprop(hidden, gg_pointwise),
-            None if gg_pointwise_bias is None else _conv.per_channel(gg_pointwise_bias).expand_as(z),
+            None if gg_pointwise_bias is None else convolution.per_channel(gg_pointwise_bias).expand_as(z),
         ]
     )
-    for_input = _conv.total(
+    for_input = convolution.total(
         [
             None if gg_depthwise is None else dw.dgrad(t, input, gg_depthwise),
             None if for_hidden is None else dw.dgrad(for_hidden, input, depthwise_weight),
         ]
     )
-    for_depthwise = _conv.total(
+    for_depthwise = convolution.total(
         [
             None if gg_input is None else dw.wgrad(t, gg_input, depthwise_weight),
             None if for_hidden is None else dw.wgrad(for_hidden, input, depthwise_weight),
         ]
     )
     return (
-        None if for_z is None else _conv.mask(for_z, output, outer),
+        None if for_z is None else convolution.mask(for_z, output, outer),
         None,
         for_input,
         for_depthwise,

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _conv
-from ._registration import Operator, PublicOperator, cast
+from ..operators import checks, convolution
+from ..operators.registration import Operator, PublicOperator, cast
 
 _NAME = "local_response_norm"
 
@@ -56,16 +56,16 @@ def local_response_norm(
     Source: Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural
     Networks", section 3.3.
     """
-    _checks.tensors(_NAME, input=input)
-    _checks.activation(_NAME, activation)
-    size = _checks.count(_NAME, "size", size, _checks.CHANNELS)
-    alpha, beta = _checks.real(_NAME, "alpha", alpha), _checks.real(_NAME, "beta", beta)
-    return _operator.run(backend, input, size, alpha, beta, _checks.real(_NAME, "k", k), activation)
+    checks.tensors(_NAME, input=input)
+    checks.activation(_NAME, activation)
+    size = checks.count(_NAME, "size", size, checks.CHANNELS)
+    alpha, beta = checks.real(_NAME, "alpha", alpha), checks.real(_NAME, "beta", beta)
+    return _operator.run(backend, input, size, alpha, beta, checks.real(_NAME, "k", k), activation)
 
 
 def _reference(input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str) -> Tensor:
-    _checks.local_response_norm(_NAME, input, size, activation)
-    a = _conv.activate(input, activation)
+    checks.local_response_norm(_NAME, input, size, activation)
+    a = convolution.activate(input, activation)
     reach = _reach(size, input)
     if reach < size:
         size, alpha = reach, alpha * reach / size
@@ -81,7 +81,7 @@ def _reach(size: int, input: Tensor) -> int:
 
 
 def _fake(input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str) -> Tensor:
-    _checks.local_response_norm(_NAME, input, size, activation)
+    checks.local_response_norm(_NAME, input, size, activation)
     # What is contiguous, whatever else it may be, gets plain strides.
     layout = torch.contiguous_format if input.is_contiguous() else torch.preserve_format
     return torch.empty_like(input, memory_format=layout)
@@ -111,9 +111,9 @@ def _fake_backward(
     grad_output: Tensor, input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str
 ) -> Tensor:
     op = "local_response_norm_backward"
-    _checks.local_response_norm(op, input, size, activation)
-    _checks.like_input(op, input, "grad_output", grad_output)
-    _checks.same_shape(op, input, "grad_output", grad_output)
+    checks.local_response_norm(op, input, size, activation)
+    checks.like_input(op, input, "grad_output", grad_output)
+    checks.same_shape(op, input, "grad_output", grad_output)
     return torch.empty_like(input)
 
 
@@ -131,8 +131,8 @@ def _double_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
     """
     g, input = ctx.saved_tensors
     size, alpha, beta, k, activation = ctx.options
-    x = _conv.activate(input, activation)
-    gg = _conv.mask(gg, x, activation)
+    x = convolution.activate(input, activation)
+    gg = convolution.mask(gg, x, activation)
     a = alpha / size
     c = 2 * a * beta
     d = k + a * _window_sum(x * x, size)
@@ -142,7 +142,7 @@ def _double_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
     for_grad = gg * p - c * x * q * v
     for_d = c * (beta + 1) * g * x * v * q / d - beta * gg * g * q
     for_input = 2 * a * x * _window_sum(for_d, size, adjoint=True) - c * (gg * u + g * q * v)
-    return for_grad, _conv.mask(for_input, x, activation), *[None] * 5
+    return for_grad, convolution.mask(for_input, x, activation), *[None] * 5
 
 
 def _window_sum(values: Tensor, size: int, *, adjoint: bool = False) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _conv
-from ._registration import OutOperator
+from ..operators import checks, convolution
+from ..operators.registration import OutOperator
 
 _NAME = "pointwise_conv2d"
 _RESIDUAL = 3
@@ -19,7 +19,7 @@ def pointwise_conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    stride: _conv.Size2 = 1,
+    stride: convolution.Size2 = 1,
     *,
     activation: str = "none",
     backend: str | None = None,
@@ -52,14 +52,14 @@ def pointwise_conv2d(
     Source: Lin et al. 2013, "Network In Network"; He et al. 2016, "Deep Residual Learning for Image
     Recognition", figure 5 (bottleneck).
     """
-    _checks.tensors(_NAME, input=input, weight=weight)
-    _checks.optional_tensors(_NAME, bias=bias, residual=residual, out=out)
-    _checks.activation(_NAME, activation)
-    input, unbatch = _conv.batch(_NAME, input)
-    stride = _conv.within(input, _checks.pair(_NAME, "stride", stride, 1), [0, 0])
+    checks.tensors(_NAME, input=input, weight=weight)
+    checks.optional_tensors(_NAME, bias=bias, residual=residual, out=out)
+    checks.activation(_NAME, activation)
+    input, unbatch = convolution.batch(_NAME, input)
+    stride = convolution.within(input, checks.pair(_NAME, "stride", stride, 1), [0, 0])
     added, destination = (
-        _conv.batch_like(_NAME, unbatch, "residual", residual),
-        _conv.batch_like(_NAME, unbatch, "out", out),
+        convolution.batch_like(_NAME, unbatch, "residual", residual),
+        convolution.batch_like(_NAME, unbatch, "out", out),
     )
     found = _operator.run(backend, input, weight, bias, added, stride, activation, out=destination)
     return unbatch(found) if out is None else out
@@ -73,13 +73,13 @@ def _reference(
     stride: list[int],
     activation: str,
 ) -> Tensor:
-    _checks.activation(_NAME, activation)
-    _checks.pointwise_weight(_NAME, "weight", weight)
-    _checks.conv2d(_NAME, input, weight, bias, residual, stride, [0, 0], [1, 1], 1)
+    checks.activation(_NAME, activation)
+    checks.pointwise_weight(_NAME, "weight", weight)
+    checks.conv2d(_NAME, input, weight, bias, residual, stride, [0, 0], [1, 1], 1)
     output = _convolve(input, weight, bias, residual, stride, activation)
     if residual is not None:
-        output = _conv.with_plain_strides(output + residual)
-    return _conv.activate(output, activation)
+        output = convolution.with_plain_strides(output + residual)
+    return convolution.activate(output, activation)
 
 
 def _convolve(
@@ -95,12 +95,12 @@ def _convolve(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, _, _, ctx.stride, activation = inputs
-    _conv.save_for_backward(ctx, activation, output, input, weight)
+    convolution.save_for_backward(ctx, activation, output, input, weight)
 
 
 def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     geometry = (ctx.stride, [0, 0], [1, 1], 1)
-    return *_conv.gradients(ctx, grad, geometry, ctx.needs_input_grad[:4]), None, None
+    return *convolution.gradients(ctx, grad, geometry, ctx.needs_input_grad[:4]), None, None
 
 
 _operator = OutOperator(
@@ -108,6 +108,6 @@ _operator = OutOperator(
     reference=_reference,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=_conv.autocast_with_residual(_RESIDUAL, _convolve),
+    autocast=convolution.autocast_with_residual(_RESIDUAL, _convolve),
     fold_batch=(0, _RESIDUAL),
 )

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import _checks, _conv
-from ._registration import Operator, OutOperator, autocast_to_low_precision
+from ..operators import checks, convolution
+from ..operators.registration import Operator, OutOperator, autocast_to_low_precision
 
 _NAME = "pointwise_conv2d_group"
 _POINTWISE = ([1, 1], [0, 0], [1, 1], 1)
@@ -48,15 +48,15 @@ def pointwise_conv2d_group(
 
     Source: Szegedy et al. 2015, "Going Deeper with Convolutions", figure 2b.
     """
-    _checks.tensors(_NAME, input=input)
-    _checks.activation(_NAME, activation)
-    weights = _checks.tensor_list(_NAME, "weights", weights)
-    given = None if out is None else _checks.tensor_list(_NAME, "out", out)
-    input, unbatch = _conv.batch(_NAME, input)
+    checks.tensors(_NAME, input=input)
+    checks.activation(_NAME, activation)
+    weights = checks.tensor_list(_NAME, "weights", weights)
+    given = None if out is None else checks.tensor_list(_NAME, "out", out)
+    input, unbatch = convolution.batch(_NAME, input)
     destinations = (
         None
         if given is None
-        else [_conv.batch_like(_NAME, unbatch, f"out[{i}]", tensor) for i, tensor in enumerate(given)]
+        else [convolution.batch_like(_NAME, unbatch, f"out[{i}]", tensor) for i, tensor in enumerate(given)]
     )
     found = _operator.run(backend, input, weights, _tensors(weights, biases), activation, out=destinations)
     return [unbatch(output) for output in found] if given is None else given
@@ -64,26 +64,26 @@ def pointwise_conv2d_group(
 
 def _tensors(weights: list[Tensor], biases: Sequence[Tensor | None] | None) -> list[Tensor]:
     """The operator takes a bias for every branch or for none."""
-    given = [] if biases is None else _checks.tensor_list(_NAME, "biases", biases, optional=True)
-    _checks.group(_NAME, weights, given)
+    given = [] if biases is None else checks.tensor_list(_NAME, "biases", biases, optional=True)
+    checks.group(_NAME, weights, given)
     if all(bias is None for bias in given):
         return []
     for i, weight in enumerate(weights):
-        _checks.pointwise_weight(_NAME, f"weights[{i}]", weight)
+        checks.pointwise_weight(_NAME, f"weights[{i}]", weight)
     return [
         weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in zip(weights, given, strict=True)
     ]
 
 
 def _reference(input: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str) -> list[Tensor]:
-    _checks.group(_NAME, weights, biases)
-    _checks.activation(_NAME, activation)
+    checks.group(_NAME, weights, biases)
+    checks.activation(_NAME, activation)
     given: Sequence[Tensor | None] = biases or [None] * len(weights)
     branches = list(zip(weights, given, strict=True))
     for i, (weight, bias) in enumerate(branches):
-        _checks.pointwise_weight(_NAME, f"weights[{i}]", weight)
-        _checks.conv2d(_NAME, input, weight, bias, None, *_POINTWISE, _checks.of_branch(i))
-    return [_conv.activate(F.conv2d(input, weight, bias), activation) for weight, bias in branches]
+        checks.pointwise_weight(_NAME, f"weights[{i}]", weight)
+        checks.conv2d(_NAME, input, weight, bias, None, *_POINTWISE, checks.of_branch(i))
+    return [convolution.activate(F.conv2d(input, weight, bias), activation) for weight, bias in branches]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -118,19 +118,19 @@ def _fake_backward(
     activation: str,
     output_mask: list[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    _checks.activation("pointwise_conv2d_group_backward", activation)
+    checks.activation("pointwise_conv2d_group_backward", activation)
     grad = torch.cat(grad_outputs if activation == "none" else outputs, 1)
     weight = torch.cat(weights)
-    grad_input, *joined, _ = _conv.fake_gradients(grad, input, weight, *_POINTWISE)
+    grad_input, *joined, _ = convolution.fake_gradients(grad, input, weight, *_POINTWISE)
     sizes = [weight.shape[0] for weight in weights]
     split = [
-        [part.clone() for part in grad.split(sizes)] if wanted else [_conv.empty_gradient(input) for _ in sizes]
+        [part.clone() for part in grad.split(sizes)] if wanted else [convolution.empty_gradient(input) for _ in sizes]
         for grad, wanted in zip(joined, output_mask[1:], strict=True)
     ]
     grad_weights, grad_biases = split
     if 0 in input.shape and output_mask[1]:
         grad_weights = [torch.empty_like(part) for part in weights]
-    grad_input = grad_input if output_mask[0] else _conv.empty_gradient(input)
+    grad_input = grad_input if output_mask[0] else convolution.empty_gradient(input)
     return grad_input, grad_weights, grad_biases
 
 
@@ -144,26 +144,26 @@ def _double_backward(ctx: Any, gg_input: Tensor, gg_weights: list[Tensor], gg_bi
     """The gradient of the gradients; each branch adds its own terms."""
     input, *rest = ctx.saved_tensors
     n = ctx.branches
-    conv = _conv.Convolution(*_POINTWISE)
+    conv = convolution.Convolution(*_POINTWISE)
     want_input, want_weights, want_biases = ctx.output_mask
     for_grads, for_weights, for_input = [], [], []
     grads, weights, outputs = rest[:n], rest[n : 2 * n], rest[2 * n :]
     for grad_output, output, weight, gg_weight, gg_bias in zip(
         grads, outputs or [None] * n, weights, gg_weights, gg_biases, strict=True
     ):
-        grad = _conv.mask(grad_output, output, ctx.activation)
-        terms = _conv.total(
+        grad = convolution.mask(grad_output, output, ctx.activation)
+        terms = convolution.total(
             [
                 conv.fprop(gg_input, weight) if want_input else None,
                 conv.fprop(input, gg_weight) if want_weights else None,
-                _conv.per_channel(gg_bias).expand_as(grad) if want_biases else None,
+                convolution.per_channel(gg_bias).expand_as(grad) if want_biases else None,
             ]
         )
-        for_grads.append(None if terms is None else _conv.mask(terms, output, ctx.activation))
+        for_grads.append(None if terms is None else convolution.mask(terms, output, ctx.activation))
         for_weights.append(conv.wgrad(grad, gg_input, weight) if want_input else None)
         for_input.append(conv.dgrad(grad, input, gg_weight) if want_weights else None)
     nothing = [None] * len(_for_the_mask(outputs, ctx.activation))
-    return for_grads, nothing, _conv.total(for_input), for_weights, None, None
+    return for_grads, nothing, convolution.total(for_input), for_weights, None, None
 
 
 _backward_operator = Operator(

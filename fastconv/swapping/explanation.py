@@ -1,9 +1,7 @@
-"""What `fastconv.swap` changes in a model, what it leaves alone and why; ``python -m fastconv explain``."""
+"""What `fastconv.swap` changes in a model, what it leaves alone and why."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .. import models
 from . import patterns, regions
 from .programs import Program
 from .regions import programs_of, region_of, require_module
@@ -214,37 +211,3 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[s
     for line in lines:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         yield "  ".join(cells).rstrip()
-
-
-# ------------------------------------------------------------------------------------------------ command
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        help=f"one of {', '.join(models.names())}, or torchvision:NAME",
-    )
-    parser.add_argument("--batch", type=int, default=1, help="of the example input (default 1)")
-    parser.add_argument("--size", type=int, help="its height and width (default: the paper's)")
-
-
-def run(args: argparse.Namespace) -> int:
-    family, _, name = args.model.rpartition(":")
-    try:
-        if family == "torchvision":
-            model, shape = _torchvision(name), (args.batch, 3, 224, 224)
-        else:
-            model, shape = models.build(args.model), models.input_shape(args.model, args.batch)
-    except (ImportError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    if args.size:
-        shape = (*shape[:2], args.size, args.size)
-    print(explain(model.eval(), torch.randn(shape)))
-    return 0
-
-
-def _torchvision(name: str) -> nn.Module:
-    import torchvision
-
-    return torchvision.models.get_model(name, weights=None)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backends, ops
+from .. import ops
+from ..operators import backends
 
 
 class FusedConv:

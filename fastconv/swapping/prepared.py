@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _library, backends
+from ..operators import backends, library
 from .fused import FusedConv, FusedSeparable, fold, output_shape
 
-if _library.LOADED:
+if library.LOADED:
     from .. import _C
 
 _PACKS_KEPT = 4  # formats; a pack is as large as the weight

@@ -22,7 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from .. import _library, backends
+from ..operators import backends, library
 from .observing import REGION, Untraceable, is_possible
 from .programs import Program, Programs, Watch
 from .tracing import is_leaf, is_region, plain_class
@@ -277,7 +277,7 @@ class Region:
             return None, ()
         if (
             not self._needs_grad(tensors, programs)
-            and _library.LOADED
+            and library.LOADED
             and backends.current() != "reference"
             and programs.prepared.refresh()
         ):

@@ -1,4 +1,4 @@
-// Depthwise convolution and its gradients; letters as in fastconv/ops/_conv.py:
+// Depthwise convolution and its gradients; letters as in fastconv/operators/convolution.py:
 //
 //   fprop  y[n,k,p,q]  = act(b[k] + sum over r,s of w[k,r,s] x[n,c, p*stride + r*dilation - padding, ...]), c = k / M
 //   dgrad  dx[n,c,h,w] = sum over k of c, r, s of w[k,r,s] dz[n,k,p,q], where (p,q) reads (h,w) through (r,s)

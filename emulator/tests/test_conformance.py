@@ -1,0 +1,270 @@
+"""What the emulator takes instructions to do, held against numpy, torch and CuTe; and the program that asks a GPU."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("ninja", reason="the emulator is built by ninja")
+import emulator
+from emulator import conformance
+from emulator.build import HERE, find_clang, import_build
+
+
+@pytest.fixture(scope="module")
+def program():
+    return conformance.emulated()
+
+
+@pytest.fixture(scope="module")
+def output(program):
+    return {name: np.array(words, np.uint32) for name, words in emulated_words(program).items()}
+
+
+def emulated_words(program) -> dict[str, list[int]]:
+    """Of the cases that run here: without clang those with plain stores to shared memory do not."""
+    words, problems = program.run()
+    assert problems == [] or find_clang() is None
+    return words
+
+
+def given(program, name: str) -> np.ndarray:
+    case = next(case for case in program.cases if case["name"] == name)
+    return conformance.words(case["input"], case["in_words"])
+
+
+def as_dtype(words: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(words.view(np.int32).copy()).view(dtype)
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# ---- numbers, as torch has them
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("Half", torch.float16), ("BFloat16", torch.bfloat16)])
+def test_16_bit_numbers(program, output, name, dtype):
+    values = as_dtype(given(program, f"pack2<{name}>"), torch.float32)
+    packed = as_dtype(output[f"pack2<{name}>"], dtype).view(-1, 2)
+    assert_same(packed, torch.stack([values, values * -1.5], 1).to(dtype))
+    pairs = as_dtype(given(program, f"unpack2<{name}>.x"), dtype).view(-1, 2).float()
+    for column, part in enumerate("xy"):
+        assert_same(as_dtype(output[f"unpack2<{name}>.{part}"], torch.float32), pairs[:, column])
+
+
+def test_every_half(program):
+    """Those that are not a float's upper or lower half in the cases above."""
+    halves = np.arange(2**16, dtype=np.uint16).view(np.uint32)
+    for words in halves.reshape(-1, 256):
+        values = program.run_words("unpack2<Half>.x", words), program.run_words("unpack2<Half>.y", words)
+        for column, part in enumerate(values):
+            expected = as_dtype(words, torch.float16).view(-1, 2)[:, column].float()
+            assert_same(as_dtype(part, torch.float32), expected)
+            # And back: the exact value, -1.5 times it being another half.
+            assert_same(as_dtype(program.run_words("pack2<Half>", part), torch.float16)[::2], expected.half())
+
+
+def test_tf32_is_rounded_to_nearest(program, output):
+    values = given(program, "to_tf32").view(np.float32).astype(np.float64)
+    rounded = output["to_tf32"]
+    finite = np.isfinite(values) & (np.abs(values) > 1e-30) & (np.abs(values) < 1e38)
+    assert (rounded[finite] & 0x1FFF == 0).all()
+    error = np.abs(rounded[finite].view(np.float32).astype(np.float64) - values[finite])
+    assert (error <= np.abs(values[finite]) * 2.0**-11).all()
+    tie = np.float32([1 + 2.0**-11, -1 - 2.0**-11, 1 + 3 * 2.0**-11])
+    words = np.resize(tie, 256).view(np.uint32)
+    away = np.float32([1 + 2.0**-10, -1 - 2.0**-10, 1 + 2 * 2.0**-10])
+    assert (program.run_words("to_tf32", words).view(np.float32)[:3] == away).all()
+
+
+@pytest.mark.parametrize(("name", "function"), [("relu", torch.relu), ("relu6", torch.nn.functional.relu6)])
+def test_activations(program, output, name, function):
+    values = as_dtype(given(program, f"activate {name}"), torch.float32).requires_grad_()
+    result = function(values)
+    assert_same(as_dtype(output[f"activate {name}"], torch.float32), result.detach())
+    values = as_dtype(given(program, f"passes_gradient {name}"), torch.float32)
+    aten = {
+        "relu": lambda g: torch.ops.aten.threshold_backward(g, values, 0),
+        "relu6": lambda g: torch.ops.aten.hardtanh_backward(g, values, 0.0, 6.0),
+    }
+    passes = aten[name](torch.ones_like(values))
+    # At a NaN aten's hardtanh_backward says one thing on the CPU and, as this one, another on a GPU.
+    ours = torch.from_numpy(output[f"passes_gradient {name}"].astype(np.float32))
+    assert (ours[values.isnan()] == 1).all()
+    assert_same(ours[~values.isnan()], passes[~values.isnan()])
+
+
+# ---- data that moves
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_cp_async(program, output, size):
+    rows = given(program, f"cp_async<{size}>").reshape(32, -1)
+    expected = rows[np.arange(32) ^ 9]
+    expected[::3] = 0
+    assert (output[f"cp_async<{size}>"].reshape(32, -1) == expected).all()
+
+
+def test_shuffles(program, output):
+    words, lane = given(program, "shuffles"), np.arange(32)
+    segment = lane // 8 * 8
+    sources = [lane ^ 5, lane * 7 % 32, segment + (lane + 3) % 8, np.where(lane < 3, lane, lane - 3)]
+    sources += [np.where(lane % 16 + 5 < 16, lane + 5, lane)]
+    for i, source in enumerate(sources):
+        assert (output["shuffles"][32 * i :][:32] == words[source]).all(), i
+    votes = sum(1 << i for i in range(32) if words[i] % 3 == 0)
+    assert (output["shuffles"][192:] == votes).all()
+
+
+def test_every_word_is_written(output):
+    """By chance none of them is the mark, inputs being what they are."""
+    unwritten = [name for name, words in output.items() if (words == conformance.UNWRITTEN).any()]
+    assert unwritten == []
+
+
+# ---- fragments, as CuTe's host code lays them out
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """Lane and element to position, for each operand."""
+    spec = importlib.util.find_spec("cutlass_library")
+    _, toolchain = import_build()
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("CuTe's headers are not installed (pip install --no-deps nvidia-cutlass)")
+    cuda = toolchain.find_cuda()
+    if cuda is None:
+        pytest.skip("CuTe's headers need those of the CUDA toolkit, which is not installed here")
+    headers = [Path(spec.submodule_search_locations[0]) / "source/include", cuda.include, cuda.include / "cccl"]
+    program = tmp_path_factory.mktemp("cute") / "layouts"
+    include = [word for path in headers for word in ("-isystem", str(path))]
+    compiler = toolchain.find_compiler().command
+    subprocess.run(
+        [*compiler, "-std=c++20", "-w", *include, str(HERE / "cute/layouts.cpp"), "-o", str(program)], check=True
+    )
+    printed = subprocess.run([program], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return {name: np.array(positions) for name, positions in json.loads(printed).items()}
+
+
+def to_words(values: np.ndarray, dtype: str) -> np.ndarray:
+    """[lane, element] as registers, two to a word but for float32"""
+    if dtype == "float32":
+        return values.astype(np.float32).view(np.uint32)
+    torch_dtype = getattr(torch, dtype)
+    return torch.from_numpy(values.astype(np.float32)).to(torch_dtype).view(torch.int16).numpy().view(np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "depth"),
+    [
+        ("mma_m16n8k16<Half>", "float16", 16),
+        ("mma_m16n8k16<BFloat16>", "bfloat16", 16),
+        ("mma_m16n8k8_tf32", "float32", 8),
+    ],
+)
+def test_mma_fragments_are_those_of_cute(program, layouts, name, dtype, depth):
+    random = np.random.default_rng(0)
+    a, b, d = (random.integers(-8, 9, shape) for shape in ((16, depth), (8, depth), (16, 8)))
+    # CuTe counts positions along the first index.
+    lanes = [matrix.T.reshape(-1)[layouts[f"{name} {operand}"]] for matrix, operand in ((a, "a"), (b, "b"), (d, "d"))]
+    words = [to_words(lanes[0], dtype), to_words(lanes[1], dtype), to_words(lanes[2], "float32")]
+    result = program.run_words(name, np.concatenate([part.reshape(-1) for part in words]))
+    expected = (a @ b.T + d).T.reshape(-1)[layouts[f"{name} d"]]
+    assert (result.view(np.float32).reshape(32, 4) == expected).all()
+
+
+@pytest.mark.parametrize("name", ["ldmatrix_x2", "ldmatrix_x4", "ldmatrix_x2_trans", "ldmatrix_x4_trans"])
+def test_ldmatrix_is_that_of_cute(program, layouts, name):
+    matrices = int(name[10])
+    elements = np.arange(512, dtype=np.uint16)
+    # Lane l gives the address of row l ^ 5, rows being 16 elements apart.
+    rows = elements.reshape(32, 16)[np.arange(32) ^ 5][: 8 * matrices, :8]
+    at = {position: rows[lane, i] for (lane, i), position in np.ndenumerate(layouts[f"{name} source"][: 8 * matrices])}
+    expected = np.vectorize(at.__getitem__)(layouts[f"{name} destination"])
+    result = program.run_words(name, elements.view(np.uint32)).view(np.uint16)
+    assert (result.reshape(32, 2 * matrices) == expected).all()
+
+
+def test_low_bits_of_tf32_operands_do_not_count(program, output):
+    words = given(program, "mma_m16n8k8_tf32, low bits set")
+    assert (words[:192] & 0x1FFF).any()
+    cleared = words.copy()
+    cleared[:192] &= 0xFFFFE000
+    assert (program.run_words("mma_m16n8k8_tf32", cleared) == output["mma_m16n8k8_tf32, low bits set"]).all()
+
+
+# ---- the comparison with a GPU
+
+
+def test_compare_finds_a_difference(program):
+    words = emulated_words(program)
+    assert conformance.compare(program.cases, words, words) == []
+    other = dict(words)
+    other["cp_async<16>"] = [words["cp_async<16>"][0] ^ 1, *words["cp_async<16>"][1:]]
+    other["powf"] = (np.array(words["powf"], np.uint32).view(np.float32) * np.float32(1.001)).view(np.uint32).tolist()
+    del other["shuffles"]
+    problems = conformance.compare(program.cases, words, other)
+    assert [problem.partition(":")[0] for problem in problems] == ["cp_async<16>", "powf", "shuffles"]
+    assert "1 of 128 words, word 0" in problems[0]
+
+
+@pytest.mark.slow
+def test_the_program_compiles_for_gpus():
+    if import_build()[1].find_cuda() is None:
+        pytest.skip("there is no nvcc on this machine")
+    library = conformance.compile_for_gpu()
+    cuobjdump = shutil.which("cuobjdump")
+    if cuobjdump:
+        listed = subprocess.run([cuobjdump, "-lelf", library], stdout=subprocess.PIPE, text=True, check=True).stdout
+        assert all(f"sm_{arch}" in listed for arch in conformance.ARCHS)
+
+
+def test_recorded_words_of_gpus(program):
+    files = sorted(conformance.GOLDENS.glob("*.json"))
+    if not files:
+        pytest.skip("no GPU has run the conformance program yet (emulator/conformance.py --record)")
+    words = emulated_words(program)
+    for file in files:
+        assert conformance.compare(program.cases, words, json.loads(file.read_text())["cases"]) == [], file.name
+
+
+def test_each_case_asks_the_gpu_by_itself(program, tmp_path, monkeypatch):
+    """One that ends its process costs the others nothing. The emulator stands in for the GPU."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ntest "$3" = shuffles && kill -9 $$\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(conformance.sys, "executable", str(python))
+    words, problems = program.run()
+    found, failed = conformance.ask_gpu(emulator.load("conformance").path)
+    assert found == {name: output for name, output in words.items() if name != "shuffles"}
+    names = [line.partition(":")[0] for line in problems]
+    assert sorted(line.partition(":")[0] for line in failed) == sorted(["shuffles", *names])
+    assert "shuffles: it ended with status -9" in failed
+
+
+def test_what_differs_on_a_gpu_is_said_once(program, tmp_path, monkeypatch, capsys):
+    """What it has just recorded is not compared a second time; what another GPU recorded, is."""
+    words = emulated_words(program)
+    changed = words | {"shuffles": [word ^ 1 for word in words["shuffles"]]}
+    missing = changed.pop("to_tf32")
+    (tmp_path / "other.json").write_text(json.dumps({"cases": words | {"to_tf32": [word + 1 for word in missing]}}))
+    monkeypatch.setattr(conformance, "GOLDENS", tmp_path)
+    monkeypatch.setattr(conformance, "compile_for_gpu", lambda: tmp_path)
+    monkeypatch.setattr(conformance, "ask_gpu", lambda _: (changed, ["to_tf32: it hangs"]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(sys, "argv", ["conformance.py", "--record"])
+    assert conformance.main() == 1
+    *_, crash, difference, other = capsys.readouterr().out.splitlines()
+    assert crash == "Some GPU: to_tf32: it hangs"
+    assert difference.startswith("Some GPU: shuffles: ")
+    assert other.startswith("other.json: to_tf32: ")
+    assert json.loads((tmp_path / "some-gpu.json").read_text())["cases"] == changed

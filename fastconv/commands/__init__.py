@@ -1,0 +1,1 @@
+"""``python -m fastconv COMMAND``: one module for each, with ``add_arguments`` and ``run``."""

@@ -1,0 +1,1 @@
+"""How results and times are measured: tolerance, tables, the machine."""

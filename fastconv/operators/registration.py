@@ -1,0 +1,341 @@
+"""What every operator registers with torch beside its kernels: fake, autograd, autocast and vmap.
+
+Schemas and kernels are in the C++ library; without it the public functions run the reference. A
+namespace is a set of kernels for all operators: "fastconv" is the library's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+from . import backends, checks, library
+
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+_operators: list[Operator] = []
+_namespaces: dict[str, torch.library.Library] = {}
+
+
+# A rule gets the function to call (the dispatcher's overload, or the reference), the device type
+# and the arguments.
+AutocastRule = Callable[[Callable[..., Any], str, tuple[Any, ...]], Any]
+
+
+def add_namespace(name: str) -> None:
+    """Completes the operators of ``torch.ops.<name>``, which has those of csrc/schemas.cpp, with kernels."""
+    if name not in _namespaces:
+        _namespaces[name] = torch.library.Library(name, "FRAGMENT")
+        for operator in _operators:
+            operator.complete(name)
+
+
+class Operator:
+    """One operator of csrc/schemas.cpp, completed in every namespace and callable in each.
+
+    Args:
+        name: the name there.
+        fake: shape, dtype and layout of the result, and the argument checks.
+        setup_context, backward: as for ``torch.library.register_autograd``; the context has an
+            attribute `namespace` for what the backward calls.
+        fold_batch: positions of the arguments whose dimension 0 is a batch: where vmap maps over
+            these alone, it becomes one call on a larger batch, otherwise a loop.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        fake: Callable[..., Any],
+        setup_context: Callable[..., None],
+        backward: Callable[..., Any],
+        fold_batch: Sequence[int] = (),
+    ) -> None:
+        self._name = name
+        self._fake = fake
+        self._setup_context = setup_context
+        self._backward = backward
+        self._fold_batch = fold_batch
+        self._arguments = tuple(inspect.signature(fake).parameters)
+        self._overloads: dict[str, Callable[..., Any]] = {}
+        _operators.append(self)
+        for namespace in _namespaces:
+            self.complete(namespace)
+
+    def complete(self, namespace: str) -> None:
+        qualified = f"{namespace}::{self._name}"
+        overload = getattr(getattr(torch.ops, namespace), self._name).default
+        self._overloads[namespace] = overload
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.namespace = namespace
+            self._setup_context(ctx, inputs, output)
+
+        torch.library.register_fake(qualified, self._fake)
+        torch.library.register_autograd(qualified, self._backward, setup_context=setup_context)
+        torch.library.register_vmap(qualified, self._vmap_rule(overload))
+
+    def _check_storage(self, args: Sequence[Any]) -> None:
+        """Before anything but a kernel reads the arguments; kernels have checks of their own."""
+        for name, value in zip(self._arguments, args, strict=True):
+            for tensor in _tensors([value]):
+                checks.storage(self._name, name, tensor)
+
+    def _vmap_rule(self, overload: Callable[..., Any]) -> Callable[..., Any]:
+        mapped = _mapped(overload, self._fold_batch)
+
+        def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+            self._check_storage(args)
+            return mapped(info, in_dims, *args)
+
+        return rule
+
+    def __call__(self, namespace: str, *args: Any) -> Any:
+        return self._overloads[namespace](*args)
+
+
+class PublicOperator(Operator):
+    """An operator behind a public function.
+
+    Args:
+        reference: the meaning of the op in plain aten, with the argument checks; also its fake
+            kernel, if there is no simpler one.
+        autocast: the rule while autocast is on.
+        others: as for `Operator`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        reference: Callable[..., Any],
+        autocast: AutocastRule,
+        fake: Callable[..., Any] | None = None,
+        **others: Any,
+    ) -> None:
+        self._qualified = f"fastconv::{name}"
+        self._reference = reference
+        self._autocast = autocast
+        super().__init__(name, fake=fake or reference, **others)
+
+    def complete(self, namespace: str) -> None:
+        super().complete(namespace)
+        for device in _AUTOCAST_DEVICES:
+            kernel = self._autocast_kernel(self._overloads[namespace], device)
+            _namespaces[namespace].impl(self._name, kernel, f"Autocast{device.upper()}")
+
+    def run(self, backend: str | None, input: Tensor, *args: Any) -> Any:
+        """The op on the backend that was asked for, or else on the one chosen for the input."""
+        namespace = backends.namespace(backends.choose(backend, input, self._qualified))
+        if namespace is not None and not _only_aten_has_derivatives():
+            return self._overloads[namespace](input, *args)
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            return self._cast(self._reference, device, (input, *args))
+        return self._reference(input, *args)
+
+    def _cast(self, function: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Any:
+        self._check_storage(args)
+        return self._autocast(function, device, args)
+
+    def _autocast_kernel(self, overload: Callable[..., Any], device: str) -> Callable[..., Any]:
+        def kernel(*args: Any) -> Any:
+            with _below_autocast(device):
+                return self._cast(overload, device, args)
+
+        return kernel
+
+
+class OutOperator(PublicOperator):
+    """A public operator with an overload ``out``, whose last argument takes the result: a tensor, or one for each.
+
+    Not differentiable, as torch's own ``out=`` is not.
+    """
+
+    def __init__(self, name: str, **others: Any) -> None:
+        self._out_overloads: dict[str, Callable[..., Any]] = {}
+        super().__init__(name, **others)
+
+    def complete(self, namespace: str) -> None:
+        super().complete(namespace)
+        name = f"{self._name}.out"
+        overload = getattr(getattr(torch.ops, namespace), self._name).out
+        self._out_overloads[namespace] = overload
+        torch.library.register_fake(f"{namespace}::{name}", self._fake_out)
+        library = _namespaces[namespace]
+        library.impl(name, self._autograd_out_kernel(overload), "Autograd")
+        library.impl(name, self._version_kernel(overload), "ADInplaceOrView")
+        for device in _AUTOCAST_DEVICES:
+            library.impl(name, self._autocast_out_kernel(overload, device), f"Autocast{device.upper()}")
+
+    def run(self, backend: str | None, input: Tensor, *args: Any, out: Any = None) -> Any:
+        """As for every operator; into `out`, if there is one, which is then returned."""
+        if out is None:
+            return super().run(backend, input, *args)
+        namespace = backends.namespace(backends.choose(backend, input, self._qualified))
+        if namespace is not None and not _only_aten_has_derivatives():
+            self._out_overloads[namespace](input, *args, out)
+        else:
+            self._refuse_gradients(input, *args, out)
+            if not torch.compiler.is_compiling():
+                self._check_writable(out)
+            self._store(super().run("reference", input, *args), (input, *args), out)
+        return out
+
+    def _fake_out(self, *args: Any) -> None:
+        *given, out = args
+        self._check_out(self._fake(*given), given, out)
+
+    def _autograd_out_kernel(self, overload: Callable[..., Any]) -> Callable[..., Any]:
+        def kernel(*args: Any) -> None:
+            self._refuse_gradients(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                overload(*args)
+
+        return kernel
+
+    def _autocast_out_kernel(self, overload: Callable[..., Any], device: str) -> Callable[..., Any]:
+        def kernel(*args: Any) -> None:
+            *given, out = args
+            self._refuse_gradients(*args)
+            with _below_autocast(device):
+                found = self._cast(lambda *cast: overload(*cast, out), device, tuple(given))
+                if found is not None:  # the rule did without the overload
+                    self._check_writable(out)
+                    self._store(found, given, out)
+
+        return kernel
+
+    def _version_kernel(self, overload: Callable[..., Any]) -> Callable[..., Any]:
+        """Counts the write, so that autograd notices where an older value was needed."""
+
+        def kernel(*args: Any) -> None:
+            self._check_writable(args[-1])
+            torch.autograd.graph.increment_version(args[-1])
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                overload(*args)
+
+        return kernel
+
+    def _check_writable(self, out: Any) -> None:
+        for tensor in _tensors([out]):
+            checks.writable(self._name, tensor)
+
+    def _refuse_gradients(self, *args: Any) -> None:
+        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
+        checks.no_gradient(self._name, wanted)
+
+    def _store(self, found: Any, args: Sequence[Any], out: Any) -> None:
+        self._check_out(found, args, out)
+        for result, destination in zip(_tensors([found]), _tensors([out]), strict=True):
+            destination.copy_(result)
+
+    def _check_out(self, found: Any, args: Sequence[Any], out: Any) -> None:
+        others = _tensors(args)
+        if isinstance(found, Tensor):
+            checks.destination(self._name, "out", out, found.shape, found, others)
+        else:
+            checks.destinations(self._name, out, [result.shape for result in found], found[0], others)
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    """Those among an operator's arguments, in lists too."""
+    lists = [arg if isinstance(arg, (list, tuple)) else [arg] for arg in args]
+    return [value for values in lists for value in values if isinstance(value, Tensor)]
+
+
+def _only_aten_has_derivatives() -> bool:
+    """Whether forward mode or torch.func's grad or jvp is on.
+
+    What `register_autograd` registers serves reverse mode alone: in forward mode tangents would be
+    lost without a word, and torch.func's transforms refuse.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    interpreters = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in interpreters)
+
+
+# ----------------------------------------------------------------------------------------- autocast
+
+
+def _below_autocast(device: str) -> Any:
+    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Casts what autocast casts: floating tensors other than float64, in lists too."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype is not torch.float64:
+            return leaf.to(dtype)
+        return leaf
+
+    return pytree.tree_map(one, value)
+
+
+def autocast_to_low_precision(function: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Any:
+    """The rule for convolutions: all tensors in the dtype of the autocast context."""
+    return function(*cast(args, torch.get_autocast_dtype(device)))
+
+
+# --------------------------------------------------------------------------------------------- vmap
+
+
+def _mapped(op: Callable[..., Any], fold_batch: Sequence[int]) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        size = info.batch_size
+        leaves, structure = pytree.tree_flatten(args)
+        dims = pytree.tree_leaves(in_dims)
+
+        def batched(leaf: Tensor, dim: int | None) -> Tensor:
+            return leaf.expand(size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
+
+        if size == 0:  # the shapes are those of a batch of one
+            one = [
+                leaf if dim is None else leaf.new_zeros(leaf.movedim(dim, 0).shape[1:])
+                for leaf, dim in zip(leaves, dims, strict=True)
+            ]
+            results = pytree.tree_map(
+                lambda out: out.new_empty(0, *out.shape), op(*pytree.tree_unflatten(one, structure))
+            )
+            return results, pytree.tree_map(lambda _: 0, results)
+
+        mapped = {i for i, dim in enumerate(in_dims) if any(d is not None for d in pytree.tree_leaves(dim))}
+        folded = {i: batched(args[i], in_dims[i]) for i in fold_batch if isinstance(args[i], Tensor)}
+        if mapped <= folded.keys() and all(tensor.dim() > 1 for tensor in folded.values()):
+            results = op(*(folded[i].flatten(0, 1) if i in folded else arg for i, arg in enumerate(args)))
+            results = pytree.tree_map(lambda out: out.unflatten(0, (size, out.shape[0] // size)), results)
+        else:
+            columns = [
+                [leaf] * size if dim is None else leaf.unbind(dim) for leaf, dim in zip(leaves, dims, strict=True)
+            ]
+            rows = [op(*pytree.tree_unflatten(list(row), structure)) for row in zip(*columns, strict=True)]
+            results = pytree.tree_map(lambda *outs: torch.stack(outs), *rows)
+        return results, pytree.tree_map(lambda _: 0, results)
+
+    return rule
+
+
+def _allow_tf32() -> bool:
+    """Whether float32 convolutions may round their factors to TF32, by torch's switches for cuDNN."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+# The library's glue asks for it: the stable ABI does not know torch's switches.
+_own = torch.library.Library("fastconv", "FRAGMENT")
+_own.define("_allow_tf32() -> bool")
+_own.impl("_allow_tf32", _allow_tf32, "CompositeExplicitAutograd")
+
+if library.LOADED:
+    add_namespace("fastconv")

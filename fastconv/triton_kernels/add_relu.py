@@ -1,0 +1,90 @@
+"""Addition + ReLU and its backward, one pass each over tensors as they lie in memory."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..operators import checks, convolution
+from . import launch, table
+from ._device import activate, index, masked, narrow, widen
+from .samples import Maker, Sample, sample
+
+
+@triton.jit(do_not_specialize=["size"])
+def add_relu_fprop(a_ptr, b_ptr, y_ptr, size, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """y = activation(a + b), BLOCK elements to a program; in float32, so that the sum is rounded once."""
+    i = index(tl.program_id(0), WIDE) * BLOCK + tl.arange(0, BLOCK)
+    value = widen(tl.load(a_ptr + i, i < size)) + widen(tl.load(b_ptr + i, i < size))
+    tl.store(y_ptr + i, narrow(activate(value, ACTIVATION), y_ptr.dtype.element_ty), i < size)
+
+
+@triton.jit(do_not_specialize=["size"])
+def add_relu_dgrad(g_ptr, z_ptr, y_ptr, size, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """y = g where the activation's output z let the value through, BLOCK elements to a program."""
+    i = index(tl.program_id(0), WIDE) * BLOCK + tl.arange(0, BLOCK)
+    grad = widen(tl.load(g_ptr + i, i < size))
+    grad = masked(grad, widen(tl.load(z_ptr + i, i < size)), ACTIVATION)
+    tl.store(y_ptr + i, narrow(grad, y_ptr.dtype.element_ty), i < size)
+
+
+def add_relu(input: Tensor, other: Tensor, activation: str) -> Tensor:
+    """`fastconv.ops.add_relu` of one shape and dtype.
+
+    float16, bfloat16 and float32 of the same dense layout; float64, and operands that lie differently in memory (or
+    were expanded), by the aten composition, which reads any strides.
+    """
+    op = "add_relu"
+    checks.activation(op, activation)
+    checks.floating(op, input)
+    checks.like_input(op, input, "other", other)
+    checks.same_shape(op, input, "other", other)
+    contiguous = input.is_contiguous() and other.is_contiguous()  # whatever else they may be
+    output = torch.empty_like(input, memory_format=torch.contiguous_format if contiguous else torch.preserve_format)
+    alike = contiguous or input.stride() == other.stride() == output.stride()
+    if input.dtype == torch.float64 or not alike:
+        return convolution.activate(input + other, activation)
+    _flat(add_relu_fprop, input, other, output, activation)
+    return output
+
+
+def add_relu_backward(grad_output: Tensor, output: Tensor, activation: str) -> Tensor:
+    """The gradient of input and of other, in the layout of `output`.
+
+    float16, bfloat16 and float32; float64 by the aten composition.
+    """
+    op = "add_relu_backward"
+    checks.activation(op, activation)
+    checks.floating(op, output)
+    checks.like_input(op, output, "grad_output", grad_output)
+    checks.same_shape(op, output, "grad_output", grad_output)
+    output, grad_input = launch.dense(output)
+    if output.dtype == torch.float64:
+        return grad_input.copy_(convolution.mask(grad_output, output, activation))
+    _flat(add_relu_dgrad, launch.with_strides_of(output, grad_output), output, grad_input, activation)
+    return grad_input
+
+
+def _flat(kernel: triton.JITFunction, first: Tensor, second: Tensor, result: Tensor, activation: str) -> None:
+    size = result.numel()
+    config = table.config("add_relu", "any")
+    wide = size > launch.NARROW_LIMIT
+    programs = triton.cdiv(size, config["BLOCK"])
+    launch.launch(kernel, programs, first, second, result, size, ACTIVATION=activation, WIDE=wide, **config)
+
+
+@sample("add_relu")
+def _sample(make: Maker) -> Sample:
+    """Forward and backward, which share the entry; the gradient is one of the summands."""
+
+    def run(a: Tensor, b: Tensor) -> list[Tensor]:
+        output = add_relu(a, b, "relu")
+        return [output, add_relu_backward(a, output, "relu")]
+
+    def reference(a: Tensor, b: Tensor) -> list[Tensor]:
+        output = (a + b).relu()
+        return [output, torch.where(output > 0, a, 0.0)]
+
+    return Sample((make.images(256), make.images(256)), run, reference)

@@ -1,0 +1,131 @@
+"""What launchers share: the launch itself, layouts, precision, index width, how work is split."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..operators import registration
+
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+# stride, padding, dilation, groups
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+
+# 32-bit offsets below this; the distance to 2^31 covers the lanes of a tile that lie beyond its tensor.
+NARROW_LIMIT = 2**31 - 2**20
+
+# A part of a reduction that is split among programs has at least so many steps of its loop: fewer cost more in writing
+# and adding the parts than they gain.
+_LEAST_STEPS = 4
+_PROGRAMS_PER_PROCESSOR = 2
+
+
+def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
+    """Launches the kernel on the device of its first tensor; no programs, no launch."""
+    if programs == 0:
+        return
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs,)](*args, **meta)
+    else:
+        kernel[(programs,)](*args, **meta)
+
+
+def guarded(config: dict[str, int], taps: int) -> dict[str, int]:
+    """At most 4 warps for filters larger than 1x1.
+
+    A flat loop over taps and channels has been seen to miscompile with 8 warps. test_eight_warps of
+    tests/kernels/triton tries that on a GPU; the guard goes when it has passed there on every supported version.
+    """
+    return {**config, "num_warps": min(config["num_warps"], 4)} if taps > 1 else config
+
+
+def precision() -> str:
+    """tl.dot's input_precision for float32: what torch's switch for convolutions says; a 1x1 is one of them."""
+    return "tf32" if registration._allow_tf32() else "ieee"
+
+
+def dtype_class(tensor: Tensor) -> str:
+    """The part of a table's key that the dtype decides."""
+    return precision() if tensor.dtype == torch.float32 else "16bit"
+
+
+def width_class(channels: int) -> str:
+    """The part of a table's key that the number of a tile's columns decides."""
+    return "narrow" if channels <= 32 else "medium" if channels <= 64 else "wide"
+
+
+def wide(*tensors: Tensor) -> bool:
+    """Whether an offset into one of them, or an index over its elements, may pass 2^31."""
+    return any(
+        max(t.numel(), sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)))
+        > NARROW_LIMIT
+        for t in tensors
+    )
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; under the interpreter a few, so that reductions are split there, too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def split(steps: int, tiles: int, device: torch.device) -> tuple[int, int]:
+    """(steps of a part, parts) for a reduction of `steps` steps in each of `tiles` tiles.
+
+    As many parts as fill the device. The same for the same shapes on the same kind of device, hence the same bits.
+    """
+    parts = max(1, _PROGRAMS_PER_PROCESSOR * processors(device) // max(tiles, 1))
+    part_steps = max(triton.cdiv(steps, parts), min(_LEAST_STEPS, steps), 1)
+    return part_steps, triton.cdiv(steps, part_steps)
+
+
+# ------------------------------------------------------------------------------------------ layouts
+
+
+def convolution_layout(input: Tensor, weight: Tensor, geometry: Geometry) -> torch.memory_format:
+    """The layout in which eager's convolution returns its output, and its backward both gradients: torch decides."""
+    stride, padding, dilation, groups = geometry
+    chosen = torch._C._select_conv_backend(
+        input, weight, None, stride, padding, dilation, False, [0, 0], groups, [weight.shape[0]]
+    )
+    return torch._C._conv_determine_backend_memory_format(input, weight, chosen)
+
+
+def output_pixels(input: Tensor, weight: Tensor, geometry: Geometry) -> list[int]:
+    """[P, Q]."""
+    stride, padding, dilation, _ = geometry
+    return [
+        (side + 2 * pad - d * (taps - 1) - 1) // step + 1
+        for side, pad, d, taps, step in zip(input.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
+    ]
+
+
+def new_output(input: Tensor, weight: Tensor, geometry: Geometry, plain: bool = False) -> Tensor:
+    """An unwritten result in eager's layout; `plain` where a sum or a ReLU follows, see `with_plain_strides`."""
+    shape = (input.shape[0], weight.shape[0], *output_pixels(input, weight, geometry))
+    layout = convolution_layout(input, weight, geometry)
+    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+    if plain and output.is_contiguous():  # made anew: autograd would not let the caller overwrite a view
+        return torch.empty(shape, dtype=input.dtype, device=input.device)
+    return output
+
+
+def dense(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """(the tensor without gaps or overlaps, an unwritten one like it): itself, or a copy if it has some."""
+    if tensor.is_contiguous():  # whatever else it may be
+        return tensor, torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    like = torch.empty_like(tensor)
+    return (tensor if like.stride() == tensor.stride() else like.copy_(tensor)), torch.empty_like(like)
+
+
+def with_strides_of(like: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it, that lies in memory as `like` does."""
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)

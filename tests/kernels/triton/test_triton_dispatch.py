@@ -1,0 +1,160 @@
+"""The Triton operators as torch sees them: registration, opcheck, compile, export, autocast, vmap, derivatives."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastconv import ops
+from support.cases import CASES, Case, named, run, tensors
+from support.kernel_backends import on_triton
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+import test_autograd
+import test_dispatch
+
+FIRST = [next(iter(named(op))) for op in ops.__all__]
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[torch.device]:
+    with on_triton() as found:
+        yield found
+
+
+def test_importing_fastconv_leaves_triton_alone() -> None:
+    code = "import sys, fastconv; print('triton' in sys.modules, 'fastconv.triton_kernels' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_without_triton() -> None:
+    """The package imports and says what is missing and how to get it."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import torch, fastconv
+print(fastconv.operators.backends.available()["triton"])
+try:
+    fastconv.ops.add_relu(torch.ones(1), torch.ones(1), backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count('triton is not installed: pip install "fastconv[triton]"') == 2
+
+
+def test_cuda_key_of_the_public_operators() -> None:
+    """Without CUDA kernels in the library, or without the library, Triton's are those of ``torch.ops.fastconv``."""
+    code = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch, fastconv
+from fastconv.operators import cuda_by_triton, schemas
+cuda_by_triton.register("fastconv_test", define=True)
+for name in schemas.SCHEMAS:
+    for key in ("CUDA", "Meta", "Autograd"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastconv_test::{name}", key), (name, key)
+x = torch.empty(2, 3, device="meta")
+assert torch.ops.fastconv_test.add_relu(x, x, "relu").shape == x.shape
+assert torch._C._dispatch_has_kernel_for_dispatch_key("fastconv::add_relu", "CUDA")
+print("fastconv.triton_kernels" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False"], done.stderr
+
+
+class Recorder(test_dispatch.Recorder):
+    """The calls of the Triton operators."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "fastconv_triton":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.small and test_dispatch.opchecked(c)], ids=str)
+def test_opcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_dispatch, "Recorder", Recorder)
+    with Recorder() as recorder:
+        outputs = run(case.op, case.arguments(requires_grad=True))
+        torch.autograd.backward(outputs, [torch.randn_like(output) for output in outputs])
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(leaf(v) for v in value)
+        return value.detach().clone().requires_grad_() if isinstance(value, Tensor) else value
+
+    assert recorder.calls[0][0].name() == f"fastconv_triton::{case.op}"
+    for function, args in recorder.calls:
+        torch.library.opcheck(function, leaf(args))
+
+
+@pytest.mark.parametrize("case", test_dispatch.FIRST_WITH_OUT, ids=str)
+def test_out_as_torch_has_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(test_dispatch, "Recorder", Recorder)
+        test_dispatch.test_opcheck_out(case)
+    test_dispatch.test_compile_out(case, True, "triton")
+    test_dispatch.test_out_counts_versions(case, "triton")
+    test_dispatch.test_autocast_out(case, "triton")
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_compile_fullgraph(case: Case, dynamic: bool) -> None:
+    test_dispatch.test_compile_fullgraph(case, dynamic)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_export_is_one_node(case: Case) -> None:
+    module = test_dispatch.Call(case)
+    program = torch.export.export(module, (module.input,))
+    called = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert [name for name in called if "getitem" not in name] == [f"fastconv_triton.{case.op}.default"]
+    torch.testing.assert_close(program.module()(module.input), module(module.input))
+
+
+@pytest.mark.parametrize("cast_to", HALVES, ids=str)
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_autocast_dtypes_are_eagers(case: Case, cast_to: torch.dtype) -> None:
+    test_dispatch.test_autocast_dtypes_are_eagers(case, torch.float32, cast_to, "triton")
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_autocast_under_compile(case: Case) -> None:
+    test_dispatch.test_autocast_under_compile(case)
+
+
+@pytest.mark.parametrize("which", ["input", "everything"])
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_vmap(case: Case, which: str) -> None:
+    test_dispatch.test_vmap(case, which)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_second_derivatives(case: Case) -> None:
+    """float64 by differences, float32 against the reference."""
+    test_autograd.test_gradgradcheck(case)
+
+    def second(backend: str) -> tuple[Tensor, ...]:
+        arguments = case.arguments(seed=1, requires_grad=True)
+        leaves = tensors(arguments)
+        total = sum(output.square().sum() for output in run(case.op, arguments, backend=backend))
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    torch.testing.assert_close(second("triton"), second("reference"), rtol=1e-4, atol=1e-4)

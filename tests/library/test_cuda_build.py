@@ -1,0 +1,125 @@
+"""The machine code of the CUDA kernels, as far as one can judge it without a GPU."""
+
+import importlib.util
+import json
+import re
+import subprocess
+
+import pytest
+
+pytest.importorskip("ninja", reason="the build's own requirements are not installed here")
+from emulator.build import import_build
+from fastconv.operators import library
+from support import cuda_objects
+
+# Disassembling takes a while.
+pytestmark = pytest.mark.slow
+
+# Later GPUs compile the library's PTX when they load it: here, ptxas does.
+LATER = ["sm_100", "sm_120"]
+# Kernels that may keep something in local memory, and why
+LOCAL_MEMORY: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    """That there is something to look at, and that it is what csrc says now."""
+    if not library.LOADED:
+        pytest.skip("the library is not built here")
+    from fastconv import _C
+
+    if not _C.kernel_table():
+        pytest.skip(f"the library has no CUDA kernels: {_C.build_info()['cuda']}")
+    if cuda_objects.find_cuobjdump() is None:
+        pytest.skip("cuobjdump is not installed here; it comes with the CUDA toolkit and with Triton")
+    ninjafile, _ = import_build()
+    if ninjafile.CSRC.is_dir() and _C.build_info()["source_hash"] != ninjafile.source_hash():
+        pytest.skip("the library is older than csrc; build it again")
+
+
+def wanted(name: str) -> set[str]:
+    """HMMA is what became of mma, LDSM of ldmatrix, LDGSTS of cp.async."""
+    if name.startswith("depthwise_separable::fprop_nhwc"):
+        return {"HMMA", "LDSM", "LDGSTS"}
+    if not name.startswith("conv2d_kernel"):
+        return set()
+    # cp.async copies no less than 4 bytes, so a gather of 16-bit elements cannot use it.
+    gathers = re.search(r"Math(<\w+>)?( ?>)?, (\d+, ){5}1>", name) is not None
+    if "HalfMath" in name:
+        return {"HMMA", "LDSM"} if gathers else {"HMMA", "LDSM", "LDGSTS"}
+    # ldmatrix moves 16-bit elements; transposing, it would tear those of TF32 apart.
+    return {"HMMA", "LDGSTS"} if "Tf32Math" in name else {"LDGSTS"}
+
+
+def test_every_architecture_has_the_same_kernels():
+    kernels = cuda_objects.kernels()
+    assert {"sm_80", "sm_90a"} <= kernels.keys()
+    assert len({frozenset(each) for each in kernels.values()}) == 1
+
+
+def test_no_local_memory():
+    spilled = {
+        f"{arch}: {name}": kernel.stack
+        for arch, each in cuda_objects.kernels().items()
+        for name, kernel in each.items()
+        if kernel.stack and name not in LOCAL_MEMORY
+    }
+    assert spilled == {}
+
+
+def test_no_static_shared_memory():
+    # Of every block on sm_90, 1 KiB is the system's.
+    most = {"sm_80": 0, "sm_90a": 1024}
+    for arch, each in cuda_objects.kernels().items():
+        assert max(kernel.shared for kernel in each.values()) <= most.get(arch, 1024), arch
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_instructions(arch):
+    found = {
+        name: {word.partition(".")[0] for word in words} for name, words in cuda_objects.instructions(arch).items()
+    }
+    assert found.keys() == cuda_objects.kernels()[arch].keys()
+    telling = {"HMMA", "LDSM", "LDGSTS"}
+    other = {name: kinds & telling for name, kinds in found.items() if kinds & telling != wanted(name)}
+    assert other == {}
+    assert any(wanted(name) == telling for name in found)
+    assert any("HMMA.1688.F32.TF32" in words for words in cuda_objects.instructions(arch).values())
+    local = {name: kinds & {"LDL", "STL"} for name, kinds in found.items() if name not in LOCAL_MEMORY}
+    assert not any(local.values()), local
+
+
+def test_resources_are_those_recorded():
+    recorded = json.loads(cuda_objects.RECORD.read_text())
+    if recorded["nvcc"] != cuda_objects.nvcc_version():
+        pytest.skip(f"recorded with nvcc {recorded['nvcc']}, built with {cuda_objects.nvcc_version()}")
+    changed = cuda_objects.differences(recorded, cuda_objects.measured())
+    assert changed == [], "python tests/support/cuda_objects.py --write records what is meant"
+
+
+def test_a_changed_resource_is_noticed():
+    now = cuda_objects.measured()
+    other = json.loads(json.dumps(now))
+    name = next(iter(other["code"]["sm_80"]))
+    other["code"]["sm_80"][name] += 1
+    gone = next(iter(other["code"]["sm_90a"]))
+    del other["code"]["sm_90a"][gone]
+    assert [line.partition(":")[0] for line in cuda_objects.differences(other, now)] == ["sm_80", "sm_90a"]
+
+
+@pytest.mark.parametrize("arch", LATER)
+def test_ptx_compiles_for_later_gpus(arch, tmp_path):
+    cuda = import_build()[1].find_cuda()
+    ptxas = cuda and cuda.include.parent / "bin/ptxas"
+    if not ptxas or not ptxas.is_file():
+        triton = importlib.util.find_spec("triton")
+        pytest.skip(f"there is no ptxas of the CUDA toolkit on this machine{' (Triton has its own)' if triton else ''}")
+    files = cuda_objects.ptx(tmp_path)
+    assert files
+    for file in files:
+        result = subprocess.run(
+            [ptxas, f"-arch={arch}", "-v", "-o", tmp_path / "out.cubin", file], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        stores = re.findall(r"(\d+) bytes spill stores", result.stderr)
+        assert not any(map(int, stores)), result.stderr

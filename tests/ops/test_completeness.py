@@ -1,0 +1,144 @@
+"""Fails when an op lacks a layer, from its schema to its line in the README."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastconv
+from fastconv import nn, ops
+from fastconv.operators.schemas import SCHEMAS, WITH_OUT
+from support.cases import CASES, DTYPES
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(fastconv.__file__).parent
+OPERATORS = list(SCHEMAS)
+BACKWARDS = [name for name in OPERATORS if name.endswith("_backward")]
+OUTS = [name for name in OPERATORS if name.endswith(".out")]
+
+# module names: conv2d_relu -> Conv2dReLU
+MODULES = {module.lower(): module for module in nn.__all__}
+
+
+def has_kernel(operator: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastconv::{operator}", key)
+
+
+def test_schemas_and_public_functions_agree() -> None:
+    assert sorted(set(OPERATORS) - set(BACKWARDS) - set(OUTS)) == sorted(ops.__all__)
+    assert [name for name in ops.__all__ if "out" in getattr(ops, name).__annotations__] == sorted(WITH_OUT)
+
+
+def test_schemas_are_those_of_the_library() -> None:
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastconv::")]
+    assert {name.removeprefix("fastconv::") for name in names if "::_" not in name} == set(SCHEMAS)
+    for name, schema in SCHEMAS.items():
+        operator, _, overload = name.partition(".")
+        registered = getattr(getattr(torch.ops.fastconv, operator), overload or "default")._schema
+        assert registered == torch._C.parse_schema(f"fastconv::{name}{schema}")
+
+
+@pytest.mark.parametrize("key", ["CPU", "Meta", "Autograd", "FuncTorchBatched", "ADInplaceOrView"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_kernels(operator: str, key: str) -> None:
+    """What is differentiable has a rule for vmap, what writes into an argument counts that argument's versions."""
+    missing = "FuncTorchBatched" if operator in OUTS else "ADInplaceOrView"
+    assert has_kernel(operator, key) == (key != missing)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_cuda_kernels(operator: str) -> None:
+    """Of the sources, as the library may have been built without a CUDA toolkit."""
+    glue = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cpp"))
+    assert f'm.impl("{operator}"' in glue
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_triton_kernels(operator: str) -> None:
+    pytest.importorskip("triton")
+    from fastconv import triton
+
+    assert operator in triton.OPERATORS
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastconv_triton::{operator}", "CUDA")
+
+
+@pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA"])
+@pytest.mark.parametrize("op", [*ops.__all__, *OUTS])
+def test_autocast(op: str, key: str) -> None:
+    assert has_kernel(op, key)
+
+
+@pytest.mark.parametrize("op", ops.__all__)
+def test_every_layer(op: str) -> None:
+    assert (PACKAGE / "ops" / f"{op}.py").is_file()
+    assert (PACKAGE / "nn" / f"{op}.py").is_file()
+    assert op.replace("_", "") in MODULES
+    assert (ROOT / "benchmarks" / f"bench_{op}.py").is_file()
+    assert sum(case.op == op for case in CASES) >= 4
+    readme = (ROOT / "README.md").read_text()
+    assert f"`{op}`" in readme
+    assert f"`{MODULES[op.replace('_', '')]}`" in readme
+
+
+@pytest.mark.parametrize("op", ops.__all__)
+def test_public_docstrings(op: str) -> None:
+    """Arguments, result, errors and the source; every argument by name."""
+    function = getattr(ops, op)
+    text = function.__doc__
+    for section in ("Args:", "Returns:", "Raises:", "Source:"):
+        assert section in text
+    for name in function.__annotations__:
+        if name != "return":
+            assert re.search(rf"\b{name}\b", text), f"{op}: {name} is not described"
+
+
+def test_cases_have_names_of_their_own_and_reasons() -> None:
+    assert len({str(case) for case in CASES}) == len(CASES)
+    assert all(case.why for case in CASES)
+    assert set(DTYPES) == {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+
+
+def test_modules_are_found_by_their_names() -> None:
+    """`import fastconv.a.b as c` follows attributes, hence fails where a function has the name of a module.
+
+    Only an op's or a network's own file may go by the name of its function, which is all that others need of it.
+    """
+    for module in pkgutil.walk_packages(fastconv.__path__, "fastconv."):
+        package, _, name = module.name.rpartition(".")
+        if (
+            name != "__main__"
+            and not _needs_triton(module.name)
+            and package not in ("fastconv.ops", "fastconv.triton_kernels", "fastconv.models")
+        ):
+            assert inspect.ismodule(_named(module.name)), module.name
+
+
+def test_names_in_texts_can_be_looked_up() -> None:
+    texts = [*PACKAGE.rglob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
+    for path in texts:
+        for name in re.findall(r"\bfastconv(?:\.[A-Za-z_]\w*)+", path.read_text()):
+            assert _needs_triton(name) or _named(name) is not None, f"{path}: {name}"
+
+
+def _needs_triton(name: str) -> bool:
+    """Whether the name is of the kernels that cannot be imported here."""
+    return name.startswith("fastconv.triton_kernels") and importlib.util.find_spec("triton") is None
+
+
+def _named(name: str) -> object:
+    """What a dotted name stands for, importing modules on the way; None if there is no such thing."""
+    found: object = fastconv
+    for i, part in enumerate(name.split(".")[1:], 2):
+        if not hasattr(found, part) and inspect.ismodule(found):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(".".join(name.split(".")[:i]))
+        found = getattr(found, part, None)
+    return found

@@ -1,0 +1,1 @@
+"""What tests share: cases, models, backends, and programs that they run in a process of their own."""
