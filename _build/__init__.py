@@ -1,6 +1,7 @@
 """How fastconv's library is built: `backend` is what pip calls, `extension` is what setup.py calls.
 
-`toolchain` finds what this machine offers, `ninjafile` turns it and the sources into a build.ninja.
+`toolchain` finds what this machine offers, `sources` says what is compiled for which GPUs, `ninjafile` turns both into a
+build.ninja.
 """
 
 from importlib.util import find_spec

@@ -12,7 +12,7 @@ import shutil
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
-from .ninjafile import ROOT, cuda_sources
+from .sources import ROOT, cuda_sources
 from .toolchain import MINIMUM_TORCH, find_cuda, find_torch
 
 # All of one minor: nvcc 13.0 with a newer nvvm writes PTX that its own ptxas refuses.

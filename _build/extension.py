@@ -14,7 +14,8 @@ from typing import IO
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
-from .ninjafile import CPP_JOB_BYTES, ROOT, Build
+from .ninjafile import CPP_JOB_BYTES, Build
+from .sources import ROOT
 from .toolchain import Toolchain, fail, find_compiler, find_torch, parallel_jobs
 
 

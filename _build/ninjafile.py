@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ninja.ninja_syntax import Writer
 
+from .sources import CSRC, ROOT, cuda_families, cuda_sources, cuda_units
 from .toolchain import (
     MINIMUM_TORCH,
     Cuda,
@@ -24,9 +25,6 @@ from .toolchain import (
     find_python_headers,
     parallel_jobs,
 )
-
-ROOT = Path(__file__).resolve().parent.parent
-CSRC = ROOT / "csrc"
 
 TORCH_TARGET = "2.10"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -51,10 +49,6 @@ CUDA_JOB_BYTES = 1_500_000_000
 
 # fastconv/operators/library.py looks for it in a library that does not load.
 MARK = "FASTCONV_BUILD_INFO"
-
-
-def cuda_sources() -> list[Path]:
-    return sorted((CSRC / "cuda").rglob("*.cu"))
 
 
 def cpu_capabilities() -> dict[str, list[str]]:
@@ -121,14 +115,14 @@ class Build:
             "torch": toolchain.torch.version,
             "torch_target": TORCH_TARGET,
             "compiler": toolchain.compiler.version,
-            "cpu": _targets(self.kernels, cpu_capabilities()),
+            "cpu": _targets([path.stem for path in self.kernels], cpu_capabilities()),
             "cuda": self._cuda_fact(),
         }
 
     def _cuda_fact(self) -> str:
         if self.cuda:
             archs = [f"sm_{arch}" for arch in self.archs]
-            return f"{_targets(cuda_sources(), archs)}, by nvcc {self.cuda.version}"
+            return f"{_targets(cuda_families(), archs)}, by nvcc {self.cuda.version}"
         if not cuda_sources():
             return "this version has no CUDA kernels"
         if os.environ.get("FASTCONV_CUDA") == "0":
@@ -212,14 +206,13 @@ fastconv {facts["fastconv"]} was built in {seconds:.0f} s
             for source in self.kernels:
                 output = f"cpu/kernels/{source.stem}.{capability}.o"
                 yield source, output, "cpp", [*flags, *KERNEL, *machine, define]
-        for source in cuda_sources() if self.cuda else ():
-            stem = str(source.relative_to(CSRC).with_suffix(""))
-            generate = [_gencode(arch) for arch in self.archs]
-            yield source, f"{stem}.cu.o", "cuda", CUDA + generate
+        for unit in cuda_units(self.archs) if self.cuda else ():
+            generate = [_gencode(arch) for arch in unit.archs]
+            yield unit.source, unit.output, "cuda", [*CUDA, *unit.defines, *generate]
 
 
-def _targets(sources: Iterable[Path], targets: Iterable[str]) -> str:
-    return f"{', '.join(path.stem for path in sources) or 'no kernels'} for {', '.join(targets)}"
+def _targets(kernels: Iterable[str], targets: Iterable[str]) -> str:
+    return f"{', '.join(kernels) or 'no kernels'} for {', '.join(targets)}"
 
 
 def _info_source(facts: dict) -> str:

@@ -8,7 +8,8 @@
 #include "build_info.h"
 #include "cpu/capability.h"
 #ifdef FASTCONV_HAVE_CUDA
-#include "cuda/kernel_table.h"
+#include "cuda/runtime/choice.h"
+#include "cuda/runtime/kernel_table.h"
 #endif
 #include "fingerprint.h"
 
@@ -35,11 +36,17 @@ PYBIND11_MODULE(_C, m) {
 #endif
         return py::module_::import("json").attr("loads")(json);
       },
-      "Every CUDA kernel of this library, as a list of dicts (csrc/cuda/kernel_table.h); empty when built without "
+      "Every CUDA kernel of this library, as a list of dicts (csrc/cuda/runtime/kernel_table.h); empty when built "
+      "without "
       "CUDA.");
 #ifdef FASTCONV_HAVE_CUDA
   m.def("force_kernel", &fastconv_cuda_force_kernel, py::arg("op"), py::arg("name").none(true),
         "Lets no CUDA kernel of `op` but this one run; None gives the choice back. 1 where there is no such kernel.");
+  m.def("record_choices", &fastconv_cuda_record_choices, py::arg("on"),
+        "Whether choices among CUDA kernels are noted from now on; forgets those that were.");
+  m.def(
+      "take_choices", [] { return py::module_::import("json").attr("loads")(fastconv_cuda_take_choices()); },
+      "The choices that were noted (csrc/cuda/runtime/choice.h), as a list of dicts; forgets them.");
 #endif
   m.def("fingerprint", &fastconv::fingerprint, py::arg("addresses"), py::arg("sizes"),
         "A hash of samples of the memory at these addresses, which hold so many bytes.");

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +31,12 @@ class Library:
         self.functions.fastconv_emulator_seed(ctypes.c_uint64(seed))
 
     def multiprocessors(self, count: int) -> None:
-        """How many the heuristics find; 4 at first."""
+        """How many the choice among kernels finds; 4 at first."""
         self.functions.fastconv_emulator_multiprocessors(count)
+
+    def shared_per_block(self, kib: int) -> None:
+        """Shared memory that a block may have; 99 KiB at first, as a GPU of compute capability 8.6 has it."""
+        self.functions.fastconv_emulator_shared_per_block(kib * 1024)
 
     def statistics(self) -> dict[str, Any]:
         """Counts since the last reset; "launches" by kernel."""
@@ -46,21 +48,24 @@ class Library:
     def launches(self) -> dict[str, int]:
         return self.statistics()["launches"]
 
-    def kernel_table(self) -> list[dict[str, Any]]:
-        table = self.functions.fastconv_cuda_kernel_table
-        table.restype = ctypes.c_char_p
-        return json.loads(table())
+    # What fastconv.operators.kernels asks of a library
 
-    @contextmanager
-    def force_kernel(self, op: str, name: str) -> Iterator[None]:
-        """Inside, `op` runs this kernel, whatever the heuristics would choose."""
-        force = self.functions.fastconv_cuda_force_kernel
-        if force(op.encode(), name.encode()):
-            raise ValueError(f"{op} has no kernel {name}")
-        try:
-            yield
-        finally:
-            force(op.encode(), None)
+    def kernel_table(self) -> list[dict[str, Any]]:
+        return self._json("fastconv_cuda_kernel_table")
+
+    def force_kernel(self, op: str, name: str | None) -> int:
+        return self.functions.fastconv_cuda_force_kernel(op.encode(), None if name is None else name.encode())
+
+    def record_choices(self, on: bool) -> None:
+        self.functions.fastconv_cuda_record_choices(int(on))
+
+    def take_choices(self) -> list[dict[str, Any]]:
+        return self._json("fastconv_cuda_take_choices")
+
+    def _json(self, name: str) -> Any:
+        function = self.functions[name]
+        function.restype = ctypes.c_char_p
+        return json.loads(function())
 
 
 @functools.cache

@@ -4,8 +4,8 @@
 #include <exception>
 #include <string>
 
-#include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/ptx/sm80.cuh"
+#include "cuda/runtime/launch.cuh"
 #include "memory.h"
 
 namespace fastconv::cuda {
@@ -258,15 +258,16 @@ template <int kBug>
 void run_gemm(const GemmParams& p) {
   constexpr int kShared = kStages * kStageBytes + 16;
   static const KernelInfo info{"gemm", "bugs", 80, {kTile, kTile, kTileK}, kStages, kThreads, -1, ""};
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.m, kTile)), static_cast<unsigned>(ceil_div(p.n, kTile)));
-  launch(info, &gemm<kBug>, grid, dim3(kBug == kTooManyThreads ? 160 : kThreads),
-         kBug == kSharedMemoryTooSmall ? kShared - 32 - kOperandBytes : kShared, nullptr, p);
+  const LaunchShape shape{{static_cast<unsigned>(ceil_div(p.m, kTile)), static_cast<unsigned>(ceil_div(p.n, kTile))},
+                          {kBug == kTooManyThreads ? 160u : unsigned{kThreads}},
+                          kBug == kSharedMemoryTooSmall ? kShared - 32 - kOperandBytes : kShared};
+  launch(info, &gemm<kBug>, shape, nullptr, p);
 }
 
 template <int kBug>
 void run_exchange(const ExchangeParams& p) {
   static const KernelInfo info{"exchange", "bugs", 80, {0, 0, 0}, 0, 64, 66 * 4, ""};
-  launch(info, &exchange<kBug>, dim3(4), dim3(64), 66 * 4, nullptr, p);
+  launch(info, &exchange<kBug>, {{4}, {64}, 66 * 4}, nullptr, p);
 }
 
 template <template <int> class Run, int... kBug, class P>

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # .ci/run also runs the tests from a copy, beside an installed package: what was built for the checkout serves again.
 ROOT = Path(os.environ.get("FASTCONV_SOURCE", Path(__file__).resolve().parents[1])).resolve()
@@ -29,17 +30,17 @@ RUNTIME = ["block", "block_sync", "block_shared", "block_global", "control", "fi
 CLANGS = ["clang++-19", "clang++-20", "clang++-21", "clang++-18", "clang++"]
 
 
-def import_build():
-    """The _build package, without putting the checkout (and its fastconv) on sys.path."""
+def import_build() -> Any:
+    """The _build package with its modules, without putting the checkout (and its fastconv) on sys.path."""
     if "_build" not in sys.modules:
         folder = ROOT / "_build"
         spec = importlib.util.spec_from_file_location(
             "_build", folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
         sys.modules["_build"] = importlib.util.module_from_spec(spec)
-    from _build import ninjafile, toolchain
+    import _build.ninjafile
 
-    return ninjafile, toolchain
+    return _build
 
 
 def find_clang() -> str | None:
@@ -59,15 +60,16 @@ class Emulator:
     """The flags and the objects of one way to build: with clang or without."""
 
     def __init__(self, clang: str | None, ucontext: bool = False) -> None:
-        ninjafile, toolchain = import_build()
-        torch = toolchain.find_torch()
+        tools = import_build()
+        torch = tools.toolchain.find_torch()
+        self._units = list(tools.sources.cuda_units(["80"]))
         self.clang = clang
-        self.compiler = shlex.join(toolchain.find_compiler().command)
+        self.compiler = shlex.join(tools.toolchain.find_compiler().command)
         self.folder = ROOT / "build" / "emulator" / (("clang" if clang else "gcc") + ("-ucontext" if ucontext else ""))
         # Kernels know nothing of torch and are shared by all versions of it.
         self.torch_folder = f"torch{torch.version}"
         self.torch_lib = torch.lib
-        self.torch_flags = [ninjafile.STABLE_ABI, "-isystem", str(torch.include)]
+        self.torch_flags = [tools.ninjafile.STABLE_ABI, "-isystem", str(torch.include)]
         native = ["-march=native"] if platform.machine() == "x86_64" else []
         # As nvcc does, a * b + c may become one operation.
         self.flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=fast", *native]
@@ -112,15 +114,15 @@ class Emulator:
     def _objects(self) -> Iterator[tuple[Path, str, str, list[str]]]:
         """(source, object, rule, flags) of everything to compile."""
         glue = [*self.flags, "-O1", *self.torch_flags, "-DFASTCONV_LIBRARY=fastconv_emulated"]
-        for source in [CSRC / "schemas.cpp", *sorted(CSRC.glob("common/*.cpp")), *sorted(CSRC.glob("cuda/*.cpp"))]:
-            if source != CSRC / "cuda/device.cpp":
+        for source in [CSRC / "schemas.cpp", *sorted(CSRC.glob("common/*.cpp")), *sorted(CSRC.rglob("cuda/**/*.cpp"))]:
+            if source != CSRC / "cuda/runtime/device.cpp":
                 yield source, f"{self.torch_folder}/{source.relative_to(CSRC).with_suffix('')}.o", "cpp", glue
         yield HERE / "device.cpp", f"{self.torch_folder}/emulator/device.o", "cpp", glue
         for name in RUNTIME:
             flags = [*self.flags, "-O3", "-g1", f'-DFASTCONV_EMULATOR_ROOT="{ROOT}/"']
             yield HERE / f"{name}.cpp", f"emulator/{name}.o", "cpp", flags
-        for source in sorted(CSRC.glob("cuda/kernels/*.cu")):
-            yield source, f"{source.relative_to(CSRC)}.o", "kernel", self.kernel_flags
+        for unit in self._units:
+            yield unit.source, unit.output, "kernel", [*self.kernel_flags, *unit.defines]
         for source in sorted(HERE.glob("*.cu")):
             yield source, f"tests/{source.name}.o", "kernel", self.kernel_flags
             for host in sorted(HERE.glob(f"{source.stem}_*.cpp")):

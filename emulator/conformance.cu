@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "conformance_memory.h"
-#include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/ptx/sm80.cuh"
+#include "cuda/runtime/launch.cuh"
 
 namespace fastconv::cuda {
 namespace {
@@ -268,7 +268,7 @@ API const char* conformance_run(int index, const uint32_t* in, uint32_t* out) {
     const Case& one = cases().at(static_cast<size_t>(index));
     const KernelInfo info{one.name, "conformance", 80, {0, 0, 0}, 0, 32, kSharedBytes, ""};
     const ConformanceMemory memory(in, one.in_words, out, one.out_words);
-    launch(info, one.kernel, dim3(1), dim3(32), kSharedBytes, nullptr, Params{memory.in(), memory.out()});
+    launch(info, one.kernel, {{1}, {32}, kSharedBytes}, nullptr, Params{memory.in(), memory.out()});
     memory.fetch();
   } catch (const std::exception& error) {
     said = error.what();

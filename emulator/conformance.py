@@ -146,7 +146,7 @@ def compile_for_gpu() -> Path | None:
     library = ROOT / "build" / "emulator" / "gpu" / f"libconformance-{digest.hexdigest()[:12]}.so"
     if library.exists():
         return library
-    _, toolchain = import_build()
+    toolchain = import_build().toolchain
     cuda = toolchain.find_cuda()
     if cuda is None:
         return None

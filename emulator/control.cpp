@@ -22,7 +22,9 @@ using fastconv::emulator::control;
 
 void fastconv_emulator_seed(uint64_t seed) { control().seed = seed; }
 
-void fastconv_emulator_multiprocessors(int count) { control().multiprocessors = count; }
+void fastconv_emulator_multiprocessors(int count) { control().device.multiprocessors = count; }
+
+void fastconv_emulator_shared_per_block(int bytes) { control().device.shared_per_block = bytes; }
 
 int fastconv_emulator_checks_plain_accesses() {
 #ifdef FASTCONV_EMULATOR_HOOKS

@@ -6,13 +6,15 @@
 #include <string>
 
 #include "block.h"
+#include "cuda/runtime/device_info.h"
 
 namespace fastconv::emulator {
 
 struct Control {
   std::mutex mutex;  // one launch at a time
   uint64_t seed = 1;
-  int multiprocessors = 4;
+  // Few multiprocessors, so that small tensors fill them; else the least that a GPU of compute capability 8.x has
+  cuda::DeviceInfo device{80, 4, 1536, 99 * 1024, 100 * 1024, 2 << 20};
   std::map<std::string, uint64_t> launches;  // by kernel
   Statistics statistics;
 
@@ -27,6 +29,7 @@ Control& control();
 
 FASTCONV_EMULATOR_API void fastconv_emulator_seed(uint64_t seed);
 FASTCONV_EMULATOR_API void fastconv_emulator_multiprocessors(int count);
+FASTCONV_EMULATOR_API void fastconv_emulator_shared_per_block(int bytes);
 // 1 when the kernels' plain loads and stores are seen
 FASTCONV_EMULATOR_API int fastconv_emulator_checks_plain_accesses();
 // Launches by kernel and other counts since the last reset, as JSON; valid until the next call

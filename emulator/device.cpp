@@ -1,5 +1,6 @@
-// The twin of csrc/cuda/device.cpp: names the memory of tensors to the emulator, and poisons what is to be written.
-#include "cuda/device.h"
+// The twin of csrc/cuda/runtime/device.cpp: names the memory of tensors to the emulator, and poisons what is to be
+// written.
+#include "cuda/runtime/device.h"
 
 #include <algorithm>
 #include <cstring>
@@ -114,7 +115,7 @@ Device::~Device() noexcept(false) {
   for (const Tensor& output : state_->outputs) check_written(output);
 }
 
-int Device::multiprocessors() const { return emulator::control().multiprocessors; }
+DeviceInfo Device::info() const { return emulator::control().device; }
 
 void* Device::pointer(const Tensor& tensor, Use use) {
   if (tensor.numel() == 0) return tensor.data_ptr();

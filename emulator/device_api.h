@@ -1,5 +1,5 @@
-// What the twins of csrc/cuda/*.cuh ask of the emulator. Values travel in registers, never by address: a local variable
-// whose address escapes would have each of its accesses instrumented.
+// What the twins of csrc/cuda/{runtime,ptx} ask of the emulator. Values travel in registers, never by address: a local
+// variable whose address escapes would have each of its accesses instrumented.
 #pragma once
 
 #include <cstddef>

@@ -15,7 +15,7 @@
 
 #include "block.h"
 #include "control.h"
-#include "cuda/kernel_table.h"
+#include "cuda/runtime/kernel_table.h"
 
 namespace fastconv::emulator {
 namespace {
@@ -262,7 +262,7 @@ std::string source_line(const void* pc) {
 }
 
 // What a report is about; of one kernel these are few.
-std::string summary(const char* kernel, const std::vector<Report>& reports) {
+std::string summary(const std::string& kernel, const std::vector<Report>& reports) {
   constexpr size_t kMost = 20;
   std::string text = "fastconv emulator: " + std::string(kernel) + ": " + std::to_string(reports.size()) +
                      (reports.size() == 1 ? " problem" : " problems");
@@ -276,15 +276,16 @@ std::string summary(const char* kernel, const std::vector<Report>& reports) {
 
 void check_limits(const cuda::KernelInfo& info, dim3 grid, dim3 block, size_t shared_bytes) {
   const auto refuse = [&](const std::string& what) {
-    throw std::runtime_error("fastconv emulator: " + std::string(info.name) + ": launched with " + what);
+    throw std::runtime_error("fastconv emulator: " + info.name + ": launched with " + what);
   };
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > 1024 || block.z > 64) refuse(std::to_string(threads) + " threads to a block");
   if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
     refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z));
   }
-  // What an sm_80 has for a block
-  if (shared_bytes > 163 * 1024) refuse(std::to_string(shared_bytes) + " bytes of shared memory");
+  if (shared_bytes > static_cast<size_t>(control().device.shared_per_block)) {
+    refuse(std::to_string(shared_bytes) + " bytes of shared memory");
+  }
   if (threads > static_cast<uint64_t>(info.threads)) {
     refuse(std::to_string(threads) + " threads to a block, but the kernel table says at most " +
            std::to_string(info.threads));

@@ -155,6 +155,21 @@ void check_same_shape(const char* op, const Tensor& input, const char* name, con
         shape(input), ", needed one shape; expand it first");
 }
 
+namespace {
+
+// [N, K, P, Q]
+IntList conv2d_output_size(const Tensor& input, const Tensor& weight, const ConvGeometry& geometry) {
+  IntList size{input.size(0), weight.size(0), 0, 0};
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t padded = input.size(2 + axis) + 2 * geometry.padding[axis];
+    const int64_t extent = geometry.dilation[axis] * (weight.size(2 + axis) - 1) + 1;
+    size[2 + axis] = (padded - extent) / geometry.stride[axis] + 1;
+  }
+  return size;
+}
+
+}  // namespace
+
 IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& residual, const ConvGeometry& geometry, const ConvNames& names) {
   check_4d(op, "input", input, "(N, C, H, W)");
@@ -198,16 +213,6 @@ IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight, 
   return output_size;
 }
 
-IntList conv2d_output_size(const Tensor& input, const Tensor& weight, const ConvGeometry& geometry) {
-  IntList size{input.size(0), weight.size(0), 0, 0};
-  for (int axis = 0; axis < 2; ++axis) {
-    const int64_t padded = input.size(2 + axis) + 2 * geometry.padding[axis];
-    const int64_t extent = geometry.dilation[axis] * (weight.size(2 + axis) - 1) + 1;
-    size[2 + axis] = (padded - extent) / geometry.stride[axis] + 1;
-  }
-  return size;
-}
-
 void check_mask_source(const char* op, const Tensor& grad_output, const std::optional<Tensor>& output,
                        Activation activation) {
   if (activation == Activation::kNone) return;
@@ -227,16 +232,17 @@ std::string entry_name(const char* name, size_t i) { return std::string(name) + 
 
 }  // namespace
 
-void check_pointwise_group(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
-                           const std::vector<Tensor>& biases) {
+std::vector<IntList> check_pointwise_group(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                                           const std::vector<Tensor>& biases) {
   CHECK(!weights.empty() && (biases.empty() || biases.size() == weights.size()), op, ": got ", weights.size(),
         " weights and ", biases.size(), " biases, needed at least one weight and as many biases; use None for no bias");
+  std::vector<IntList> sizes;
   for (size_t i = 0; i < weights.size(); ++i) {
     const ConvNames names{entry_name("weights", i), entry_name("biases", i)};
     check_pointwise_weight(op, names.weight.c_str(), weights[i]);
-    check_conv2d(op, input, weights[i], biases.empty() ? std::nullopt : std::optional(biases[i]), std::nullopt,
-                 kPointwise, names);
+    sizes.push_back(check_conv2d(op, input, weights[i], entry(biases, i), std::nullopt, kPointwise, names));
   }
+  return sizes;
 }
 
 namespace {
@@ -331,7 +337,8 @@ void check_destination(const char* op, const char* name, const Tensor& out, cons
   }
 }
 
-void check_pointwise_group_destinations(const char* op, const std::vector<Tensor>& out, const Tensor& input,
+void check_pointwise_group_destinations(const char* op, const std::vector<Tensor>& out,
+                                        const std::vector<IntList>& sizes, const Tensor& input,
                                         const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
   CHECK(out.size() == weights.size(), op, ": got ", out.size(), " tensors in out, needed ", weights.size(),
         ", one for each weight; pass as many");
@@ -339,8 +346,7 @@ void check_pointwise_group_destinations(const char* op, const std::vector<Tensor
   others.insert(others.end(), weights.begin(), weights.end());
   others.insert(others.end(), biases.begin(), biases.end());
   for (size_t i = 0; i < out.size(); ++i) {
-    check_destination(op, entry_name("out", i).c_str(), out[i], conv2d_output_size(input, weights[i], kPointwise),
-                      input, others);
+    check_destination(op, entry_name("out", i).c_str(), out[i], sizes[i], input, others);
     others.push_back(out[i]);
   }
 }

@@ -35,21 +35,20 @@ struct ConvNames {
 // its output size, which is that of the residual (in a backward: of grad_output), too.
 IntList check_conv2d(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& residual, const ConvGeometry& geometry, const ConvNames& names = {});
-// [N, K, P, Q] for arguments that were checked
-IntList conv2d_output_size(const Tensor& input, const Tensor& weight, const ConvGeometry& geometry);
 // In a backward: the forward's output is there where the activation's mask is read from it.
 void check_mask_source(const char* op, const Tensor& grad_output, const std::optional<Tensor>& output,
                        Activation activation);
 void check_pointwise_weight(const char* op, const char* name, const Tensor& weight);
-// One bias for each weight, or none at all
-void check_pointwise_group(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
-                           const std::vector<Tensor>& biases);
+// One bias for each weight, or none at all. Returns the outputs' sizes.
+std::vector<IntList> check_pointwise_group(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                                           const std::vector<Tensor>& biases);
 // A result of this size, in the dtype and on the device of `input`, can go into `out`. That overlaps neither itself nor
 // another argument; where two tensors interleave too wildly to tell within reason, they are taken to be apart.
 void check_destination(const char* op, const char* name, const Tensor& out, const IntList& size, const Tensor& input,
                        const std::vector<std::optional<Tensor>>& others);
-// The same for a group, after check_pointwise_group: one for each weight
-void check_pointwise_group_destinations(const char* op, const std::vector<Tensor>& out, const Tensor& input,
+// The same for a group, with the sizes of check_pointwise_group: one for each weight
+void check_pointwise_group_destinations(const char* op, const std::vector<Tensor>& out,
+                                        const std::vector<IntList>& sizes, const Tensor& input,
                                         const std::vector<Tensor>& weights, const std::vector<Tensor>& biases);
 void check_pointwise_group_backward(const char* op, const std::vector<Tensor>& grad_outputs,
                                     const std::vector<Tensor>& outputs, const Tensor& input,

@@ -18,8 +18,8 @@ struct Overloads<kFunction> {
   static void out(Arguments... arguments, Result out) { kFunction(out, std::forward<Arguments>(arguments)...); }
 };
 
-// The functions are those of cuda/conv2d.h, cpu/conv2d.h and activation.h beside them:
-//   Tensor kConvolution(input, weight, bias, residual, geometry, activation, out)
+// The functions are those of cuda/conv2d/conv2d.h and cpu/conv2d.h:
+//   Tensor kConvolution(input, weight, bias, residual, output_size, geometry, activation, out)
 //   tuple of 3 kBackward(grad_output, output, input, weight, geometry, activation, mask)
 //   Tensor kActivationBackward(grad_output, output, activation)
 template <auto kConvolution, auto kBackward, auto kActivationBackward>
@@ -72,6 +72,17 @@ struct Conv2dOperators {
     return {grad_input, grad_weight, grad_bias, grad};
   }
 
+  template <class Library>
+  static void implement(Library& m) {
+    m.impl("conv2d_relu", TORCH_BOX(&Overloads<&conv2d_relu>::functional));
+    m.impl("conv2d_relu.out", TORCH_BOX(&Overloads<&conv2d_relu>::out));
+    m.impl("conv2d_add_relu", TORCH_BOX(&Overloads<&conv2d_add_relu>::functional));
+    m.impl("conv2d_add_relu.out", TORCH_BOX(&Overloads<&conv2d_add_relu>::out));
+    m.impl("pointwise_conv2d", TORCH_BOX(&Overloads<&pointwise_conv2d>::functional));
+    m.impl("pointwise_conv2d.out", TORCH_BOX(&Overloads<&pointwise_conv2d>::out));
+    m.impl("conv2d_backward", TORCH_BOX(&conv2d_backward));
+  }
+
  private:
   static Tensor forward(const char* op, const std::optional<Tensor>& out, const Tensor& input, const Tensor& weight,
                         const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
@@ -79,7 +90,7 @@ struct Conv2dOperators {
     const IntList size = check_conv2d(op, input, weight, bias, residual, geometry);
     const Activation kind = parse_activation(op, activation);
     if (out) check_destination(op, "out", *out, size, input, {input, weight, bias, residual});
-    return kConvolution(input, weight, bias, residual, geometry, kind, out);
+    return kConvolution(input, weight, bias, residual, size, geometry, kind, out);
   }
 };
 

@@ -19,6 +19,11 @@ struct DepthwiseOperators {
     const IntList output_size = check_conv2d(kOp, input, weight, bias, std::nullopt, geometry);
     return kConvolution(input, weight, bias, output_size, geometry, kind);
   }
+
+  template <class Library>
+  static void implement(Library& m) {
+    m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
+  }
 };
 
 // Whether the second convolution's output is channels_last in eager. The first one's result loses that layout to an
@@ -87,6 +92,12 @@ struct DepthwiseSeparableOperators {
         kDepthwiseBackward(grad_hidden, hidden, input, depthwise_weight, geometry, inner,
                            {output_mask[0], output_mask[1], output_mask[3]});
     return {grad_input, grad_depthwise, grad_pointwise, grad_depthwise_bias, grad_pointwise_bias};
+  }
+
+  template <class Library>
+  static void implement(Library& m) {
+    m.impl("depthwise_separable_conv2d", TORCH_BOX(&depthwise_separable_conv2d));
+    m.impl("depthwise_separable_conv2d_backward", TORCH_BOX(&depthwise_separable_conv2d_backward));
   }
 
  private:

@@ -133,10 +133,10 @@ Tensor sum_over_pixels(const Tensor& grad) {
 }
 
 Tensor new_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& residual, const ConvGeometry& given, Activation activation) {
+                       const std::optional<Tensor>& residual, const IntList& size, const ConvGeometry& given,
+                       Activation activation) {
   const ScalarType dtype = input.scalar_type();
   const ConvGeometry geometry = without_idle_dilation(weight, given);
-  const IntList size = conv2d_output_size(input, weight, geometry);
   const bool in_fp32 = through_fp32(input, weight, size[2], size[3], geometry);
   if (input.numel() == 0 || !(onednn_computes(dtype) || in_fp32)) {
     return aten_convolution(input, weight, bias, residual, geometry, activation);
@@ -156,9 +156,9 @@ Tensor new_convolution(const Tensor& input, const Tensor& weight, const std::opt
 }  // namespace
 
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation,
-                   const std::optional<Tensor>& out) {
-  return stored(new_convolution(input, weight, bias, residual, geometry, activation), out);
+                   const std::optional<Tensor>& residual, const IntList& output_size, const ConvGeometry& geometry,
+                   Activation activation, const std::optional<Tensor>& out) {
+  return stored(new_convolution(input, weight, bias, residual, output_size, geometry, activation), out);
 }
 
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output, const Tensor& input,
@@ -185,8 +185,6 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
           mask[2] ? sum_over_pixels(grad_output) : empty_gradient(input)};
 }
 
-namespace {
-
 std::tuple<Tensor, Tensor, Tensor> activated_convolution_backward(const Tensor& grad_output,
                                                                   const std::optional<Tensor>& output,
                                                                   const Tensor& input, const Tensor& weight,
@@ -197,19 +195,9 @@ std::tuple<Tensor, Tensor, Tensor> activated_convolution_backward(const Tensor& 
   return convolution_backward(grad, input, weight, geometry, mask);
 }
 
-using Operators = Conv2dOperators<convolution, activated_convolution_backward, activation_backward>;
-
-}  // namespace
 }  // namespace fastconv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
-  using namespace fastconv;
-  using cpu::Operators;
-  m.impl("conv2d_relu", TORCH_BOX(&Overloads<&Operators::conv2d_relu>::functional));
-  m.impl("conv2d_relu.out", TORCH_BOX(&Overloads<&Operators::conv2d_relu>::out));
-  m.impl("conv2d_add_relu", TORCH_BOX(&Overloads<&Operators::conv2d_add_relu>::functional));
-  m.impl("conv2d_add_relu.out", TORCH_BOX(&Overloads<&Operators::conv2d_add_relu>::out));
-  m.impl("pointwise_conv2d", TORCH_BOX(&Overloads<&Operators::pointwise_conv2d>::functional));
-  m.impl("pointwise_conv2d.out", TORCH_BOX(&Overloads<&Operators::pointwise_conv2d>::out));
-  m.impl("conv2d_backward", TORCH_BOX(&Operators::conv2d_backward));
+  using namespace fastconv::cpu;
+  fastconv::Conv2dOperators<convolution, activated_convolution_backward, activation_backward>::implement(m);
 }

@@ -69,7 +69,9 @@ NhwcDepthwise::NhwcDepthwise(const Tensor& input, const Tensor& weight, const st
 
 Tensor depthwise_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                              const IntList& output_size, const ConvGeometry& geometry, Activation activation) {
-  if (!nhwc_depthwise_takes(input, weight)) return convolution(input, weight, bias, std::nullopt, geometry, activation);
+  if (!nhwc_depthwise_takes(input, weight)) {
+    return convolution(input, weight, bias, std::nullopt, output_size, geometry, activation);
+  }
   NhwcDepthwise arguments(input, weight, bias, output_size, geometry, activation);
   DepthwiseConv2dParams& params = arguments.params;
   const Tensor output = empty_channels_last(input, output_size);
@@ -83,13 +85,8 @@ Tensor depthwise_convolution(const Tensor& input, const Tensor& weight, const st
   return activation == Activation::kRelu ? with_plain_strides(output) : output;
 }
 
-namespace {
-
-using Operators = DepthwiseOperators<depthwise_convolution>;
-
-}  // namespace
 }  // namespace fastconv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
-  m.impl("depthwise_conv2d", TORCH_BOX(&fastconv::cpu::Operators::depthwise_conv2d));
+  fastconv::DepthwiseOperators<fastconv::cpu::depthwise_convolution>::implement(m);
 }

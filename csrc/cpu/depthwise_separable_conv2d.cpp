@@ -74,26 +74,15 @@ Tensor compute(const Tensor& input, const Tensor& depthwise_weight, const Tensor
                              dtype);
   }
   const Tensor hidden = depthwise_convolution(input, depthwise_weight, depthwise_bias, hidden_size, geometry, inner);
-  return convolution(hidden, pointwise_weight, pointwise_bias, std::nullopt, kPointwise, outer);
+  const IntList size{hidden_size[0], pointwise_weight.size(0), hidden_size[2], hidden_size[3]};
+  return convolution(hidden, pointwise_weight, pointwise_bias, std::nullopt, size, kPointwise, outer);
 }
-
-// With the activation whose output is `output`, as the shared operators want it
-std::tuple<Tensor, Tensor, Tensor> activated_backward(const Tensor& grad_output, const std::optional<Tensor>& output,
-                                                      const Tensor& input, const Tensor& weight,
-                                                      const ConvGeometry& geometry, Activation activation,
-                                                      std::array<bool, 3> mask) {
-  const Tensor grad =
-      activation == Activation::kNone ? grad_output : activation_backward(grad_output, *output, activation);
-  return convolution_backward(grad, input, weight, geometry, mask);
-}
-
-using Operators = DepthwiseSeparableOperators<compute, depthwise_convolution, activated_backward, activated_backward>;
 
 }  // namespace
 }  // namespace fastconv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
-  m.impl("depthwise_separable_conv2d", TORCH_BOX(&fastconv::cpu::Operators::depthwise_separable_conv2d));
-  m.impl("depthwise_separable_conv2d_backward",
-         TORCH_BOX(&fastconv::cpu::Operators::depthwise_separable_conv2d_backward));
+  using namespace fastconv::cpu;
+  fastconv::DepthwiseSeparableOperators<compute, depthwise_convolution, activated_convolution_backward,
+                                        activated_convolution_backward>::implement(m);
 }

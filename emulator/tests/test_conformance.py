@@ -137,7 +137,7 @@ def test_every_word_is_written(output):
 def layouts(tmp_path_factory):
     """Lane and element to position, for each operand."""
     spec = importlib.util.find_spec("cutlass_library")
-    _, toolchain = import_build()
+    toolchain = import_build().toolchain
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("CuTe's headers are not installed (pip install --no-deps nvidia-cutlass)")
     cuda = toolchain.find_cuda()
@@ -218,7 +218,7 @@ def test_compare_finds_a_difference(program):
 
 @pytest.mark.slow
 def test_the_program_compiles_for_gpus():
-    if import_build()[1].find_cuda() is None:
+    if import_build().toolchain.find_cuda() is None:
         pytest.skip("there is no nvcc on this machine")
     library = conformance.compile_for_gpu()
     cuobjdump = shutil.which("cuobjdump")

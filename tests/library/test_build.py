@@ -22,19 +22,11 @@ for tool in ("ninja", "pybind11", "setuptools"):
     pytest.importorskip(tool, reason="the build's own requirements are not installed here")
 
 
-def _import_build():
-    """The _build package, without putting the checkout (and its fastconv) on sys.path."""
-    folder = ROOT / "_build"
-    spec = importlib.util.spec_from_file_location(
-        "_build", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    sys.modules["_build"] = importlib.util.module_from_spec(spec)
-    from _build import backend, ninjafile, toolchain
+from emulator.build import import_build  # noqa: E402
 
-    return backend, ninjafile, toolchain
+import_build()
+from _build import backend, ninjafile, sources, toolchain  # noqa: E402
 
-
-backend, ninjafile, toolchain = _import_build()
 TORCH = Path(torch.__file__).parent
 
 
@@ -143,6 +135,32 @@ def test_available_memory():
 def test_cuda_archs(monkeypatch, wish, archs):
     monkeypatch.setenv("FASTCONV_CUDA_ARCHS", wish)
     assert ninjafile.cuda_archs() == archs
+
+
+def test_a_folder_says_for_which_gpus(monkeypatch, tmp_path):
+    """What an architecture's folder holds is built for no other; what has instances, once for each."""
+    for path in ("conv2d/sm80/instances.cu", "conv2d/sm90a/conv.cu", "lrn/sm100/lrn.cu", "runtime/stray.cu"):
+        file = tmp_path / "cuda" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    monkeypatch.setattr(sources, "CSRC", tmp_path)
+    with pytest.raises(ValueError, match=r"stray\.cu is not in a folder that names an architecture"):
+        list(sources.cuda_units(["80"]))
+    (tmp_path / "cuda/runtime/stray.cu").unlink()
+
+    def built(*archs: str) -> dict[str, tuple[str, ...]]:
+        return {unit.output: unit.archs for unit in sources.cuda_units(archs)}
+
+    found = built("80+PTX", "90a", "120")
+    assert found["cuda/conv2d/sm90a/conv.cu.o"] == ("90a",)
+    assert found["cuda/lrn/sm100/lrn.cu.o"] == ("120",)
+    instances = {name: archs for name, archs in found.items() if "instances" in name}
+    assert len(instances) == 9
+    assert set(instances.values()) == {("80+PTX", "90a", "120")}
+    assert not any("sm90a" in name for name in built("80+PTX", "90", "100a"))
+    defines = {unit.output: unit.defines for unit in sources.cuda_units(["90a"])}
+    assert defines["cuda/conv2d/sm90a/conv.cu.o"] == ("-DFASTCONV_ARCH=90",)
+    assert "-DFASTCONV_PASS=kDgrad" in defines["cuda/conv2d/sm80/instances-kDgrad-kFloat16.cu.o"]
 
 
 def test_gencode():
@@ -287,28 +305,24 @@ def small_cuda(source: Path, copy: Path) -> Path:
     """A copy in which one kernel of a line stands for all of csrc/cuda."""
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build", "_C.*"))
     cuda = copy / "csrc/cuda"
-    shared = ("device", "dtype", "kernel_table", "launch", "launcher", "types")
-    for path in [*cuda.glob("*.*"), *cuda.glob("kernels/*")]:
-        if path.stem not in shared:
-            path.unlink()
-    (cuda / "kernels/double_it.cu").write_text("""
-        #include "cuda/launch.cuh"
-        namespace fastconv::cuda {
-        FASTCONV_KERNEL(32, 1) double_it(float* x) { x[threadIdx.x] *= 2; }
-        const std::vector<KernelInfo>& double_it_kernels() {
-          static const std::vector<KernelInfo> list = {{"double_it", "double_it", 80, {0, 0, 0}, 0, 32, 0, ""}};
-          return list;
-        }
-        void launch_double_it(float* x, Stream stream) {
-          launch(double_it_kernels()[0], double_it, dim3(1), dim3(32), 0, stream, x);
-        }
-        }
-    """)
-    table = cuda / "kernel_table.cpp"
-    text = re.sub(r"^const std::vector<KernelInfo>& \w+\(\);\n", "", table.read_text(), flags=re.MULTILINE)
-    text = re.sub(r"kLists = \{[^}]*\}", "kLists = {double_it_kernels}", text)
-    declaration = "const std::vector<KernelInfo>& double_it_kernels();\n"
-    table.write_text(text.replace("namespace {\n", f"{declaration}namespace {{\n", 1))
+    for folder in cuda.iterdir():
+        if folder.name not in ("runtime", "ptx"):
+            shutil.rmtree(folder)
+    for arch in ("sm80", "sm90a"):
+        (cuda / "double_it" / arch).mkdir(parents=True)
+        (cuda / "double_it" / arch / "double_it.cu").write_text(
+            """
+            #include "cuda/runtime/launch.cuh"
+            namespace fastconv::cuda {
+            namespace {
+            FASTCONV_KERNEL(32, 1) double_it(float* x) { x[threadIdx.x] *= 2; }
+            const ListedKernel kernel({"double_it_sm" + std::to_string(FASTCONV_ARCH), "double_it", FASTCONV_ARCH,
+                                       {0, 0, 0}, 0, 32, 0, ""});
+            }
+            void LAUNCH(float* x, Stream stream) { launch(kernel.info, double_it, {{1}, {32}}, stream, x); }
+            }
+        """.replace("LAUNCH", f"launch_{arch}")
+        )
     return copy
 
 
@@ -324,9 +338,9 @@ def test_cuda_kernels(source, monkeypatch, tmp_path):
         assert line.startswith("not built, because no nvcc was found")
     else:
         assert line == f"double_it for sm_80+PTX, by nvcc {found.version}"
-        assert "cuda/kernels/double_it.cu" in compiled(output)
+        assert {name for name in compiled(output) if "double_it" in name} == {"cuda/double_it/sm80/double_it.cu"}
         table = "import json, fastconv._C as c; print(json.dumps([k['name'] for k in c.kernel_table()]))"
-        assert json.loads(run(sys.executable, "-c", table, cwd=source, PYTHONPATH=str(source))) == ["double_it"]
+        assert json.loads(run(sys.executable, "-c", table, cwd=source, PYTHONPATH=str(source))) == ["double_it_sm80"]
     # Whatever was built loads here, without a GPU and under a CPU-only torch.
     assert json.loads(run(sys.executable, "-c", CHECK, cwd=source, PYTHONPATH=str(source)))[1]
 

@@ -32,8 +32,8 @@ def built():
         pytest.skip(f"the library has no CUDA kernels: {_C.build_info()['cuda']}")
     if cuda_objects.find_cuobjdump() is None:
         pytest.skip("cuobjdump is not installed here; it comes with the CUDA toolkit and with Triton")
-    ninjafile, _ = import_build()
-    if ninjafile.CSRC.is_dir() and _C.build_info()["source_hash"] != ninjafile.source_hash():
+    build = import_build()
+    if build.sources.CSRC.is_dir() and _C.build_info()["source_hash"] != build.ninjafile.source_hash():
         pytest.skip("the library is older than csrc; build it again")
 
 
@@ -109,7 +109,7 @@ def test_a_changed_resource_is_noticed():
 
 @pytest.mark.parametrize("arch", LATER)
 def test_ptx_compiles_for_later_gpus(arch, tmp_path):
-    cuda = import_build()[1].find_cuda()
+    cuda = import_build().toolchain.find_cuda()
     ptxas = cuda and cuda.include.parent / "bin/ptxas"
     if not ptxas or not ptxas.is_file():
         triton = importlib.util.find_spec("triton")

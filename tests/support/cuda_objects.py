@@ -37,7 +37,7 @@ class Kernel:
 
 def find_cuobjdump() -> str | None:
     """Of the toolkit, or the one that comes with Triton."""
-    _, toolchain = import_build()
+    toolchain = import_build().toolchain
     cuda = toolchain.find_cuda()
     near = [Path(cuda.include).parent / "bin", Path(cuda.nvcc).parent] if cuda else []
     triton = importlib.util.find_spec("triton")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import emulator
 from fastconv import use_backend
-from fastconv.operators import backends, registration
+from fastconv.operators import backends, kernels, registration
 
 CUDA = ("cuda-emulated", "cuda")
 
@@ -26,6 +26,7 @@ def _add_emulated() -> str | None:
     except (OSError, RuntimeError, SystemExit) as error:
         return f"the emulated library was not built: {error}"
     registration.add_namespace("fastconv_emulated")
+    kernels.add("cuda-emulated", emulator.library())
     return None
 
 
@@ -48,28 +49,15 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cuda" if backend == "cuda" else "cpu")
 
 
-@contextmanager
-def forced(backend: str, op: str, name: str) -> Iterator[None]:
+def forced(backend: str, op: str, name: str) -> AbstractContextManager[None]:
     """Inside, `op` (as the kernel table has it) runs this kernel on the backend."""
-    if backend == "cuda-emulated":
-        with emulated().force_kernel(op, name):
-            yield
-        return
-    from fastconv import _C
-
-    assert _C.force_kernel(op, name) == 0
-    try:
-        yield
-    finally:
-        _C.force_kernel(op, None)
+    device_of(backend)
+    return kernels.forced(op, name, backend)
 
 
 def kernel_table(backend: str) -> list[dict[str, Any]]:
-    if backend == "cuda":
-        from fastconv import _C
-
-        return _C.kernel_table()
-    return emulated().kernel_table()
+    device_of(backend)
+    return kernels.table(backend)
 
 
 def emulated() -> emulator.Library:

@@ -1,0 +1,318 @@
+// conv2d_relu, conv2d_add_relu, pointwise_conv2d, pointwise_conv2d_group (all branches in one launch) and their
+// backward on CUDA.
+//
+// The kernels read and write images pixel by pixel, with the channels of a pixel side by side: channels_last, or a
+// channel slice of it, is taken as it lies. A contiguous input of at most kFewChannels channels, such as the
+// photographs before a network's first layer, is read and its result written as they lie, too; wider contiguous images
+// are copied to channels_last first, and results back. A caller's `out` is written by the kernel itself where its
+// channels lie side by side and a residual has its strides, else the result is copied there. float64 and empty batches
+// go through aten, except for depthwise convolutions.
+#include "cuda/conv2d/conv2d.h"
+
+#include <limits>
+
+#include "common/conv2d_operators.h"
+#include "common/layout.h"
+#include "common/pointwise_conv2d_group_operators.h"
+#include "cuda/conv2d/plan.h"
+#include "cuda/depthwise_conv2d/depthwise_conv2d.h"
+#include "cuda/elementwise/activation.h"
+#include "cuda/runtime/device.h"
+#include "cuda/runtime/register.h"
+
+namespace fastconv::cuda {
+namespace {
+
+constexpr int64_t kFewChannels = 4;
+
+bool has_kernels(const Tensor& input) { return input.scalar_type() != ScalarType::Double && input.numel() > 0; }
+
+Strides strides_of(const Tensor& image) { return {image.stride(0), image.stride(1), image.stride(2), image.stride(3)}; }
+
+// Whether the kernels take it as it lies.
+bool is_readable(const Tensor& image) { return image.stride(1) == 1 || image.size(1) <= kFewChannels; }
+
+Tensor readable(const Tensor& image) {
+  return is_readable(image) ? image : torch::stable::contiguous(image, MemoryFormat::ChannelsLast);
+}
+
+Tensor dense_weight(const Tensor& weight) { return torch::stable::contiguous(weight, MemoryFormat::ChannelsLast); }
+
+// A result of this size, in eager's layout after `delivered`
+Tensor empty_image(const Tensor& like, const IntList& size, bool channels_last, bool direct) {
+  return direct && !channels_last ? torch::stable::new_empty(like, size) : empty_channels_last(like, size);
+}
+Tensor delivered(const Tensor& image, bool channels_last) {
+  return channels_last ? image : with_plain_strides(torch::stable::contiguous(image));
+}
+
+// Whether the kernels write into `out` itself; they read the residual with its strides.
+bool is_writable(const Tensor& out, const std::optional<Tensor>& residual, bool direct) {
+  return (direct || out.stride(1) == 1) && (!residual || residual->strides().equals(out.strides()));
+}
+
+IntList sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
+int extent(const char* what, int64_t value) {
+  STD_TORCH_CHECK(value <= std::numeric_limits<int>::max(), "fastconv: got a convolution with ", value, " ", what,
+                  ", needed fewer than 2^31; split the batch");
+  return static_cast<int>(value);
+}
+
+ConvArguments arguments_of(const Tensor& input, const Tensor& weight, int64_t p, int64_t q,
+                           const ConvGeometry& geometry, Activation activation) {
+  ConvArguments arg;
+  arg.dtype = element_type(input);
+  arg.tf32 = allows_tf32(input);
+  arg.activation = activation;
+  arg.n = extent("images", input.size(0)), arg.c = extent("channels", input.size(1));
+  arg.h = extent("rows", input.size(2)), arg.w = extent("columns", input.size(3));
+  arg.p = static_cast<int>(p), arg.q = static_cast<int>(q);
+  extent("input pixels", input.size(0) * input.size(2) * input.size(3));
+  extent("output pixels", input.size(0) * p * q);
+  extent("weights", weight.numel());
+  arg.r = static_cast<int>(weight.size(2)), arg.s = static_cast<int>(weight.size(3));
+  const auto pair = [](const IntList& list, int& h, int& w) {
+    h = extent("rows to a step", list[0]), w = extent("columns to a step", list[1]);
+  };
+  pair(geometry.stride, arg.stride_h, arg.stride_w);
+  pair(geometry.padding, arg.pad_h, arg.pad_w);
+  pair(geometry.dilation, arg.dilation_h, arg.dilation_w);
+  arg.groups = static_cast<int>(geometry.groups);
+  return arg;
+}
+
+void run(Pass pass, Device& device, const ConvArguments& arg, const Tensor& like) {
+  ConvPlan plan = plan_conv2d(pass, arg, device.info());
+  float* workspace = nullptr;
+  std::optional<Tensor> memory;
+  if (plan.workspace > 0) {
+    memory = torch::stable::empty(IntList{plan.workspace}, ScalarType::Float, std::nullopt, like.device());
+    workspace = device.scratch<float>(*memory);
+  }
+  launch_conv2d(plan, workspace, device.stream());
+}
+
+// One of several convolutions of an input
+struct Forward {
+  Tensor weight;
+  IntList output_size;
+  std::optional<Tensor> bias, residual, out;
+};
+
+// At most kMaxBranches convolutions in one launch; more than one must be 1x1.
+std::vector<Tensor> launch_forward(const Tensor& given, const std::vector<Forward>& branches,
+                                   const ConvGeometry& geometry, Activation activation) {
+  const Tensor input = readable(given);
+  const bool direct = input.stride(1) != 1;
+  Device device(input);
+  const IntList& first = branches[0].output_size;
+  ConvArguments arg = arguments_of(input, branches[0].weight, first[2], first[3], geometry, activation);
+  arg.input = device.in(input);
+  arg.x = strides_of(input);
+  arg.branches = static_cast<int>(branches.size());
+  std::vector<Tensor> outputs, kept;
+  const auto keep = [&kept](Tensor tensor) -> const Tensor& { return kept.emplace_back(std::move(tensor)); };
+  kept.reserve(3 * branches.size());
+  for (size_t i = 0; i < branches.size(); ++i) {
+    const auto& [weight, size, bias, residual, out] = branches[i];
+    const bool in_place = out && is_writable(*out, residual, direct);
+    const bool channels_last = output_is_channels_last(given, weight);
+    const Tensor& output = outputs.emplace_back(in_place ? *out : empty_image(input, size, channels_last, direct));
+    ConvBranch& branch = arg.branch[i];
+    branch.k = extent("filters", size[1]);
+    branch.weight = device.in(keep(dense_weight(weight)));
+    if (bias) branch.bias = device.in(keep(torch::stable::contiguous(*bias)));
+    if (residual) branch.residual = device.in(keep(with_layout_of(output, *residual)));
+    branch.output = device.out(output);
+    branch.y = strides_of(output);
+  }
+  run(Pass::kFprop, device, arg, input);
+  for (size_t i = 0; i < branches.size(); ++i) {
+    const auto& [weight, size, bias, residual, out] = branches[i];
+    if (!out) {
+      outputs[i] = delivered(outputs[i], output_is_channels_last(given, weight));
+      if (residual || activation == Activation::kRelu) outputs[i] = with_plain_strides(outputs[i]);
+    } else if (!is_writable(*out, residual, direct)) {
+      outputs[i] = stored(outputs[i], out);
+    }
+  }
+  return outputs;
+}
+
+GroupGradients launch_backward(const std::vector<Tensor>& grad_outputs, const std::vector<Tensor>& outputs,
+                               const Tensor& given, const std::vector<Tensor>& weights, const ConvGeometry& geometry,
+                               Activation activation, std::array<bool, 3> mask) {
+  const Tensor input = readable(given);
+  const size_t count = weights.size();
+  Device device(input);
+  ConvArguments arg =
+      arguments_of(input, weights[0], grad_outputs[0].size(2), grad_outputs[0].size(3), geometry, activation);
+  arg.input = mask[1] || mask[2] ? device.in(input) : nullptr;
+  arg.x = strides_of(input);
+  arg.branches = static_cast<int>(count);
+  GroupGradients found{empty_gradient(input), {}, {}};
+  std::vector<Tensor> kept;
+  const auto keep = [&kept](Tensor tensor) -> const Tensor& { return kept.emplace_back(std::move(tensor)); };
+  kept.reserve(4 * count);
+  bool channels_last = false;
+  for (size_t i = 0; i < count; ++i) {
+    const bool of_branch = output_is_channels_last(given, weights[i]);
+    channels_last |= of_branch;
+    ConvBranch& branch = arg.branch[i];
+    branch.k = extent("filters", weights[i].size(0));
+    Tensor grad = readable(grad_outputs[i]);
+    if (activation != Activation::kNone) {
+      const bool alike = outputs[i].strides().equals(grad.strides());
+      if (!alike) grad = torch::stable::contiguous(grad, MemoryFormat::ChannelsLast);
+      branch.output = const_cast<void*>(
+          device.in(keep(alike ? outputs[i] : torch::stable::contiguous(outputs[i], MemoryFormat::ChannelsLast))));
+    }
+    branch.grad_output = device.in(keep(grad));
+    branch.y = strides_of(grad);
+    if (mask[0]) branch.weight = device.in(keep(dense_weight(weights[i])));
+    // wgrad makes the bias's gradient along the way; the weight's is then made, too, wanted or not.
+    const bool wgrad = mask[1] || mask[2];
+    found.weights.push_back(wgrad ? empty_channels_last(input, sizes_of(weights[i])) : empty_gradient(input));
+    found.biases.push_back(mask[2] ? torch::stable::new_empty(input, IntList{weights[i].size(0)})
+                                   : empty_gradient(input));
+    if (wgrad) branch.grad_weight = device.out(found.weights[i]);
+    if (mask[2]) branch.grad_bias = device.out(found.biases[i]);
+  }
+  if (mask[1] || mask[2]) run(Pass::kWgrad, device, arg, input);
+  if (mask[0]) {
+    found.input = empty_image(input, sizes_of(input), channels_last, input.stride(1) != 1);
+    arg.grad_input = device.out(found.input);
+    arg.x = strides_of(found.input);
+    run(Pass::kDgrad, device, arg, input);
+    found.input = delivered(found.input, channels_last);
+  }
+  for (size_t i = 0; i < count; ++i) {
+    found.weights[i] =
+        mask[1] ? delivered(found.weights[i], output_is_channels_last(given, weights[i])) : empty_gradient(input);
+  }
+  return found;
+}
+
+bool is_depthwise(const Tensor& input, const ConvGeometry& geometry) {
+  return geometry.groups > 1 && geometry.groups == input.size(1);
+}
+
+}  // namespace
+
+bool allows_tf32(const Tensor& input) {
+  // Asked through Python, as the stable ABI does not know the switch
+  return input.scalar_type() == ScalarType::Float && call<bool>("fastconv::_allow_tf32", "");
+}
+
+Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& residual, const IntList& size, const ConvGeometry& geometry,
+                   Activation activation, const std::optional<Tensor>& out) {
+  if (is_depthwise(input, geometry)) {
+    const Activation first = residual ? Activation::kNone : activation;
+    Tensor output = depthwise_convolution(input, weight, bias, size, geometry, first);
+    if (residual) {
+      add_activation_inplace(output, *residual, activation);
+      output = with_plain_strides(output);
+    }
+    return stored(output, out);
+  }
+  if (!has_kernels(input)) {
+    Tensor output = call<Tensor>("aten::convolution", "", input, weight, bias, geometry.stride, geometry.padding,
+                                 geometry.dilation, false, IntList{0, 0}, geometry.groups);
+    if (residual) {
+      add_activation_inplace(output, *residual, activation);
+    } else {
+      activation_inplace(output, activation);
+    }
+    if (residual || activation == Activation::kRelu) output = with_plain_strides(output);
+    return stored(output, out);
+  }
+  return launch_forward(input, {{weight, size, bias, residual, out}}, geometry, activation)[0];
+}
+
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output, const std::optional<Tensor>& output,
+                                                        const Tensor& input, const Tensor& weight,
+                                                        const ConvGeometry& geometry, Activation activation,
+                                                        std::array<bool, 3> mask) {
+  if (is_depthwise(input, geometry)) {
+    return depthwise_convolution_backward(grad_output, output, input, weight, geometry, activation, mask);
+  }
+  if (!has_kernels(input)) {
+    const Tensor grad =
+        activation == Activation::kNone ? grad_output : activation_backward(grad_output, *output, activation);
+    auto [grad_input, grad_weight, grad_bias] = call<std::tuple<Tensor, Tensor, Tensor>>(
+        "aten::convolution_backward", "", grad, input, weight, std::optional<IntList>(IntList{weight.size(0)}),
+        geometry.stride, geometry.padding, geometry.dilation, false, IntList{0, 0}, geometry.groups,
+        torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
+    return {mask[0] ? grad_input : empty_gradient(input), mask[1] ? grad_weight : empty_gradient(input),
+            mask[2] ? grad_bias : empty_gradient(input)};
+  }
+  std::vector<Tensor> outputs;
+  if (output) outputs.push_back(*output);
+  auto found = launch_backward({grad_output}, outputs, input, {weight}, geometry, activation, mask);
+  return {found.input, found.weights[0], found.biases[0]};
+}
+
+namespace {
+
+std::vector<Tensor> forward_group(const Tensor& input, const std::vector<Tensor>& weights,
+                                  const std::vector<Tensor>& biases, const std::vector<IntList>& sizes,
+                                  Activation activation, const std::optional<std::vector<Tensor>>& out) {
+  std::vector<Tensor> outputs;
+  if (!has_kernels(input)) {
+    for (size_t i = 0; i < weights.size(); ++i) {
+      outputs.push_back(convolution(input, weights[i], entry(biases, i), std::nullopt, sizes[i], kPointwise, activation,
+                                    entry(out, i)));
+    }
+    return outputs;
+  }
+  for (size_t first = 0; first < weights.size(); first += kMaxBranches) {
+    std::vector<Forward> branches;
+    for (size_t i = first; i < std::min(first + kMaxBranches, weights.size()); ++i) {
+      branches.push_back({weights[i], sizes[i], entry(biases, i), std::nullopt, entry(out, i)});
+    }
+    for (Tensor& output : launch_forward(input, branches, kPointwise, activation)) outputs.push_back(output);
+  }
+  return outputs;
+}
+
+GroupGradients backward_group(const std::vector<Tensor>& grad_outputs, const std::vector<Tensor>& outputs,
+                              const Tensor& input, const std::vector<Tensor>& weights, Activation activation,
+                              std::array<bool, 3> mask) {
+  GroupGradients found{empty_gradient(input), {}, {}};
+  const bool at_once = has_kernels(input);
+  const size_t step = at_once ? kMaxBranches : 1;
+  for (size_t first = 0; first < weights.size(); first += step) {
+    const size_t last = std::min(first + step, weights.size());
+    const auto part = [&](const std::vector<Tensor>& all) {
+      return all.empty() ? all : std::vector<Tensor>(all.begin() + first, all.begin() + last);
+    };
+    GroupGradients more;
+    if (at_once) {
+      more = launch_backward(part(grad_outputs), part(outputs), input, part(weights), kPointwise, activation, mask);
+    } else {
+      const auto output = outputs.empty() ? std::nullopt : std::optional(outputs[first]);
+      auto [of_input, of_weight, of_bias] =
+          convolution_backward(grad_outputs[first], output, input, weights[first], kPointwise, activation, mask);
+      more = {of_input, {of_weight}, {of_bias}};
+    }
+    if (first == 0) {
+      found.input = more.input;
+    } else if (mask[0]) {
+      add_activation_inplace(found.input, more.input, Activation::kNone);
+    }
+    found.weights.insert(found.weights.end(), more.weights.begin(), more.weights.end());
+    found.biases.insert(found.biases.end(), more.biases.begin(), more.biases.end());
+  }
+  return found;
+}
+
+}  // namespace
+}  // namespace fastconv::cuda
+
+FASTCONV_CUDA_LIBRARY(m) {
+  using namespace fastconv::cuda;
+  fastconv::Conv2dOperators<convolution, convolution_backward, activation_backward>::implement(m);
+  fastconv::PointwiseConv2dGroupOperators<forward_group, backward_group>::implement(m);
+}

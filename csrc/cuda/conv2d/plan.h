@@ -1,0 +1,54 @@
+// From a convolution's arguments to its launches: which kernel, over what grid, with what parameters. Planned once; a
+// launch only adds the workspace.
+#pragma once
+
+#include <vector>
+
+#include "cuda/conv2d/params.h"
+#include "cuda/runtime/choice.h"
+
+namespace fastconv::cuda {
+
+struct ConvCandidate {
+  Cost cost;
+  // Over how many blocks the depth of each tile is split. The parts are added in a fixed order by a second kernel, so
+  // the result does not depend on timing.
+  int splits = 1;
+};
+
+// A kernel for one pass and type.
+struct ConvVariant {
+  static constexpr const char* kOps[] = {"conv2d_fprop", "conv2d_dgrad", "conv2d_wgrad"};
+  using Candidate = ConvCandidate;
+  using Run = void (*)(const KernelInfo&, const LaunchShape&, const ConvParams&, Stream);
+
+  KernelInfo info;
+  Pass pass;
+  DType dtype;
+  bool tf32, masked;  // masked: for an activation's gradient; kernels that gather take both
+  int vector;         // elements that are read at once
+  double rate;        // see Cost
+  Run run;
+  const KernelInfo* reduce_info;  // of the kernel that adds the parts of a split depth
+  Run reduce;
+
+  const char* refusal(const ConvParams& params, const DeviceInfo& device) const;
+  Candidate candidate(const ConvParams& params, const DeviceInfo& device) const;
+};
+
+struct ConvPlan {
+  struct Launch {
+    ConvParams params;
+    LaunchShape shape, reduction;
+  };
+  const ConvVariant* variant = nullptr;
+  std::vector<Launch> launches;  // in dgrad one for each phase
+  int64_t workspace = 0;         // float32 elements
+};
+
+// Extents are below 2^31, those of the GEMM included; the glue checks that. Throws when the kernel that was forced upon
+// the pass does not take these tensors.
+ConvPlan plan_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo& device);
+void launch_conv2d(ConvPlan& plan, float* workspace, Stream stream);
+
+}  // namespace fastconv::cuda

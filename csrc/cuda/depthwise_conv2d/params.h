@@ -1,0 +1,46 @@
+// What the kernels of depthwise convolutions take.
+#pragma once
+
+#include "cuda/runtime/launcher.h"
+
+namespace fastconv::cuda {
+
+constexpr int kDepthwiseThreads = 256;  // of a block, at most
+constexpr int kDepthwiseTile = 4;       // pixels of a row, to a thread
+// wgrad's second kernel: channels and shares of the chunks to a block
+constexpr int kDepthwiseSumX = 32, kDepthwiseSumY = 8;
+
+// Channels of a thread in the kernels for vectors: 4, or what 16 bytes hold. With 8 of a 16-bit type a tile's sums,
+// pixels and filters would not fit into the registers.
+constexpr int lane_channels(DType dtype) { return dtype == DType::kFloat64 ? 2 : 4; }
+
+// One channel's convolution after the other: output channel k reads input channel k / multiplier.
+struct DepthwiseConv2dParams {
+  const void* input;        // fprop, wgrad
+  const void* weight;       // fprop, dgrad: [channels * multiplier, R, S], dense
+  const void* bias;         // fprop, may be null
+  void* output;             // fprop
+  const void* grad_output;  // dgrad, wgrad
+  const void* activated;    // dgrad, wgrad: the forward's output in the layout of grad_output, null without activation
+  void* grad_input;         // dgrad
+  void* grad_weight;        // wgrad, may be null
+  void* grad_bias;          // wgrad, may be null
+  void* workspace;          // wgrad
+  DType dtype;
+  Activation activation;
+  int batch, channels, multiplier, height, width;
+  int filter_height, filter_width, out_height, out_width;
+  int stride_height, stride_width, padding_height, padding_width, dilation_height, dilation_width;
+  Strides in;   // of input or grad_input
+  Strides out;  // of output, or of grad_output and activated
+
+  // What the plan makes of it
+  int chunks;       // wgrad: of tiles, each of which gives a partial sum
+  int tiles;        // of pixels, over all images
+  int row_tiles;    // of pixels along a row
+  int row_shift;    // dgrad: where the first tile of a row begins, to the left of the row
+  bool rows_first;  // whether neighbouring tiles lie below each other rather than side by side
+  int tiles_per_chunk;
+};
+
+}  // namespace fastconv::cuda

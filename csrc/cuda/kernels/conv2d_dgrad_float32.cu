@@ -1,2 +1,0 @@
-#include "cuda/kernels/conv2d_variants.cuh"
-FASTCONV_CONV_FLOAT(Pass::kDgrad, "dgrad")

@@ -1,0 +1,86 @@
+// The kernels of local response normalisation, for all types.
+#include <algorithm>
+
+#include "cuda/local_response_norm/plan.h"
+#include "cuda/local_response_norm/sm80/planes.cuh"
+#include "cuda/local_response_norm/sm80/rows.cuh"
+#include "cuda/local_response_norm/sm80/wide.cuh"
+
+namespace fastconv::cuda {
+namespace {
+
+using namespace lrn;
+
+template <bool kBackward, bool kVectors>
+void run_rows(const KernelInfo& info, const LaunchShape& shape, const LocalResponseNormParams& p, Stream stream) {
+  const bool known = p.before == kWindow / 2 && p.after == kWindow / 2;
+  for_element_type(p.dtype, [&](auto element) {
+    using T = typename decltype(element)::Type;
+    constexpr int kWidth = kVectors ? kVector<T> : 1;
+    if constexpr (kBackward) {
+      launch(info, known ? &dgrad_rows<T, kWidth, kWindow> : &dgrad_rows<T, kWidth, 0>, shape, stream, p);
+    } else {
+      launch(info, known ? &fprop_rows<T, kWidth, kWindow> : &fprop_rows<T, kWidth, 0>, shape, stream, p);
+    }
+  });
+}
+
+template <bool kBackward, bool kVectors>
+void run_planes(const KernelInfo& info, const LaunchShape& shape, const LocalResponseNormParams& p, Stream stream) {
+  for_element_type(p.dtype, [&](auto element) {
+    using T = typename decltype(element)::Type;
+    constexpr int kWidth = kVectors ? kVector<T> : 1;
+    if constexpr (kBackward) {
+      launch(info, &dgrad_planes<T, std::min(kWidth, 4)>, shape, stream, p);  // as planes_width in plan.cpp
+    } else {
+      launch(info, &fprop_planes<T, kWidth>, shape, stream, p);
+    }
+  });
+}
+
+template <bool kBackward>
+void run_wide(const KernelInfo& info, const LaunchShape& shape, const LocalResponseNormParams& p, Stream stream) {
+  for_element_type(p.dtype, [&](auto element) {
+    using T = typename decltype(element)::Type;
+    if constexpr (kBackward) {
+      launch(info, &dgrad_wide_terms<T>, shape, stream, p);
+      launch(info, &dgrad_wide_sums<T>, shape, stream, p);
+    } else {
+      launch(info, &fprop_wide<T>, shape, stream, p);
+    }
+  });
+}
+
+LrnVariant variant(bool backward, LrnWalk walk, bool vectors, const char* what, double rate, LrnVariant::Run run,
+                   const char* needs) {
+  const char* const op = LrnVariant::kOps[backward];
+  const int shared_bytes = walk == LrnWalk::kRows ? -1 : 0;
+  return {{std::string(op) + "_" + what, op, FASTCONV_ARCH, {0, 0, 0}, 0, kThreads, shared_bytes, needs},
+          backward,
+          walk,
+          vectors ? 16 : 0,
+          rate,
+          run};
+}
+
+constexpr const char* kRowsVector = "channels side by side, whole vectors of 16 bytes of them, 16-byte aligned";
+constexpr const char* kRows = "channels side by side, a size whose halo fits into shared memory";
+constexpr const char* kPlanesVector = "size 5, whole vectors of 16 bytes of pixels, 16-byte aligned";
+constexpr const char* kWideBackward = "a workspace of the tensor's size in float32 (float64)";
+
+// Rates: so far apart that vectors are taken wherever they can be, even where fewer threads fill less of the device.
+template <bool kBackward>
+Register<LrnVariant> kernels() {
+  return {
+      kBackward,
+      {variant(kBackward, LrnWalk::kRows, true, "nhwc_vec", 1, &run_rows<kBackward, true>, kRowsVector),
+       variant(kBackward, LrnWalk::kRows, false, "nhwc", 0.1, &run_rows<kBackward, false>, kRows),
+       variant(kBackward, LrnWalk::kPlanes, true, "nchw_vec", 1, &run_planes<kBackward, true>, kPlanesVector),
+       variant(kBackward, LrnWalk::kPlanes, false, "nchw", 0.1, &run_planes<kBackward, false>, "size 5"),
+       variant(kBackward, LrnWalk::kWide, false, "wide", 0.001, &run_wide<kBackward>, kBackward ? kWideBackward : "")}};
+}
+
+const Register<LrnVariant> registered[] = {kernels<false>(), kernels<true>()};
+
+}  // namespace
+}  // namespace fastconv::cuda

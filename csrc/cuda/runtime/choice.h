@@ -1,0 +1,120 @@
+// The choice among the kernels of an op, the same for all ops.
+//
+// An op's kernels are variants: a struct of its own with
+//
+//   static constexpr const char* kOps[]     the families among which a choice is made, such as the passes
+//   KernelInfo info
+//   using Candidate = ...                   what is planned for this kernel; has a member `cost`
+//   const char* refusal(call, device) const        why the kernel cannot run the call, in words; null if it can
+//   Candidate candidate(call, device) const        how it would run it, and what that costs
+//
+// beside the pointers that launch it. The files in sm80/, ... register them: a kernel that is not built is not there.
+#pragma once
+
+#include <array>
+#include <deque>
+#include <initializer_list>
+#include <string>
+
+#include "cuda/runtime/device_info.h"
+#include "cuda/runtime/kernel_table.h"
+#include "cuda/runtime/launcher.h"
+
+namespace fastconv::cuda {
+
+// What a launch asks of the device and what it wastes: all that the choice looks at. Rates are estimates, not measured.
+struct Cost {
+  LaunchShape shape;
+  double rate = 1;   // work per time of a multiprocessor that is full of it, beside the family's fastest kernel
+  double fill = 1;   // useful work / all work: tiles reach beyond the edges of a matrix
+  int resident = 1;  // blocks on a multiprocessor that the kernel's launch bounds promise
+  const char* objection = nullptr;  // why it should not run although it could, which makes its score 0
+};
+
+// rate x fill x waves x occupancy, between 0 and 1: the larger, the sooner the call is done.
+double score(const Cost& cost, const DeviceInfo& device);
+
+// Notes what was considered for one call, if anybody listens (`fastconv_cuda_record_choices`).
+class ChoiceRecord {
+ public:
+  ChoiceRecord(const char* op, const DeviceInfo& device);
+  ~ChoiceRecord();
+  ChoiceRecord(const ChoiceRecord&) = delete;
+  ChoiceRecord& operator=(const ChoiceRecord&) = delete;
+  void consider(const KernelInfo& kernel, const char* reason, double score);
+  void choose(const KernelInfo& kernel) { chosen_ = &kernel; }
+
+ private:
+  const bool listening_;
+  const char* const op_;
+  const DeviceInfo& device_;
+  std::string candidates_;
+  const KernelInfo* chosen_ = nullptr;
+};
+
+// The name of the kernel that was forced upon `op`, or null when the choice is free.
+const char* forced_kernel(const char* op);
+
+// A launch that is forced to a kernel which cannot run the call fails; it does not choose another.
+[[noreturn]] void refuse_forced(const KernelInfo& kernel, const char* refusal);
+
+// The variants of a family, in the order in which they were registered.
+template <class Variant>
+std::deque<Variant>& variants(int family) {
+  static auto& all = *new std::array<std::deque<Variant>, std::size(Variant::kOps)>;
+  return all[family];
+}
+
+// At namespace scope of a file with kernels: makes them known.
+template <class Variant>
+struct Register {
+  Register(int family, std::initializer_list<Variant> list) {
+    for (const Variant& variant : list) list_kernel(variants<Variant>(family).emplace_back(variant).info);
+  }
+};
+
+template <class Variant>
+struct Chosen {
+  const Variant* variant = nullptr;  // null when none can run the call, or none should
+  typename Variant::Candidate plan{};
+};
+
+// The variant of the best score, of equals the one that was registered first; or the one that was forced.
+template <class Variant, class Call>
+Chosen<Variant> choose(int family, const Call& call, const DeviceInfo& device) {
+  const char* const op = Variant::kOps[family];
+  const char* const forced = forced_kernel(op);
+  ChoiceRecord record(op, device);
+  Chosen<Variant> best;
+  double best_score = 0;
+  for (const Variant& variant : variants<Variant>(family)) {
+    const bool is_forced = forced && variant.info.name == forced;
+    const char* refusal = device.arch < variant.info.arch ? "for later GPUs" : variant.refusal(call, device);
+    if (refusal) {
+      record.consider(variant.info, refusal, 0);
+      if (is_forced) refuse_forced(variant.info, refusal);
+      continue;
+    }
+    typename Variant::Candidate candidate = variant.candidate(call, device);
+    const double points = score(candidate.cost, device);
+    record.consider(variant.info, candidate.cost.objection, points);
+    if (forced ? is_forced : points > best_score) {
+      best = {&variant, candidate};
+      best_score = points;
+    }
+  }
+  if (best.variant) record.choose(best.variant->info);
+  return best;
+}
+
+}  // namespace fastconv::cuda
+
+extern "C" {
+// name null: back to the free choice. Returns 0, or 1 when `op` has no kernel of that name.
+__attribute__((visibility("default"))) int fastconv_cuda_force_kernel(const char* op, const char* name);
+// Whether choices are noted from now on, by all threads; forgets those that were.
+__attribute__((visibility("default"))) void fastconv_cuda_record_choices(int on);
+// The choices that were noted, as JSON, a list of {"op", "arch", "multiprocessors", "chosen", "candidates"}, of which
+// the last is a list of {"kernel", "reason", "score"}; forgets them. Valid until the thread's next call.
+__attribute__((visibility("default"))) const char* fastconv_cuda_take_choices();
+}

@@ -1,0 +1,48 @@
+#include "cuda/runtime/kernel_table.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cuda/runtime/json.h"
+
+namespace fastconv::cuda {
+namespace {
+
+std::vector<const KernelInfo*>& listed() {
+  static auto& kernels = *new std::vector<const KernelInfo*>;
+  return kernels;
+}
+
+std::string as_json(const KernelInfo& kernel) {
+  const auto number = [](const char* name, int value) {
+    return ", \"" + std::string(name) + "\": " + std::to_string(value);
+  };
+  const std::string tile =
+      std::to_string(kernel.tile[0]) + ", " + std::to_string(kernel.tile[1]) + ", " + std::to_string(kernel.tile[2]);
+  return "{\"name\": " + quoted(kernel.name) + ", \"op\": " + quoted(kernel.op) + number("arch", kernel.arch) +
+         ", \"tile\": [" + tile + "]" + number("stages", kernel.stages) + number("threads", kernel.threads) +
+         number("shared_bytes", kernel.shared_bytes) + ", \"needs\": " + quoted(kernel.needs) + "}";
+}
+
+}  // namespace
+
+void list_kernel(const KernelInfo& kernel) { listed().push_back(&kernel); }
+
+std::vector<const KernelInfo*> kernel_table() {
+  std::vector<const KernelInfo*> table = listed();
+  std::stable_sort(table.begin(), table.end(),
+                   [](const KernelInfo* a, const KernelInfo* b) { return std::strcmp(a->op, b->op) < 0; });
+  return table;
+}
+
+}  // namespace fastconv::cuda
+
+const char* fastconv_cuda_kernel_table() {
+  using namespace fastconv::cuda;
+  static const std::string json = [] {
+    std::string text;
+    for (const KernelInfo* kernel : kernel_table()) text += (text.empty() ? "" : ", ") + as_json(*kernel);
+    return "[" + text + "]";
+  }();
+  return json.c_str();
+}

@@ -1,0 +1,37 @@
+// Every CUDA kernel of the library, as data: Python shows it, tests go through it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace fastconv::cuda {
+
+struct KernelInfo {
+  std::string name;   // <op>_<pass>_<what discriminates>; a launch is reported and counted under it
+  const char* op;     // those among which a choice is made have the same
+  int arch;           // 80: runs on sm_80 and later
+  int tile[3];        // what a block owns, M x N x K for GEMMs; 0 where it means nothing
+  int stages;         // depth of the asynchronous pipeline, 0 without one
+  int threads;        // of a block, at most
+  int shared_bytes;   // dynamic shared memory of a block; -1 where the launch decides
+  const char* needs;  // what it asks of its tensors, in words; "" when nothing
+};
+
+// Adds a kernel, which is never moved or destroyed.
+void list_kernel(const KernelInfo& kernel);
+
+// A kernel that is no variant of a choice, at namespace scope of its file
+struct ListedKernel {
+  explicit ListedKernel(const KernelInfo& kernel) : info(kernel) { list_kernel(info); }
+  const KernelInfo info;
+};
+
+// All kernels, those of an op together, in the order in which they were added.
+std::vector<const KernelInfo*> kernel_table();
+
+}  // namespace fastconv::cuda
+
+extern "C" {
+// As JSON: a list of objects with the fields of KernelInfo.
+__attribute__((visibility("default"))) const char* fastconv_cuda_kernel_table();
+}

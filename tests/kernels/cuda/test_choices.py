@@ -1,0 +1,137 @@
+"""The choice among CUDA kernels: what is considered, why the others were not taken, and what depends on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastconv
+from fastconv import ops, use_backend
+from fastconv.operators import kernels
+from support.cases import Case, named, run, tensors
+from support.kernel_backends import CUDA, device_of, emulated, kernel_table, true_float32
+
+FIRST = {op: named(op)[0] for op in ops.__all__}
+
+
+@pytest.fixture(params=CUDA)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    device_of(request.param)
+    with use_backend(request.param), true_float32():
+        yield request.param
+
+
+@contextmanager
+def facts(*, multiprocessors: int = 4, shared_per_block: int = 99) -> Iterator[None]:
+    """Inside, the emulated device has these; it begins and ends with the defaults."""
+    library = emulated()
+    library.multiprocessors(multiprocessors)
+    library.shared_per_block(shared_per_block)
+    try:
+        yield
+    finally:
+        library.multiprocessors(4)
+        library.shared_per_block(99)
+
+
+def made(function: Any, *args: Any, **named: Any) -> list[kernels.Choice]:
+    with kernels.choices() as found:
+        function(*args, **named)
+    return found
+
+
+@pytest.mark.parametrize("case", FIRST.values(), ids=FIRST)
+def test_every_kernel_of_every_op_is_considered(case: Case, backend: str) -> None:
+    """Forward and backward: each kernel of the table has a score or a reason, and the best score runs."""
+    arguments = case.arguments(requires_grad=True, device=device_of(backend))
+
+    def forward_backward() -> None:
+        outputs = run(case.op, arguments)
+        torch.autograd.grad(outputs, tensors(arguments), [torch.ones_like(o) for o in outputs])
+
+    found = made(forward_backward)
+    assert found
+    for choice in found:
+        listed = [entry["name"] for entry in kernel_table(backend) if entry["op"] == choice.op]
+        assert sorted(candidate.kernel for candidate in choice.candidates) == sorted(listed)
+        scores = {c.kernel: c.score for c in choice.candidates if not c.reason}
+        assert all(0 < score <= 1 for score in scores.values())
+        assert choice.chosen == max(scores, key=scores.__getitem__, default="")
+        assert all(c.score == 0 for c in choice.candidates if c.reason)
+        assert str(choice).count("\n") == len(listed)
+
+
+def image(backend: str, *shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.randn(shape, device=device_of(backend)).to(dtype, memory_format=torch.channels_last)
+
+
+def reasons(choice: kernels.Choice) -> dict[str, str]:
+    return {c.kernel: c.reason for c in choice.candidates if c.reason}
+
+
+def test_reasons_are_those_of_the_call(backend: str) -> None:
+    (choice,) = made(ops.conv2d_relu, image(backend, 1, 5, 6, 6), image(backend, 4, 5, 3, 3))
+    assert choice.chosen == "conv2d_fprop_fp16_gather_sm80"
+    assert reasons(choice)["conv2d_fprop_fp16_64x64_sm80"] == "a group's channels are not whole vectors of 16 bytes"
+    assert reasons(choice)["conv2d_fprop_bf16_gather_sm80"] == "the tensors have another dtype"
+
+    x, weight = image(backend, 1, 8, 6, 6), torch.randn(8, 1, 3, 3, device=device_of(backend)).half()
+    (choice,) = made(ops.depthwise_conv2d, x, weight, dilation=2)
+    assert choice.chosen == "depthwise_conv2d_fprop_nhwc"
+    assert reasons(choice)["depthwise_conv2d_fprop_nhwc_3x"] == "the filter is dilated along the row"
+
+    (choice,) = made(ops.local_response_norm, image(backend, 1, 8, 6, 6), 3)
+    assert choice.chosen == "local_response_norm_fprop_nhwc_vec"
+    assert reasons(choice)["local_response_norm_fprop_nchw"] == "the window has another size"
+
+    (choice,) = made(ops.add_relu, image(backend, 1, 8, 6, 6), image(backend, 1, 8, 6, 6))
+    assert choice.chosen == "add_relu_fprop_vec16"
+    assert reasons(choice) == {"add_relu_fprop_strided": "the tensors lie in memory alike"}
+
+
+def test_large_tiles_where_they_fill_the_device() -> None:
+    """One GEMM of 4 x 2 tiles of 128x128, or 8 x 4 of 64x64, on few multiprocessors and on many."""
+    x, weight = image("cuda-emulated", 2, 16, 16, 16), image("cuda-emulated", 256, 16, 1, 1)
+    chosen = {}
+    with use_backend("cuda-emulated"):
+        for count in (4, 32):
+            with facts(multiprocessors=count):
+                (choice,) = made(ops.pointwise_conv2d, x, weight)
+            chosen[count] = choice.chosen
+            assert choice.multiprocessors == count
+    assert chosen == {4: "conv2d_fprop_fp16_128x128_sm80", 32: "conv2d_fprop_fp16_64x64_sm80"}
+
+
+def test_shared_memory_is_the_devices() -> None:
+    """The same call with less of it: the fused kernel does not fit, and two others run."""
+    x, taps = image("cuda-emulated", 1, 64, 8, 8), torch.randn(64, 1, 3, 3).half()
+    pointwise = image("cuda-emulated", 16, 64, 1, 1)
+    with use_backend("cuda-emulated"):
+        expected = ops.depthwise_separable_conv2d(x, taps, pointwise, padding=1)
+        assert made(ops.depthwise_separable_conv2d, x, taps, pointwise, padding=1)[0].chosen.endswith("_64_3x")
+        with facts(shared_per_block=32):
+            first, *others = made(ops.depthwise_separable_conv2d, x, taps, pointwise, padding=1)
+            found = ops.depthwise_separable_conv2d(x, taps, pointwise, padding=1)
+    assert first.chosen == ""
+    assert reasons(first)["depthwise_separable_conv2d_fprop_nhwc_64_3x"] == (
+        "the depthwise result does not fit into shared memory"
+    )
+    assert [choice.op for choice in others] == ["depthwise_conv2d_fprop", "conv2d_fprop"]
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_an_unknown_kernel_cannot_be_forced(backend: str) -> None:
+    message = "got kernel 'nothing' of 'conv2d_wgrad', needed one of conv2d_wgrad_fp16_128x128_sm80, "
+    with pytest.raises(ValueError, match=message), kernels.forced("conv2d_wgrad", "nothing", backend):
+        pass
+
+
+def test_nothing_is_noted_outside(backend: str) -> None:
+    x = image(backend, 1, 8, 4, 4)
+    fastconv.ops.add_relu(x, x)
+    assert made(lambda: None) == []
