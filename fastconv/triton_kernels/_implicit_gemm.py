@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from ..operators.convolution import FusedConvolution, Geometry
 from . import launch, table
 from ._device import activate, dot, grouped_tile, index, narrow, pixel, widen
 from ._reduce import room_for_parts, sum_parts
@@ -285,16 +286,9 @@ def _filter_class(weight: Tensor) -> str:
     return "pointwise" if weight.shape[2] * weight.shape[3] == 1 else "spatial"
 
 
-def fprop(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    output: Tensor,
-    geometry: launch.Geometry,
-    activation: str,
-) -> None:
-    """Writes activation(conv2d(input, weight) + bias + residual) into `output`, which has any strides."""
+def fprop(conv: FusedConvolution, output: Tensor) -> None:
+    """Writes the convolution into `output`, which has any strides."""
+    input, weight, bias, residual, geometry, activation = conv
     (stride, padding, dilation, groups), (_, _, P, Q) = geometry, output.shape
     (K, C, R, S), (_, _, H, W) = weight.shape, input.shape
     pixels = output.shape[0] * P * Q
@@ -323,7 +317,7 @@ def _inverse(value: int, modulus: int) -> int:
     return pow(value, -1, modulus) if modulus > 1 else 0
 
 
-def dgrad(grad: Tensor, weight: Tensor, grad_input: Tensor, geometry: launch.Geometry) -> None:
+def dgrad(grad: Tensor, weight: Tensor, grad_input: Tensor, geometry: Geometry) -> None:
     """Writes the gradient of the input into `grad_input`; `grad` is that before the activation."""
     (stride, padding, dilation, groups), (_, _, P, Q) = geometry, grad.shape
     (K, C, R, S), (N, _, H, W) = weight.shape, grad_input.shape
@@ -352,7 +346,7 @@ def dgrad(grad: Tensor, weight: Tensor, grad_input: Tensor, geometry: launch.Geo
     )  # fmt: skip
 
 
-def wgrad(grad: Tensor, input: Tensor, grad_weight: Tensor, geometry: launch.Geometry) -> None:
+def wgrad(grad: Tensor, input: Tensor, grad_weight: Tensor, geometry: Geometry) -> None:
     """Writes the gradient of the weight into `grad_weight`, which is dense; `grad` is that before the activation."""
     (stride, padding, dilation, groups), (N, _, P, Q) = geometry, grad.shape
     (K, C, R, S), (_, _, H, W) = grad_weight.shape, input.shape
@@ -385,13 +379,13 @@ def wgrad(grad: Tensor, input: Tensor, grad_weight: Tensor, geometry: launch.Geo
 # ------------------------------------------------------------------------------------------ samples
 
 
-def _layer(make: Maker) -> tuple[Tensor, Tensor, Tensor, launch.Geometry]:
+def _layer(make: Maker) -> tuple[Tensor, Tensor, Tensor, Geometry]:
     """(x, w, gradient of the output, geometry) of a stem, a 1x1 or a 3x3 convolution that keeps the image's size."""
     stem = "ragged" in make.classes
     taps = 7 if stem else 1 if "pointwise" in make.classes else 3
     x = make.images(3 if stem else make.width)
     w = make.filters(make.width, x.shape[1], taps)
-    return x, w, make.images(make.width), ([1, 1], [taps // 2] * 2, [1, 1], 1)
+    return x, w, make.images(make.width), Geometry([1, 1], [taps // 2] * 2, [1, 1], 1)
 
 
 @sample("conv2d_fprop")
@@ -400,7 +394,7 @@ def _fprop_sample(make: Maker) -> Sample:
 
     def run(x: Tensor, w: Tensor) -> list[Tensor]:
         output = launch.new_output(x, w, geometry)
-        fprop(x, w, None, None, output, geometry, "relu")
+        fprop(FusedConvolution(x, w, None, None, geometry, "relu"), output)
         return [output]
 
     return Sample((x, w), run, lambda x, w: [F.conv2d(x, w, None, *geometry).relu()], w[0, 0].numel())

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..operators import registration
+from ..operators.convolution import Geometry, output_shape
+from ..operators.precision import allow_tf32
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
-
-# stride, padding, dilation, groups
-Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 
 # 32-bit offsets below this; the distance to 2^31 covers the lanes of a tile that lie beyond its tensor.
 NARROW_LIMIT = 2**31 - 2**20
@@ -49,7 +46,7 @@ def guarded(config: dict[str, int], taps: int) -> dict[str, int]:
 
 def precision() -> str:
     """tl.dot's input_precision for float32: what torch's switch for convolutions says; a 1x1 is one of them."""
-    return "tf32" if registration._allow_tf32() else "ieee"
+    return "tf32" if allow_tf32() else "ieee"
 
 
 def dtype_class(tensor: Tensor) -> str:
@@ -99,18 +96,9 @@ def convolution_layout(input: Tensor, weight: Tensor, geometry: Geometry) -> tor
     return torch._C._conv_determine_backend_memory_format(input, weight, chosen)
 
 
-def output_pixels(input: Tensor, weight: Tensor, geometry: Geometry) -> list[int]:
-    """[P, Q]."""
-    stride, padding, dilation, _ = geometry
-    return [
-        (side + 2 * pad - d * (taps - 1) - 1) // step + 1
-        for side, pad, d, taps, step in zip(input.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
-    ]
-
-
 def new_output(input: Tensor, weight: Tensor, geometry: Geometry, plain: bool = False) -> Tensor:
-    """An unwritten result in eager's layout; `plain` where a sum or a ReLU follows, see `with_plain_strides`."""
-    shape = (input.shape[0], weight.shape[0], *output_pixels(input, weight, geometry))
+    """An unwritten result in eager's layout; `plain` where a sum or a ReLU follows, see `activations.activate`."""
+    shape = output_shape(input.shape, weight.shape, geometry)
     layout = convolution_layout(input, weight, geometry)
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
     if plain and output.is_contiguous():  # made anew: autograd would not let the caller overwrite a view
