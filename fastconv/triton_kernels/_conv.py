@@ -12,12 +12,12 @@ from ..operators import activations, checks, convolution_operators, destinations
 from ..operators import conv2d_backward as operator
 from ..operators.conv2d_backward import empty_gradient
 from ..operators.convolution import FusedConvolution, by_aten
-from . import _depthwise, _implicit_gemm, launch
+from . import _depthwise, _implicit_gemm, _implicit_gemm_wgrad, launch
 from ._reduce import mask_and_sum
 
 
-def is_depthwise(input: Tensor, weight: Tensor, groups: int) -> bool:
-    return weight.shape[1] == 1 and groups == input.shape[1] > 1
+def is_depthwise(conv: FusedConvolution) -> bool:
+    return conv.weight.shape[1] == 1 and conv.geometry.groups == conv.input.shape[1] > 1
 
 
 def forward(op: str, args: tuple[Any, ...], out: Tensor | None = None) -> Tensor:
@@ -40,8 +40,8 @@ def convolve(conv: FusedConvolution, out: Tensor | None = None) -> Tensor:
         return found if out is None else out.copy_(found)
     plain = residual is not None or activation == "relu"
     output = launch.new_output(input, weight, geometry, plain) if out is None else out
-    kernel = _depthwise if is_depthwise(input, weight, geometry.groups) else _implicit_gemm
-    kernel.fprop(conv._replace(bias=None if bias is None else bias.contiguous()), output)
+    fprop = _depthwise.fprop if is_depthwise(conv) else _implicit_gemm.fprop
+    fprop(conv._replace(bias=None if bias is None else bias.contiguous()), output)
     return output
 
 
@@ -54,15 +54,17 @@ def gradients(grad: Tensor, conv: FusedConvolution, wanted: Sequence[bool]) -> t
             torch.zeros_like(input) if wanted[0] else grad_input,
             torch.zeros_like(weight) if wanted[1] else grad_weight,
         )
-    kernel = _depthwise if is_depthwise(input, weight, geometry.groups) else _implicit_gemm
+    depthwise = is_depthwise(conv)
     layout = launch.convolution_layout(input, weight, geometry)
     if wanted[0]:
         grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=layout)
-        kernel.dgrad(grad, weight, grad_input, geometry)
+        dgrad = _depthwise.dgrad if depthwise else _implicit_gemm.dgrad
+        dgrad(grad, weight, grad_input, geometry)
     if wanted[1]:
         grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device, memory_format=layout)
         if grad.numel():
-            kernel.wgrad(grad, input, grad_weight, geometry)
+            wgrad = _depthwise.wgrad if depthwise else _implicit_gemm_wgrad.wgrad
+            wgrad(grad, input, grad_weight, geometry)
         else:
             grad_weight.zero_()
     return grad_input, grad_weight
