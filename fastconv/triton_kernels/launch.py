@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,10 +25,34 @@ _LEAST_STEPS = 4
 _PROGRAMS_PER_PROCESSOR = 2
 
 
+class Launch(NamedTuple):
+    """A launch: the kernel's name, how many programs, and its compile-time arguments, block sizes among them."""
+
+    kernel: str
+    programs: int
+    meta: dict[str, Any]
+
+
+_recorders: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Yields a list to which every launch is added, of any thread; an op whose call adds none was left to aten."""
+    found: list[Launch] = []
+    _recorders.append(found)
+    try:
+        yield found
+    finally:
+        _recorders[:] = [other for other in _recorders if other is not found]
+
+
 def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     """Launches the kernel on the device of its first tensor; no programs, no launch."""
     if programs == 0:
         return
+    for found in _recorders:
+        found.append(Launch(kernel.__name__, programs, meta))
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
