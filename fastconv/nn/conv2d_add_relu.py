@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import ops
-from ._base import checked_activation, pad
+from ._base import ActivatedConv2d, pad
 
 
-class Conv2dAddReLU(torch.nn.Conv2d):
+class Conv2dAddReLU(ActivatedConv2d):
     """``torch.nn.Conv2d``, plus a residual, then a ReLU, in one op.
 
     Takes the arguments of ``torch.nn.Conv2d`` and has its parameters and state_dict; ``forward``
@@ -24,8 +23,7 @@ class Conv2dAddReLU(torch.nn.Conv2d):
     """
 
     def __init__(self, *args: Any, activation: str = "relu", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.activation = checked_activation(self, activation)
+        super().__init__(*args, activation=activation, **kwargs)
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
         input, padding = pad("conv2d_add_relu", self, input)
@@ -40,6 +38,3 @@ class Conv2dAddReLU(torch.nn.Conv2d):
             self.groups,
             activation=self.activation,
         )
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation!r}"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import ops
-from ._base import checked_activation, pad
+from ._base import ActivatedConv2d, pad
 
 
-class Conv2dReLU(torch.nn.Conv2d):
+class Conv2dReLU(ActivatedConv2d):
     """``torch.nn.Conv2d`` followed by a ReLU, in one op.
 
     Takes the arguments of ``torch.nn.Conv2d`` and has its parameters and state_dict.
@@ -23,21 +22,10 @@ class Conv2dReLU(torch.nn.Conv2d):
     """
 
     def __init__(self, *args: Any, activation: str = "relu", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.activation = checked_activation(self, activation)
+        super().__init__(*args, activation=activation, **kwargs)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = pad("conv2d_relu", self, input)
         return ops.conv2d_relu(
-            input,
-            weight,
-            bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            activation=self.activation,
+            input, weight, bias, self.stride, padding, self.dilation, self.groups, activation=self.activation
         )
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation!r}"

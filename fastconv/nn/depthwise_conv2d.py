@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import ops
-from ._base import checked_activation, pad, require
+from ._base import ActivatedConv2d, pad, require
 
 
-class DepthwiseConv2d(torch.nn.Conv2d):
+class DepthwiseConv2d(ActivatedConv2d):
     """``torch.nn.Conv2d`` with as many groups as input channels, and optionally an activation, in
     one op.
 
@@ -41,17 +40,8 @@ class DepthwiseConv2d(torch.nn.Conv2d):
         **kwargs: Any,
     ) -> None:
         groups = in_channels if groups is None else groups
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            *args,
-            **kwargs,
-        )
+        sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        super().__init__(*sizes, *args, activation=activation, **kwargs)
         require(
             self,
             groups == in_channels,
@@ -59,19 +49,9 @@ class DepthwiseConv2d(torch.nn.Conv2d):
             f"{in_channels}, the number of input channels",
             "use Conv2dReLU for other groups",
         )
-        self.activation = checked_activation(self, activation)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = pad("depthwise_conv2d", self, input)
         return ops.depthwise_conv2d(
-            input,
-            weight,
-            bias,
-            self.stride,
-            padding,
-            self.dilation,
-            activation=self.activation,
+            input, weight, bias, self.stride, padding, self.dilation, activation=self.activation
         )
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation!r}"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import ops
-from ._base import checked_activation, require
+from ._base import ActivatedConv2d, require
 
 
-class PointwiseConv2d(torch.nn.Conv2d):
+class PointwiseConv2d(ActivatedConv2d):
     """``torch.nn.Conv2d`` with a 1x1 filter, and optionally a residual and an activation, in one
     op.
 
@@ -36,7 +35,7 @@ class PointwiseConv2d(torch.nn.Conv2d):
         activation: str = "none",
         **kwargs: Any,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
+        super().__init__(in_channels, out_channels, kernel_size, *args, activation=activation, **kwargs)
         plain = self.kernel_size == (1, 1) and self.padding in ((0, 0), "valid", "same") and self.groups == 1
         require(
             self,
@@ -45,10 +44,6 @@ class PointwiseConv2d(torch.nn.Conv2d):
             "a 1x1 filter without padding in one group",
             "use Conv2dReLU for other convolutions",
         )
-        self.activation = checked_activation(self, activation)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return ops.pointwise_conv2d(input, self.weight, self.bias, residual, self.stride, activation=self.activation)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation!r}"

@@ -6,25 +6,20 @@ namespace is a set of kernels for all operators: "fastconv" is the library's.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
-from . import backends, checks, library
+from . import backends, checks, destinations, library, precision
+from .autocast import DEVICES, AutocastRule, below_autocast, dispatch_key
+from .schemas import SCHEMAS
+from .vmap import mapped
 
-_AUTOCAST_DEVICES = ("cpu", "cuda")
 _operators: list[Operator] = []
 _namespaces: dict[str, torch.library.Library] = {}
-
-
-# A rule gets the function to call (the dispatcher's overload, or the reference), the device type
-# and the arguments.
-AutocastRule = Callable[[Callable[..., Any], str, tuple[Any, ...]], Any]
 
 
 def add_namespace(name: str) -> None:
@@ -61,7 +56,7 @@ class Operator:
         self._setup_context = setup_context
         self._backward = backward
         self._fold_batch = fold_batch
-        self._arguments = tuple(inspect.signature(fake).parameters)
+        self._arguments = _argument_names(name)
         self._overloads: dict[str, Callable[..., Any]] = {}
         _operators.append(self)
         for namespace in _namespaces:
@@ -87,11 +82,11 @@ class Operator:
                 checks.storage(self._name, name, tensor)
 
     def _vmap_rule(self, overload: Callable[..., Any]) -> Callable[..., Any]:
-        mapped = _mapped(overload, self._fold_batch)
+        on_tensors = mapped(overload, self._fold_batch)
 
         def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
             self._check_storage(args)
-            return mapped(info, in_dims, *args)
+            return on_tensors(info, in_dims, *args)
 
         return rule
 
@@ -125,9 +120,9 @@ class PublicOperator(Operator):
 
     def complete(self, namespace: str) -> None:
         super().complete(namespace)
-        for device in _AUTOCAST_DEVICES:
+        for device in DEVICES:
             kernel = self._autocast_kernel(self._overloads[namespace], device)
-            _namespaces[namespace].impl(self._name, kernel, f"Autocast{device.upper()}")
+            _namespaces[namespace].impl(self._name, kernel, dispatch_key(device))
 
     def run(self, backend: str | None, input: Tensor, *args: Any) -> Any:
         """The op on the backend that was asked for, or else on the one chosen for the input."""
@@ -145,7 +140,7 @@ class PublicOperator(Operator):
 
     def _autocast_kernel(self, overload: Callable[..., Any], device: str) -> Callable[..., Any]:
         def kernel(*args: Any) -> Any:
-            with _below_autocast(device):
+            with below_autocast(device):
                 return self._cast(overload, device, args)
 
         return kernel
@@ -170,8 +165,8 @@ class OutOperator(PublicOperator):
         library = _namespaces[namespace]
         library.impl(name, self._autograd_out_kernel(overload), "Autograd")
         library.impl(name, self._version_kernel(overload), "ADInplaceOrView")
-        for device in _AUTOCAST_DEVICES:
-            library.impl(name, self._autocast_out_kernel(overload, device), f"Autocast{device.upper()}")
+        for device in DEVICES:
+            library.impl(name, self._autocast_out_kernel(overload, device), dispatch_key(device))
 
     def run(self, backend: str | None, input: Tensor, *args: Any, out: Any = None) -> Any:
         """As for every operator; into `out`, if there is one, which is then returned."""
@@ -203,7 +198,7 @@ class OutOperator(PublicOperator):
         def kernel(*args: Any) -> None:
             *given, out = args
             self._refuse_gradients(*args)
-            with _below_autocast(device):
+            with below_autocast(device):
                 found = self._cast(lambda *cast: overload(*cast, out), device, tuple(given))
                 if found is not None:  # the rule did without the overload
                     self._check_writable(out)
@@ -224,11 +219,11 @@ class OutOperator(PublicOperator):
 
     def _check_writable(self, out: Any) -> None:
         for tensor in _tensors([out]):
-            checks.writable(self._name, tensor)
+            destinations.check_writable(self._name, tensor)
 
     def _refuse_gradients(self, *args: Any) -> None:
         wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
-        checks.no_gradient(self._name, wanted)
+        destinations.check_no_gradient(self._name, wanted)
 
     def _store(self, found: Any, args: Sequence[Any], out: Any) -> None:
         self._check_out(found, args, out)
@@ -238,9 +233,13 @@ class OutOperator(PublicOperator):
     def _check_out(self, found: Any, args: Sequence[Any], out: Any) -> None:
         others = _tensors(args)
         if isinstance(found, Tensor):
-            checks.destination(self._name, "out", out, found.shape, found, others)
+            destinations.check(self._name, "out", out, found.shape, found, others)
         else:
-            checks.destinations(self._name, out, [result.shape for result in found], found[0], others)
+            destinations.check_each(self._name, out, [result.shape for result in found], found[0], others)
+
+
+def _argument_names(operator: str) -> tuple[str, ...]:
+    return tuple(argument.name for argument in torch._C.parse_schema(operator + SCHEMAS[operator]).arguments)
 
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:
@@ -265,77 +264,10 @@ def _only_aten_has_derivatives() -> bool:
     return any(level.key() != torch._C._functorch.TransformType.Vmap for level in interpreters)
 
 
-# ----------------------------------------------------------------------------------------- autocast
-
-
-def _below_autocast(device: str) -> Any:
-    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
-    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
-
-
-def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Casts what autocast casts: floating tensors other than float64, in lists too."""
-
-    def one(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype is not torch.float64:
-            return leaf.to(dtype)
-        return leaf
-
-    return pytree.tree_map(one, value)
-
-
-def autocast_to_low_precision(function: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Any:
-    """The rule for convolutions: all tensors in the dtype of the autocast context."""
-    return function(*cast(args, torch.get_autocast_dtype(device)))
-
-
-# --------------------------------------------------------------------------------------------- vmap
-
-
-def _mapped(op: Callable[..., Any], fold_batch: Sequence[int]) -> Callable[..., Any]:
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        size = info.batch_size
-        leaves, structure = pytree.tree_flatten(args)
-        dims = pytree.tree_leaves(in_dims)
-
-        def batched(leaf: Tensor, dim: int | None) -> Tensor:
-            return leaf.expand(size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
-
-        if size == 0:  # the shapes are those of a batch of one
-            one = [
-                leaf if dim is None else leaf.new_zeros(leaf.movedim(dim, 0).shape[1:])
-                for leaf, dim in zip(leaves, dims, strict=True)
-            ]
-            results = pytree.tree_map(
-                lambda out: out.new_empty(0, *out.shape), op(*pytree.tree_unflatten(one, structure))
-            )
-            return results, pytree.tree_map(lambda _: 0, results)
-
-        mapped = {i for i, dim in enumerate(in_dims) if any(d is not None for d in pytree.tree_leaves(dim))}
-        folded = {i: batched(args[i], in_dims[i]) for i in fold_batch if isinstance(args[i], Tensor)}
-        if mapped <= folded.keys() and all(tensor.dim() > 1 for tensor in folded.values()):
-            results = op(*(folded[i].flatten(0, 1) if i in folded else arg for i, arg in enumerate(args)))
-            results = pytree.tree_map(lambda out: out.unflatten(0, (size, out.shape[0] // size)), results)
-        else:
-            columns = [
-                [leaf] * size if dim is None else leaf.unbind(dim) for leaf, dim in zip(leaves, dims, strict=True)
-            ]
-            rows = [op(*pytree.tree_unflatten(list(row), structure)) for row in zip(*columns, strict=True)]
-            results = pytree.tree_map(lambda *outs: torch.stack(outs), *rows)
-        return results, pytree.tree_map(lambda _: 0, results)
-
-    return rule
-
-
-def _allow_tf32() -> bool:
-    """Whether float32 convolutions may round their factors to TF32, by torch's switches for cuDNN."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-
-
 # The library's glue asks for it: the stable ABI does not know torch's switches.
 _own = torch.library.Library("fastconv", "FRAGMENT")
 _own.define("_allow_tf32() -> bool")
-_own.impl("_allow_tf32", _allow_tf32, "CompositeExplicitAutograd")
+_own.impl("_allow_tf32", precision.allow_tf32, "CompositeExplicitAutograd")
 
 if library.LOADED:
     add_namespace("fastconv")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import checks, convolution
+from ..operators import activations, arguments, checks
 from ..operators.registration import Operator, PublicOperator
 
 _NAME = "add_relu"
@@ -37,7 +37,7 @@ def add_relu(input: Tensor, other: Tensor, *, activation: str = "relu", backend:
     after it.
     """
     checks.activation(_NAME, activation)
-    checks.summands(_NAME, input, other)
+    arguments.summands(_NAME, input, other)
     if input.dtype != other.dtype or input.shape != other.shape:
         checks.storage(_NAME, "input", input)
         checks.storage(_NAME, "other", other)
@@ -61,20 +61,13 @@ def _broadcast(input: Tensor, other: Tensor) -> bool:
     return all(a == b or a == 1 or b == 1 for a, b in pairs)
 
 
-def _check(input: Tensor, other: Tensor, activation: str) -> None:
-    checks.activation(_NAME, activation)
-    checks.floating(_NAME, input)
-    checks.like_input(_NAME, input, "other", other)
-    checks.same_shape(_NAME, input, "other", other)
-
-
 def _reference(input: Tensor, other: Tensor, activation: str) -> Tensor:
-    _check(input, other, activation)
-    return convolution.activate(input + other, activation)
+    checks.elementwise(_NAME, input, "other", other, activation)
+    return activations.activate(input + other, activation)
 
 
 def _fake(input: Tensor, other: Tensor, activation: str) -> Tensor:
-    _check(input, other, activation)
+    checks.elementwise(_NAME, input, "other", other, activation)
     return _new_sum(input, other)
 
 
@@ -144,11 +137,7 @@ def _autocast_promote(function: Callable[..., Any], device: str, args: tuple[Any
 
 
 def _fake_backward(grad_output: Tensor, output: Tensor, activation: str) -> Tensor:
-    op = "add_relu_backward"
-    checks.activation(op, activation)
-    checks.floating(op, output)
-    checks.like_input(op, output, "grad_output", grad_output)
-    checks.same_shape(op, output, "grad_output", grad_output)
+    checks.elementwise("add_relu_backward", output, "grad_output", grad_output, activation)
     return torch.empty_like(output)
 
 

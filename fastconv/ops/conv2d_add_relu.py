@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..operators import checks, convolution
+from ..operators import arguments, checks
+from ..operators.convolution_operators import rules
 from ..operators.registration import OutOperator
 
 _NAME = "conv2d_add_relu"
-_RESIDUAL = 3
 
 
 def conv2d_add_relu(
@@ -19,9 +16,9 @@ def conv2d_add_relu(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor,
-    stride: convolution.Size2 = 1,
-    padding: convolution.Padding = 0,
-    dilation: convolution.Size2 = 1,
+    stride: arguments.Size2 = 1,
+    padding: arguments.Padding = 0,
+    dilation: arguments.Size2 = 1,
     groups: int = 1,
     *,
     activation: str = "relu",
@@ -53,14 +50,14 @@ def conv2d_add_relu(
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition", equation 1 with the ReLU
     after it.
     """
-    checks.tensors(_NAME, input=input, weight=weight, residual=residual)
-    checks.optional_tensors(_NAME, bias=bias, out=out)
+    arguments.tensors(_NAME, input=input, weight=weight, residual=residual)
+    arguments.optional_tensors(_NAME, bias=bias, out=out)
     checks.activation(_NAME, activation)
-    groups = checks.count(_NAME, "groups", groups, checks.DENSE)
-    input, unbatch, stride, padding, dilation = convolution.geometry(_NAME, input, weight, stride, padding, dilation)
+    groups = arguments.count(_NAME, "groups", groups, checks.DENSE)
+    input, unbatch, stride, padding, dilation = arguments.geometry(_NAME, input, weight, stride, padding, dilation)
     added, destination = (
-        convolution.batch_like(_NAME, unbatch, "residual", residual),
-        convolution.batch_like(_NAME, unbatch, "out", out),
+        arguments.batch_like(_NAME, unbatch, "residual", residual),
+        arguments.batch_like(_NAME, unbatch, "out", out),
     )
     found = _operator.run(
         backend, input, weight, bias, added, stride, padding, dilation, groups, activation, out=destination
@@ -68,52 +65,4 @@ def conv2d_add_relu(
     return unbatch(found) if out is None else out
 
 
-def _reference(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    activation: str,
-) -> Tensor:
-    checks.activation(_NAME, activation)
-    checks.conv2d(_NAME, input, weight, bias, residual, stride, padding, dilation, groups)
-    output = _convolve(input, weight, bias, residual, stride, padding, dilation, groups, activation)
-    return convolution.activate(convolution.with_plain_strides(output + residual), activation)
-
-
-def _convolve(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    activation: str,
-) -> Tensor:
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, _, _, *ctx.geometry, activation = inputs
-    convolution.save_for_backward(ctx, activation, output, input, weight)
-
-
-def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    found = convolution.gradients(ctx, grad, ctx.geometry, ctx.needs_input_grad[:4])
-    return *found, *[None] * 5
-
-
-_operator = OutOperator(
-    _NAME,
-    reference=_reference,
-    setup_context=_setup_context,
-    backward=_backward,
-    autocast=convolution.autocast_with_residual(_RESIDUAL, _convolve),
-    fold_batch=(0, _RESIDUAL),
-)
+_operator = OutOperator(_NAME, **rules(_NAME))

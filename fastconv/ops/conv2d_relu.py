@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..operators import checks, convolution
-from ..operators.registration import OutOperator, autocast_to_low_precision
+from ..operators import arguments, checks
+from ..operators.convolution_operators import rules
+from ..operators.registration import OutOperator
 
 _NAME = "conv2d_relu"
 
@@ -17,9 +15,9 @@ def conv2d_relu(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: convolution.Size2 = 1,
-    padding: convolution.Padding = 0,
-    dilation: convolution.Size2 = 1,
+    stride: arguments.Size2 = 1,
+    padding: arguments.Padding = 0,
+    dilation: arguments.Size2 = 1,
     groups: int = 1,
     *,
     activation: str = "relu",
@@ -61,46 +59,14 @@ def conv2d_relu(
     Source: Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural
     Networks", section 3.1 (ReLU); Howard et al. 2017, "MobileNets" (ReLU6).
     """
-    checks.tensors(_NAME, input=input, weight=weight)
-    checks.optional_tensors(_NAME, bias=bias, out=out)
+    arguments.tensors(_NAME, input=input, weight=weight)
+    arguments.optional_tensors(_NAME, bias=bias, out=out)
     checks.activation(_NAME, activation)
-    groups = checks.count(_NAME, "groups", groups, checks.DENSE)
-    input, unbatch, stride, padding, dilation = convolution.geometry(_NAME, input, weight, stride, padding, dilation)
-    destination = convolution.batch_like(_NAME, unbatch, "out", out)
+    groups = arguments.count(_NAME, "groups", groups, checks.DENSE)
+    input, unbatch, stride, padding, dilation = arguments.geometry(_NAME, input, weight, stride, padding, dilation)
+    destination = arguments.batch_like(_NAME, unbatch, "out", out)
     found = _operator.run(backend, input, weight, bias, stride, padding, dilation, groups, activation, out=destination)
     return unbatch(found) if out is None else out
 
 
-def _reference(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    activation: str,
-) -> Tensor:
-    checks.activation(_NAME, activation)
-    checks.conv2d(_NAME, input, weight, bias, None, stride, padding, dilation, groups)
-    return convolution.activate(F.conv2d(input, weight, bias, stride, padding, dilation, groups), activation)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, _, *ctx.geometry, activation = inputs
-    convolution.save_for_backward(ctx, activation, output, input, weight)
-
-
-def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    found = convolution.gradients(ctx, grad, ctx.geometry, (*ctx.needs_input_grad[:3], False))
-    return *found[:3], *[None] * 5
-
-
-_operator = OutOperator(
-    _NAME,
-    reference=_reference,
-    setup_context=_setup_context,
-    backward=_backward,
-    autocast=autocast_to_low_precision,
-    fold_batch=(0,),
-)
+_operator = OutOperator(_NAME, **rules(_NAME))

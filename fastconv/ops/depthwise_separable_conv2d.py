@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from ..operators import checks, convolution
-from ..operators.registration import Operator, PublicOperator, autocast_to_low_precision
+from ..operators import arguments, autocast, checks, depthwise_separable
+from ..operators.activations import activate, mask
+from ..operators.conv2d_backward import LinearMaps, fake_gradients, masked_like, per_channel, total, where_wanted
+from ..operators.convolution import POINTWISE, Geometry, by_aten
+from ..operators.registration import Operator, PublicOperator
 
 _NAME = "depthwise_separable_conv2d"
 
@@ -21,9 +23,9 @@ def depthwise_separable_conv2d(
     pointwise_weight: Tensor,
     depthwise_bias: Tensor | None = None,
     pointwise_bias: Tensor | None = None,
-    stride: convolution.Size2 = 1,
-    padding: convolution.Padding = 0,
-    dilation: convolution.Size2 = 1,
+    stride: arguments.Size2 = 1,
+    padding: arguments.Padding = 0,
+    dilation: arguments.Size2 = 1,
     *,
     depthwise_activation: str = "none",
     pointwise_activation: str = "none",
@@ -60,11 +62,11 @@ def depthwise_separable_conv2d(
     Source: Chollet 2017, "Xception: Deep Learning with Depthwise Separable Convolutions"; Howard et
     al. 2017, "MobileNets", section 3.1.
     """
-    checks.tensors(_NAME, input=input, depthwise_weight=depthwise_weight, pointwise_weight=pointwise_weight)
-    checks.optional_tensors(_NAME, depthwise_bias=depthwise_bias, pointwise_bias=pointwise_bias)
+    arguments.tensors(_NAME, input=input, depthwise_weight=depthwise_weight, pointwise_weight=pointwise_weight)
+    arguments.optional_tensors(_NAME, depthwise_bias=depthwise_bias, pointwise_bias=pointwise_bias)
     checks.activation(_NAME, depthwise_activation)
     checks.activation(_NAME, pointwise_activation)
-    input, unbatch, stride, padding, dilation = convolution.geometry(
+    input, unbatch, stride, padding, dilation = arguments.geometry(
         _NAME, input, depthwise_weight, stride, padding, dilation
     )
     found = unbatch(
@@ -83,33 +85,14 @@ def depthwise_separable_conv2d(
         )
     )
     # What lies between two calls for [C, H, W] has no batch, hence no layout that the second could take over.
-    if unbatch is not convolution.as_it_is and suggest_memory_format(pointwise_weight) != torch.channels_last:
+    if unbatch is not arguments.as_it_is and suggest_memory_format(pointwise_weight) != torch.channels_last:
         return found.contiguous()
     return found
 
 
-def _reference(
-    input: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
-    pointwise_bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    depthwise_activation: str,
-    pointwise_activation: str,
-) -> Tensor:
-    checks.activation(_NAME, depthwise_activation)
-    checks.activation(_NAME, pointwise_activation)
-    groups = checks.depthwise_weight(_NAME, "depthwise_weight", input, depthwise_weight)
-    checks.pointwise_weight(_NAME, "pointwise_weight", pointwise_weight)
-    geometry = (stride, padding, dilation, groups)
-    checks.conv2d(_NAME, input, depthwise_weight, depthwise_bias, None, *geometry, checks.OF_DEPTHWISE)
-    hidden = convolution.activate(F.conv2d(input, depthwise_weight, depthwise_bias, *geometry), depthwise_activation)
-    pointwise = ([1, 1], [0, 0], [1, 1], 1)
-    checks.conv2d(_NAME, hidden, pointwise_weight, pointwise_bias, None, *pointwise, checks.OF_POINTWISE)
-    return convolution.activate(F.conv2d(hidden, pointwise_weight, pointwise_bias), pointwise_activation)
+def _reference(*args: Any) -> Tensor:
+    depthwise, pointwise = depthwise_separable.read(_NAME, args)
+    return by_aten(pointwise._replace(input=by_aten(depthwise)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -152,47 +135,24 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
 # ----------------------------------------------------------------------------------------- backward
 
 
-def _fake_backward(
-    grad_output: Tensor,
-    output: Tensor | None,
-    input: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    depthwise_activation: str,
-    pointwise_activation: str,
-    output_mask: list[bool],
-) -> tuple[Tensor, ...]:
-    checks.activation("depthwise_separable_conv2d_backward", depthwise_activation)
-    checks.activation("depthwise_separable_conv2d_backward", pointwise_activation)
-    depthwise = (stride, padding, dilation, input.shape[1])
-    hidden = F.conv2d(input, depthwise_weight, depthwise_bias, *depthwise)
-    grad = convolution.masked_like(grad_output, output)
-    grad_hidden, grad_pointwise, grad_pointwise_bias, _ = convolution.fake_gradients(
-        grad, hidden, pointwise_weight, [1, 1], [0, 0], [1, 1], 1
-    )
-    if depthwise_activation != "none":
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    grad_output, output, depthwise, pointwise, output_mask = depthwise_separable.read_backward(args)
+    hidden = by_aten(depthwise._replace(activation="none"))
+    grad = masked_like(grad_output, output)
+    grad_hidden, grad_pointwise, grad_pointwise_bias, _ = fake_gradients(grad, hidden, pointwise.weight, POINTWISE)
+    if depthwise.activation != "none":
         grad_hidden = torch.empty_like(hidden)
-    grad_input, grad_depthwise, grad_depthwise_bias, _ = convolution.fake_gradients(
-        grad_hidden, input, depthwise_weight, *depthwise
+    grad_input, grad_depthwise, grad_depthwise_bias, _ = fake_gradients(
+        grad_hidden, depthwise.input, depthwise.weight, depthwise.geometry
     )
-    found = (
-        grad_input,
-        grad_depthwise,
-        grad_pointwise,
-        grad_depthwise_bias,
-        grad_pointwise_bias,
-    )
-    return convolution.where_wanted(found, output_mask, input)
+    found = (grad_input, grad_depthwise, grad_pointwise, grad_depthwise_bias, grad_pointwise_bias)
+    return where_wanted(found, output_mask, depthwise.input)
 
 
 def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, stride, padding, dilation, _, _, ctx.output_mask = inputs
     ctx.activations = inputs[-3:-1]
-    ctx.depthwise = convolution.Convolution(stride, padding, dilation, tensors[2].shape[1])
+    ctx.depthwise = LinearMaps(Geometry(stride, padding, dilation, tensors[2].shape[1]))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
@@ -209,46 +169,46 @@ def _double_backward(ctx: Any, *ggs: Tensor | None) -> tuple[Tensor | None, ...]
     gg_input, gg_depthwise, gg_pointwise, gg_depthwise_bias, gg_pointwise_bias = (
         gg if wanted else None for gg, wanted in zip(ggs, ctx.output_mask, strict=True)
     )
-    dw, pw = ctx.depthwise, convolution.Convolution([1, 1], [0, 0], [1, 1], 1)
+    dw, pw = ctx.depthwise, LinearMaps(POINTWISE)
 
     hidden = dw.fprop(input, depthwise_weight)
     if depthwise_bias is not None:
-        hidden = hidden + convolution.per_channel(depthwise_bias)
-    hidden = convolution.activate(hidden, inner)
-    z = convolution.mask(grad_output, output, outer)
-    t = convolution.mask(pw.dgrad(z, hidden, pointwise_weight), hidden, inner)
+        hidden = hidden + per_channel(depthwise_bias)
+    hidden = activate(hidden, inner)
+    z = mask(grad_output, output, outer)
+    t = mask(pw.dgrad(z, hidden, pointwise_weight), hidden, inner)
 
-    for_t = convolution.total(
+    for_t = total(
         [
             None if gg_input is None else dw.fprop(gg_input, depthwise_weight),
             None if gg_depthwise is None else dw.fprop(input, gg_depthwise),
-            None if gg_depthwise_bias is None else convolution.per_channel(gg_depthwise_bias).expand_as(t),
+            None if gg_depthwise_bias is None else per_channel(gg_depthwise_bias).expand_as(t),
         ]
     )
-    masked = None if for_t is None else convolution.mask(for_t, hidden, inner)
+    masked = None if for_t is None else mask(for_t, hidden, inner)
     # gg_pointwise also meets the recomputed h, and through it input, depthwise weight and bias
-    for_hidden = None if gg_pointwise is None else convolution.mask(pw.dgrad(z, hidden, gg_pointwise), hidden, inner)
-    for_z = convolution.total(
+    for_hidden = None if gg_pointwise is None else mask(pw.dgrad(z, hidden, gg_pointwise), hidden, inner)
+    for_z = total(
         [
             None if masked is None else pw.fprop(masked, pointwise_weight),
             None if gg_pointwise is None else pw.fprop(hidden, gg_pointwise),
-            None if gg_pointwise_bias is None else convolution.per_channel(gg_pointwise_bias).expand_as(z),
+            None if gg_pointwise_bias is None else per_channel(gg_pointwise_bias).expand_as(z),
         ]
     )
-    for_input = convolution.total(
+    for_input = total(
         [
             None if gg_depthwise is None else dw.dgrad(t, input, gg_depthwise),
             None if for_hidden is None else dw.dgrad(for_hidden, input, depthwise_weight),
         ]
     )
-    for_depthwise = convolution.total(
+    for_depthwise = total(
         [
             None if gg_input is None else dw.wgrad(t, gg_input, depthwise_weight),
             None if for_hidden is None else dw.wgrad(for_hidden, input, depthwise_weight),
         ]
     )
     return (
-        None if for_z is None else convolution.mask(for_z, output, outer),
+        None if for_z is None else mask(for_z, output, outer),
         None,
         for_input,
         for_depthwise,
@@ -269,6 +229,6 @@ _operator = PublicOperator(
     reference=_reference,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=autocast_to_low_precision,
+    autocast=autocast.to_low_precision,
     fold_batch=(0,),
 )

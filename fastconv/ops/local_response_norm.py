@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..operators import checks, convolution
-from ..operators.registration import Operator, PublicOperator, cast
+from ..operators import arguments, autocast, checks
+from ..operators.activations import activate, mask
+from ..operators.local_response_norm import by_aten, window_sum
+from ..operators.registration import Operator, PublicOperator
 
 _NAME = "local_response_norm"
+_BACKWARD = f"{_NAME}_backward"
 
 
 def local_response_norm(
@@ -56,28 +57,16 @@ def local_response_norm(
     Source: Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural
     Networks", section 3.3.
     """
-    checks.tensors(_NAME, input=input)
+    arguments.tensors(_NAME, input=input)
     checks.activation(_NAME, activation)
-    size = checks.count(_NAME, "size", size, checks.CHANNELS)
-    alpha, beta = checks.real(_NAME, "alpha", alpha), checks.real(_NAME, "beta", beta)
-    return _operator.run(backend, input, size, alpha, beta, checks.real(_NAME, "k", k), activation)
+    size = arguments.count(_NAME, "size", size, checks.CHANNELS)
+    alpha, beta = arguments.real(_NAME, "alpha", alpha), arguments.real(_NAME, "beta", beta)
+    return _operator.run(backend, input, size, alpha, beta, arguments.real(_NAME, "k", k), activation)
 
 
 def _reference(input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str) -> Tensor:
     checks.local_response_norm(_NAME, input, size, activation)
-    a = convolution.activate(input, activation)
-    reach = _reach(size, input)
-    if reach < size:
-        size, alpha = reach, alpha * reach / size
-    wide = a.float() if a.dtype in (torch.bfloat16, torch.float16) else a  # squares overflow; aten has no CPU kernel
-    if a.dim() > 4 and wide.stride(-2) != wide.shape[-1] * wide.stride(-1):  # aten's view of the volume would raise
-        return torch.empty_like(input).copy_(F.local_response_norm(wide.contiguous(), size, alpha, beta, k))
-    return F.local_response_norm(wide, size, alpha, beta, k).to(a.dtype)
-
-
-def _reach(size: int, input: Tensor) -> int:
-    """A window that sums as many channels; aten pads with the whole window, however large."""
-    return min(size, 2 * max(input.shape[1], 1) + size % 2)
+    return by_aten(input, size, alpha, beta, k, activation)
 
 
 def _fake(input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str) -> Tensor:
@@ -99,21 +88,13 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad, *[None] * 5
 
 
-def _autocast_float32(function: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Tensor:
-    """Powers are on autocast's float32 list."""
-    return function(*cast(args, torch.float32))
-
-
 # ----------------------------------------------------------------------------------------- backward
 
 
 def _fake_backward(
     grad_output: Tensor, input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str
 ) -> Tensor:
-    op = "local_response_norm_backward"
-    checks.local_response_norm(op, input, size, activation)
-    checks.like_input(op, input, "grad_output", grad_output)
-    checks.same_shape(op, input, "grad_output", grad_output)
+    checks.local_response_norm(_BACKWARD, input, size, activation, grad_output)
     return torch.empty_like(input)
 
 
@@ -131,33 +112,22 @@ def _double_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
     """
     g, input = ctx.saved_tensors
     size, alpha, beta, k, activation = ctx.options
-    x = convolution.activate(input, activation)
-    gg = convolution.mask(gg, x, activation)
+    x = activate(input, activation)
+    gg = mask(gg, x, activation)
     a = alpha / size
     c = 2 * a * beta
-    d = k + a * _window_sum(x * x, size)
+    d = k + a * window_sum(x * x, size)
     p, q = d**-beta, d ** -(beta + 1)
-    u = _window_sum(g * x * q, size, adjoint=True)
-    v = _window_sum(gg * x, size)
+    u = window_sum(g * x * q, size, adjoint=True)
+    v = window_sum(gg * x, size)
     for_grad = gg * p - c * x * q * v
     for_d = c * (beta + 1) * g * x * v * q / d - beta * gg * g * q
-    for_input = 2 * a * x * _window_sum(for_d, size, adjoint=True) - c * (gg * u + g * q * v)
-    return for_grad, convolution.mask(for_input, x, activation), *[None] * 5
-
-
-def _window_sum(values: Tensor, size: int, *, adjoint: bool = False) -> Tensor:
-    """Sums over the `size` channels around each one; the adjoint mirrors the window."""
-    size = _reach(size, values)
-    before, after = size // 2, (size - 1) // 2
-    if adjoint:
-        before, after = after, before
-    flat = values.flatten(2).unsqueeze(1)
-    sums = F.avg_pool2d(F.pad(flat, (0, 0, before, after)), (size, 1), stride=1, divisor_override=1)
-    return sums.reshape(values.shape)
+    for_input = 2 * a * x * window_sum(for_d, size, adjoint=True) - c * (gg * u + g * q * v)
+    return for_grad, mask(for_input, x, activation), *[None] * 5
 
 
 _backward_operator = Operator(
-    "local_response_norm_backward",
+    _BACKWARD,
     fake=_fake_backward,
     setup_context=_setup_double,
     backward=_double_backward,
@@ -169,6 +139,6 @@ _operator = PublicOperator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=_autocast_float32,
+    autocast=autocast.to_float32,
     fold_batch=(0,),
 )

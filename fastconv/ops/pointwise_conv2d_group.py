@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..operators import checks, convolution
-from ..operators.registration import Operator, OutOperator, autocast_to_low_precision
+from ..operators import arguments, autocast, checks
+from ..operators.activations import activate, mask
+from ..operators.conv2d_backward import LinearMaps, empty_gradient, fake_gradients, per_channel, total
+from ..operators.convolution import POINTWISE
+from ..operators.registration import Operator, OutOperator
 
 _NAME = "pointwise_conv2d_group"
-_POINTWISE = ([1, 1], [0, 0], [1, 1], 1)
+_BACKWARD = f"{_NAME}_backward"
 
 
 def pointwise_conv2d_group(
@@ -48,15 +51,15 @@ def pointwise_conv2d_group(
 
     Source: Szegedy et al. 2015, "Going Deeper with Convolutions", figure 2b.
     """
-    checks.tensors(_NAME, input=input)
+    arguments.tensors(_NAME, input=input)
     checks.activation(_NAME, activation)
-    weights = checks.tensor_list(_NAME, "weights", weights)
-    given = None if out is None else checks.tensor_list(_NAME, "out", out)
-    input, unbatch = convolution.batch(_NAME, input)
+    weights = arguments.tensor_list(_NAME, "weights", weights)
+    given = None if out is None else arguments.tensor_list(_NAME, "out", out)
+    input, unbatch = arguments.batch(_NAME, input)
     destinations = (
         None
         if given is None
-        else [convolution.batch_like(_NAME, unbatch, f"out[{i}]", tensor) for i, tensor in enumerate(given)]
+        else [arguments.batch_like(_NAME, unbatch, f"out[{i}]", tensor) for i, tensor in enumerate(given)]
     )
     found = _operator.run(backend, input, weights, _tensors(weights, biases), activation, out=destinations)
     return [unbatch(output) for output in found] if given is None else given
@@ -64,7 +67,7 @@ def pointwise_conv2d_group(
 
 def _tensors(weights: list[Tensor], biases: Sequence[Tensor | None] | None) -> list[Tensor]:
     """The operator takes a bias for every branch or for none."""
-    given = [] if biases is None else checks.tensor_list(_NAME, "biases", biases, optional=True)
+    given = [] if biases is None else arguments.tensor_list(_NAME, "biases", biases, optional=True)
     checks.group(_NAME, weights, given)
     if all(bias is None for bias in given):
         return []
@@ -76,14 +79,9 @@ def _tensors(weights: list[Tensor], biases: Sequence[Tensor | None] | None) -> l
 
 
 def _reference(input: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str) -> list[Tensor]:
-    checks.group(_NAME, weights, biases)
-    checks.activation(_NAME, activation)
+    checks.pointwise_group(_NAME, input, weights, biases, activation)
     given: Sequence[Tensor | None] = biases or [None] * len(weights)
-    branches = list(zip(weights, given, strict=True))
-    for i, (weight, bias) in enumerate(branches):
-        checks.pointwise_weight(_NAME, f"weights[{i}]", weight)
-        checks.conv2d(_NAME, input, weight, bias, None, *_POINTWISE, checks.of_branch(i))
-    return [convolution.activate(F.conv2d(input, weight, bias), activation) for weight, bias in branches]
+    return [activate(F.conv2d(input, *tensors), activation) for tensors in zip(weights, given, strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -110,27 +108,21 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 # ----------------------------------------------------------------------------------------- backward
 
 
-def _fake_backward(
-    grad_outputs: list[Tensor],
-    outputs: list[Tensor],
-    input: Tensor,
-    weights: list[Tensor],
-    activation: str,
-    output_mask: list[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    checks.activation("pointwise_conv2d_group_backward", activation)
+def _fake_backward(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    grad_outputs, outputs, input, weights, activation, output_mask = args
+    checks.pointwise_group_backward(_BACKWARD, *args[:-1])
     grad = torch.cat(grad_outputs if activation == "none" else outputs, 1)
     weight = torch.cat(weights)
-    grad_input, *joined, _ = convolution.fake_gradients(grad, input, weight, *_POINTWISE)
+    grad_input, *joined, _ = fake_gradients(grad, input, weight, POINTWISE)
     sizes = [weight.shape[0] for weight in weights]
     split = [
-        [part.clone() for part in grad.split(sizes)] if wanted else [convolution.empty_gradient(input) for _ in sizes]
+        [part.clone() for part in grad.split(sizes)] if wanted else [empty_gradient(input) for _ in sizes]
         for grad, wanted in zip(joined, output_mask[1:], strict=True)
     ]
     grad_weights, grad_biases = split
     if 0 in input.shape and output_mask[1]:
         grad_weights = [torch.empty_like(part) for part in weights]
-    grad_input = grad_input if output_mask[0] else convolution.empty_gradient(input)
+    grad_input = grad_input if output_mask[0] else empty_gradient(input)
     return grad_input, grad_weights, grad_biases
 
 
@@ -144,30 +136,30 @@ def _double_backward(ctx: Any, gg_input: Tensor, gg_weights: list[Tensor], gg_bi
     """The gradient of the gradients; each branch adds its own terms."""
     input, *rest = ctx.saved_tensors
     n = ctx.branches
-    conv = convolution.Convolution(*_POINTWISE)
+    conv = LinearMaps(POINTWISE)
     want_input, want_weights, want_biases = ctx.output_mask
     for_grads, for_weights, for_input = [], [], []
     grads, weights, outputs = rest[:n], rest[n : 2 * n], rest[2 * n :]
     for grad_output, output, weight, gg_weight, gg_bias in zip(
         grads, outputs or [None] * n, weights, gg_weights, gg_biases, strict=True
     ):
-        grad = convolution.mask(grad_output, output, ctx.activation)
-        terms = convolution.total(
+        grad = mask(grad_output, output, ctx.activation)
+        terms = total(
             [
                 conv.fprop(gg_input, weight) if want_input else None,
                 conv.fprop(input, gg_weight) if want_weights else None,
-                convolution.per_channel(gg_bias).expand_as(grad) if want_biases else None,
+                per_channel(gg_bias).expand_as(grad) if want_biases else None,
             ]
         )
-        for_grads.append(None if terms is None else convolution.mask(terms, output, ctx.activation))
+        for_grads.append(None if terms is None else mask(terms, output, ctx.activation))
         for_weights.append(conv.wgrad(grad, gg_input, weight) if want_input else None)
         for_input.append(conv.dgrad(grad, input, gg_weight) if want_weights else None)
     nothing = [None] * len(_for_the_mask(outputs, ctx.activation))
-    return for_grads, nothing, convolution.total(for_input), for_weights, None, None
+    return for_grads, nothing, total(for_input), for_weights, None, None
 
 
 _backward_operator = Operator(
-    "pointwise_conv2d_group_backward",
+    _BACKWARD,
     fake=_fake_backward,
     setup_context=_setup_double,
     backward=_double_backward,
@@ -177,6 +169,6 @@ _operator = OutOperator(
     reference=_reference,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=autocast_to_low_precision,
+    autocast=autocast.to_low_precision,
     fold_batch=(0,),
 )

@@ -2,7 +2,8 @@
 
 One file per op with its kernel and launcher, whose functions have the arguments of csrc/schemas.cpp. Registered as
 opaque operators for CUDA tensors, and under Triton's interpreter (TRITON_INTERPRET=1) for CPU tensors; fake kernels,
-gradients, autocast and vmap come from `fastconv.ops`, as for every namespace.
+gradients, autocast and vmap come from `fastconv.ops`, as for every namespace. Which kernels a call launches, and with
+what block sizes, `fastconv.triton_kernels.launch.recorded` lists.
 """
 
 from __future__ import annotations

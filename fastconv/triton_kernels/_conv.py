@@ -2,67 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..operators import checks, convolution
-from . import _depthwise, _implicit_gemm, launch
+from ..operators import activations, checks, convolution_operators, destinations
+from ..operators import conv2d_backward as operator
+from ..operators.conv2d_backward import empty_gradient
+from ..operators.convolution import FusedConvolution, by_aten
+from . import _depthwise, _implicit_gemm, _implicit_gemm_wgrad, launch
 from ._reduce import mask_and_sum
 
-aten = torch.ops.aten
 
-Geometry = tuple[list[int], list[int], list[int], int]
-POINTWISE: Geometry = ([1, 1], [0, 0], [1, 1], 1)
-
-
-def is_depthwise(input: Tensor, weight: Tensor, groups: int) -> bool:
-    return weight.shape[1] == 1 and groups == input.shape[1] > 1
+def is_depthwise(conv: FusedConvolution) -> bool:
+    return conv.weight.shape[1] == 1 and conv.geometry.groups == conv.input.shape[1] > 1
 
 
-def convolve(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    geometry: Geometry,
-    activation: str,
-    out: Tensor | None = None,
-) -> Tensor:
-    """activation(conv2d(input, weight) + bias + residual), after the checks; float64 by aten.
+def forward(op: str, args: tuple[Any, ...], out: Tensor | None = None) -> Tensor:
+    """An operator of `fastconv.operators.convolution_operators`; into `out`, if there is one."""
+    conv = convolution_operators.read(op, args)
+    shape = checks.conv2d(op, conv)
+    if out is not None:
+        destinations.check(op, "out", out, shape, conv.input, conv[:4])
+    return convolve(conv, out)
 
-    `out` may be a slice of the channels of a wider tensor, which is then written in place; `input` may be one, too.
+
+def convolve(conv: FusedConvolution, out: Tensor | None = None) -> Tensor:
+    """The convolution after the checks; float64 by aten.
+
+    `out` may be a slice of the channels of a wider tensor, which is then written in place; the input may be one, too.
     """
+    input, weight, bias, residual, geometry, activation = conv
     if input.dtype == torch.float64:
-        found = aten.convolution(input, weight, bias, *geometry[:3], False, [0, 0], geometry[3])
-        found = convolution.activate(found if residual is None else found + residual, activation)
+        found = by_aten(conv)
         return found if out is None else out.copy_(found)
     plain = residual is not None or activation == "relu"
     output = launch.new_output(input, weight, geometry, plain) if out is None else out
-    kernel = _depthwise if is_depthwise(input, weight, geometry[3]) else _implicit_gemm
-    bias = None if bias is None else bias.contiguous()
-    kernel.fprop(input, weight, bias, residual, output, geometry, activation)
+    fprop = _depthwise.fprop if is_depthwise(conv) else _implicit_gemm.fprop
+    fprop(conv._replace(bias=None if bias is None else bias.contiguous()), output)
     return output
 
 
-def gradients(
-    grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, wanted: list[bool]
-) -> tuple[Tensor, Tensor]:
+def gradients(grad: Tensor, conv: FusedConvolution, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """Gradients of input and weight from that before the activation; [0]-sized where not wanted."""
-    grad_input = grad_weight = convolution.empty_gradient(input)
+    input, weight, geometry = conv.input, conv.weight, conv.geometry
+    grad_input = grad_weight = empty_gradient(input)
     if input.numel() == 0:  # in eager's layout, which is another one then
         return (
             torch.zeros_like(input) if wanted[0] else grad_input,
             torch.zeros_like(weight) if wanted[1] else grad_weight,
         )
-    kernel = _depthwise if is_depthwise(input, weight, geometry[3]) else _implicit_gemm
+    depthwise = is_depthwise(conv)
     layout = launch.convolution_layout(input, weight, geometry)
     if wanted[0]:
         grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=layout)
-        kernel.dgrad(grad, weight, grad_input, geometry)
+        dgrad = _depthwise.dgrad if depthwise else _implicit_gemm.dgrad
+        dgrad(grad, weight, grad_input, geometry)
     if wanted[1]:
         grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device, memory_format=layout)
         if grad.numel():
-            kernel.wgrad(grad, input, grad_weight, geometry)
+            wgrad = _depthwise.wgrad if depthwise else _implicit_gemm_wgrad.wgrad
+            wgrad(grad, input, grad_weight, geometry)
         else:
             grad_weight.zero_()
     return grad_input, grad_weight
@@ -83,47 +85,33 @@ def before_activation(
     return grad, bias
 
 
-def conv2d_backward(
-    grad_output: Tensor,
-    output: Tensor | None,
-    input: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    activation: str,
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def conv2d_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, weight, bias and residual of the four convolution ops.
 
     float16, bfloat16 and float32; float64 by the aten composition. The same bits every time: where pixels are split
     among programs, each writes a partial sum of its own.
     """
-    op = "conv2d_backward"
-    geometry: Geometry = (stride, padding, dilation, groups)
-    checks.conv2d(op, input, weight, None, grad_output, *geometry, ("weight", "bias", "grad_output"))
-    checks.activation(op, activation)
-    needs_output(op, output, activation)
-    empty = convolution.empty_gradient(input)
-    if input.dtype == torch.float64:
-        grad = convolution.mask(grad_output, output, activation)
-        found = aten.convolution_backward(
-            grad, input, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, output_mask[:3]
-        )
-        found = [*found, grad.clone() if output is None else launch.with_strides_of(torch.empty_like(output), grad)]
-        first, second, third, fourth = (g if want else empty for g, want in zip(found, output_mask, strict=True))
+    given = operator.read(args)
+    operator.check(given)
+    return backward(*given)
+
+
+def backward(
+    grad_output: Tensor, output: Tensor | None, conv: FusedConvolution, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`conv2d_backward` after the checks."""
+    empty = empty_gradient(conv.input)
+    if conv.input.dtype == torch.float64:
+        grad = activations.mask(grad_output, output, conv.activation)
+        found = operator.by_aten(grad, conv.input, conv.weight, conv.geometry, wanted[:3])
+        masked = grad.clone() if output is None else launch.with_strides_of(torch.empty_like(output), grad)
+        first, second, third, fourth = (g if want else empty for g, want in zip((*found, masked), wanted, strict=True))
         return first, second, third, fourth
-    want_masked = output_mask[0] or output_mask[1] or output_mask[3]
+    want_masked = wanted[0] or wanted[1] or wanted[3]
     grad, grad_bias = before_activation(
-        grad_output, output, activation, want_bias=output_mask[2], want_masked=want_masked
+        grad_output, output, conv.activation, want_bias=wanted[2], want_masked=want_masked
     )
-    grad_input, grad_weight = gradients(grad, input, weight, geometry, output_mask[:2])
+    grad_input, grad_weight = gradients(grad, conv, wanted[:2])
     # an operator's results share no memory with its arguments
-    grad_residual = (grad.clone() if activation == "none" else grad) if output_mask[3] else empty
+    grad_residual = (grad.clone() if conv.activation == "none" else grad) if wanted[3] else empty
     return grad_input, grad_weight, grad_bias, grad_residual
-
-
-def needs_output(op: str, output: Tensor | None, activation: str) -> None:
-    if output is None and activation != "none":
-        checks.fail(op, "no output", "it for the activation's mask", "pass the forward's output")

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from ..operators.convolution import FusedConvolution, Geometry
 from . import launch, table
 from ._device import activate, index, narrow, pixel, widen
 from ._reduce import room_for_parts, sum_parts
@@ -196,16 +197,9 @@ def by_taps(weight: Tensor) -> Tensor:
     return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
-def fprop(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    output: Tensor,
-    geometry: launch.Geometry,
-    activation: str,
-) -> None:
-    """Writes activation(depthwise(input, weight) + bias + residual) into `output`, which has any strides."""
+def fprop(conv: FusedConvolution, output: Tensor) -> None:
+    """Writes the depthwise convolution into `output`, which has any strides."""
+    input, weight, bias, residual, geometry, activation = conv
     (stride, padding, dilation, _), (N, _, P, Q) = geometry, output.shape
     (K, _, R, S), (_, C, H, W) = weight.shape, input.shape
     along = runs_along(input)
@@ -228,7 +222,7 @@ def fprop(
     )  # fmt: skip
 
 
-def dgrad(grad: Tensor, weight: Tensor, grad_input: Tensor, geometry: launch.Geometry) -> None:
+def dgrad(grad: Tensor, weight: Tensor, grad_input: Tensor, geometry: Geometry) -> None:
     """Writes the gradient of the input into `grad_input`; `grad` is that before the activation."""
     (stride, padding, dilation, _), (_, K, P, Q) = geometry, grad.shape
     (_, _, R, S), (N, C, H, W) = weight.shape, grad_input.shape
@@ -247,7 +241,7 @@ def dgrad(grad: Tensor, weight: Tensor, grad_input: Tensor, geometry: launch.Geo
     )  # fmt: skip
 
 
-def wgrad(grad: Tensor, input: Tensor, grad_weight: Tensor, geometry: launch.Geometry) -> None:
+def wgrad(grad: Tensor, input: Tensor, grad_weight: Tensor, geometry: Geometry) -> None:
     """Writes the gradient of the weight into `grad_weight`, which is dense; `grad` is that before the activation."""
     (stride, padding, dilation, _), (N, K, P, Q) = geometry, grad.shape
     (_, _, R, S), (_, C, H, W) = grad_weight.shape, input.shape
@@ -274,7 +268,7 @@ def wgrad(grad: Tensor, input: Tensor, grad_weight: Tensor, geometry: launch.Geo
 # ------------------------------------------------------------------------------------------ samples
 
 _SAMPLE_CHANNELS = 256
-_SAMPLE_GEOMETRY: launch.Geometry = ([1, 1], [1, 1], [1, 1], _SAMPLE_CHANNELS)
+_SAMPLE_GEOMETRY = Geometry([1, 1], [1, 1], [1, 1], _SAMPLE_CHANNELS)
 
 
 def _layer(make: Maker) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,7 +283,7 @@ def _fprop_sample(make: Maker) -> Sample:
 
     def run(x: Tensor, w: Tensor) -> list[Tensor]:
         output = torch.empty_like(x)
-        fprop(x, w, None, None, output, _SAMPLE_GEOMETRY, "relu6")
+        fprop(FusedConvolution(x, w, None, None, _SAMPLE_GEOMETRY, "relu6"), output)
         return [output]
 
     return Sample((x, w), run, lambda x, w: [F.relu6(F.conv2d(x, w, None, *_SAMPLE_GEOMETRY))])

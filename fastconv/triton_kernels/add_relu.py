@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import checks, convolution
+from ..operators import activations, checks
 from . import launch, table
 from ._device import activate, index, masked, narrow, widen
 from .samples import Maker, Sample, sample
@@ -36,16 +36,12 @@ def add_relu(input: Tensor, other: Tensor, activation: str) -> Tensor:
     float16, bfloat16 and float32 of the same dense layout; float64, and operands that lie differently in memory (or
     were expanded), by the aten composition, which reads any strides.
     """
-    op = "add_relu"
-    checks.activation(op, activation)
-    checks.floating(op, input)
-    checks.like_input(op, input, "other", other)
-    checks.same_shape(op, input, "other", other)
+    checks.elementwise("add_relu", input, "other", other, activation)
     contiguous = input.is_contiguous() and other.is_contiguous()  # whatever else they may be
     output = torch.empty_like(input, memory_format=torch.contiguous_format if contiguous else torch.preserve_format)
     alike = contiguous or input.stride() == other.stride() == output.stride()
     if input.dtype == torch.float64 or not alike:
-        return convolution.activate(input + other, activation)
+        return activations.activate(input + other, activation)
     _flat(add_relu_fprop, input, other, output, activation)
     return output
 
@@ -55,14 +51,10 @@ def add_relu_backward(grad_output: Tensor, output: Tensor, activation: str) -> T
 
     float16, bfloat16 and float32; float64 by the aten composition.
     """
-    op = "add_relu_backward"
-    checks.activation(op, activation)
-    checks.floating(op, output)
-    checks.like_input(op, output, "grad_output", grad_output)
-    checks.same_shape(op, output, "grad_output", grad_output)
+    checks.elementwise("add_relu_backward", output, "grad_output", grad_output, activation)
     output, grad_input = launch.dense(output)
     if output.dtype == torch.float64:
-        return grad_input.copy_(convolution.mask(grad_output, output, activation))
+        return grad_input.copy_(activations.mask(grad_output, output, activation))
     _flat(add_relu_dgrad, launch.with_strides_of(output, grad_output), output, grad_input, activation)
     return grad_input
 

@@ -10,13 +10,18 @@ beyond `_MOST_COLUMNS` of these that costs more than writing and reading it, and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import checks, convolution
+from ..operators.activations import with_plain_strides
+from ..operators.conv2d_backward import empty_gradient
+from ..operators.convolution import POINTWISE, FusedConvolution
+from ..operators.depthwise_separable import read, read_backward
 from . import _conv, _depthwise, launch, table
 from ._depthwise import depthwise_tile
 from ._device import activate, dot, index, narrow, pixel, widen
@@ -63,62 +68,46 @@ def depthwise_separable_fprop(
     tl.store(y_ptr + y_pixel[:, None] + (k * y_k)[None, :], result, (m < pixels)[:, None] & (k < K)[None, :])
 
 
-def depthwise_separable_conv2d(
-    input: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
-    pointwise_bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    depthwise_activation: str,
-    pointwise_activation: str,
-) -> Tensor:
+def depthwise_separable_conv2d(*args: Any) -> Tensor:
     """`fastconv.ops.depthwise_separable_conv2d`: input [N, C, H, W], weights [C * M, 1, R, S] and [K, C * M, 1, 1].
 
     Returns [N, K, P, Q]. float16, bfloat16 and float32; float64 by the aten composition.
     """
-    op = "depthwise_separable_conv2d"
-    checks.activation(op, depthwise_activation)
-    checks.activation(op, pointwise_activation)
-    groups = checks.depthwise_weight(op, "depthwise_weight", input, depthwise_weight)
-    checks.pointwise_weight(op, "pointwise_weight", pointwise_weight)
-    depthwise: _conv.Geometry = (stride, padding, dilation, groups)
-    checks.conv2d(op, input, depthwise_weight, depthwise_bias, None, *depthwise, checks.OF_DEPTHWISE)
-    hidden = _hidden_size(input, depthwise_weight, depthwise)
-    checks.conv2d(op, hidden, pointwise_weight, pointwise_bias, None, *_conv.POINTWISE, checks.OF_POINTWISE)
-    config = table.config(
-        "depthwise_separable_fprop", launch.dtype_class(input), launch.width_class(pointwise_weight.shape[0])
-    )
-    columns = triton.cdiv(pointwise_weight.shape[0], config["BLOCK_N"])
-    if input.dtype == torch.float64 or columns > _MOST_COLUMNS:
-        hidden = _conv.convolve(input, depthwise_weight, depthwise_bias, None, depthwise, depthwise_activation)
-        return _conv.convolve(hidden, pointwise_weight, pointwise_bias, None, _conv.POINTWISE, pointwise_activation)
-    (K, C), (_, _, R, S), (N, _, P, Q) = pointwise_weight.shape[:2], depthwise_weight.shape, hidden.shape
+    depthwise, pointwise = read("depthwise_separable_conv2d", args)
+    K = pointwise.weight.shape[0]
+    classes = (launch.dtype_class(depthwise.input), launch.width_class(K))
+    config = table.config("depthwise_separable_fprop", *classes)
+    if depthwise.input.dtype == torch.float64 or triton.cdiv(K, config["BLOCK_N"]) > _MOST_COLUMNS:
+        return _conv.convolve(pointwise._replace(input=_conv.convolve(depthwise)))
+    return _fused(depthwise, pointwise, config)
+
+
+def _fused(depthwise: FusedConvolution, pointwise: FusedConvolution, config: table.Config) -> Tensor:
+    input, weight, (stride, padding, dilation, groups) = depthwise.input, depthwise.weight, depthwise.geometry
+    (K, C), (_, _, R, S), (N, _, P, Q) = pointwise.weight.shape[:2], weight.shape, pointwise.input.shape
     # eager's layout follows from that of its depthwise result
-    hidden_layout = launch.convolution_layout(input, depthwise_weight, depthwise)
-    between = torch.empty_like(hidden, memory_format=hidden_layout)
-    if depthwise_activation == "relu":
-        between = convolution.with_plain_strides(between)
-    output = launch.new_output(between, pointwise_weight, _conv.POINTWISE, pointwise_activation == "relu")
-    taps = _depthwise.by_taps(depthwise_weight)
+    hidden_layout = launch.convolution_layout(input, weight, depthwise.geometry)
+    hidden = torch.empty_like(pointwise.input, memory_format=hidden_layout)
+    if depthwise.activation == "relu":
+        hidden = with_plain_strides(hidden)
+    output = launch.new_output(hidden, pointwise.weight, POINTWISE, pointwise.activation == "relu")
+    taps = _depthwise.by_taps(weight)
     launch.launch(
         depthwise_separable_fprop,
-        triton.cdiv(N * P * Q, config["BLOCK_M"]) * columns,
+        triton.cdiv(N * P * Q, config["BLOCK_M"]) * triton.cdiv(K, config["BLOCK_N"]),
         input,
         taps,
-        None if depthwise_bias is None else depthwise_bias.contiguous(),
-        pointwise_weight.reshape(K, C).contiguous(),
-        None if pointwise_bias is None else pointwise_bias.contiguous(),
+        None if depthwise.bias is None else depthwise.bias.contiguous(),
+        pointwise.weight.reshape(K, C).contiguous(),
+        None if pointwise.bias is None else pointwise.bias.contiguous(),
         output,
         N * P * Q, C, *input.shape[2:], K, P, Q,
         *input.stride(), *taps.stride(), *output.stride(),
         *stride, *padding, *dilation,
         M=C // groups, R=R, S=S, UNROLL=R * S <= _depthwise.UNROLLED_TAPS,
         PADDED=any(padding),
-        DEPTHWISE_ACTIVATION=depthwise_activation,
-        POINTWISE_ACTIVATION=pointwise_activation,
+        DEPTHWISE_ACTIVATION=depthwise.activation,
+        POINTWISE_ACTIVATION=pointwise.activation,
         PRECISION=launch.precision(),
         WIDE=launch.wide(input, output),
         **config,
@@ -126,53 +115,23 @@ def depthwise_separable_conv2d(
     return output
 
 
-def _hidden_size(input: Tensor, weight: Tensor, geometry: _conv.Geometry) -> Tensor:
-    """The depthwise result's shape, on the input's device and in its dtype, without the memory."""
-    shape = (input.shape[0], weight.shape[0], *launch.output_pixels(input, weight, geometry))
-    return input.new_empty(1).expand(shape)
-
-
-def depthwise_separable_conv2d_backward(
-    grad_output: Tensor,
-    output: Tensor | None,
-    input: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    depthwise_activation: str,
-    pointwise_activation: str,
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def depthwise_separable_conv2d_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the five tensors, in their order. The depthwise result is computed again.
 
     float16, bfloat16 and float32; float64 by the aten composition.
     """
-    op = "depthwise_separable_conv2d_backward"
-    checks.activation(op, depthwise_activation)
-    checks.activation(op, pointwise_activation)
-    _conv.needs_output(op, output, pointwise_activation)
-    groups = checks.depthwise_weight(op, "depthwise_weight", input, depthwise_weight)
-    checks.pointwise_weight(op, "pointwise_weight", pointwise_weight)
-    depthwise: _conv.Geometry = (stride, padding, dilation, groups)
-    checks.conv2d(op, input, depthwise_weight, depthwise_bias, None, *depthwise, checks.OF_DEPTHWISE)
-    hidden = _hidden_size(input, depthwise_weight, depthwise)
-    checks.conv2d(op, hidden, pointwise_weight, None, grad_output, *_conv.POINTWISE, checks.OF_POINTWISE)
-    hidden = _conv.convolve(input, depthwise_weight, depthwise_bias, None, depthwise, depthwise_activation)
-    wants_depthwise = output_mask[0] or output_mask[1] or output_mask[3]
-    grad_hidden, grad_pointwise, grad_pointwise_bias, _ = _conv.conv2d_backward(
-        grad_output, output, hidden, pointwise_weight, *_conv.POINTWISE, pointwise_activation,
-        [wants_depthwise, output_mask[2], output_mask[4], False],
-    )  # fmt: skip
-    empty = convolution.empty_gradient(input)
+    grad_output, output, depthwise, pointwise, wanted = read_backward(args)
+    hidden = _conv.convolve(depthwise)
+    wants_depthwise = wanted[0] or wanted[1] or wanted[3]
+    grad_hidden, grad_pointwise, grad_pointwise_bias, _ = _conv.backward(
+        grad_output, output, pointwise._replace(input=hidden), [wants_depthwise, wanted[2], wanted[4], False]
+    )
+    empty = empty_gradient(hidden)
     if not wants_depthwise:
         return empty, empty.clone(), grad_pointwise, empty.clone(), grad_pointwise_bias
-    grad_input, grad_depthwise, grad_depthwise_bias, _ = _conv.conv2d_backward(
-        grad_hidden, hidden, input, depthwise_weight, *depthwise, depthwise_activation,
-        [output_mask[0], output_mask[1], output_mask[3], False],
-    )  # fmt: skip
+    grad_input, grad_depthwise, grad_depthwise_bias, _ = _conv.backward(
+        grad_hidden, hidden, depthwise, [wanted[0], wanted[1], wanted[3], False]
+    )
     return grad_input, grad_depthwise, grad_pointwise, grad_depthwise_bias, grad_pointwise_bias
 
 

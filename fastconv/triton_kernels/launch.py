@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from ..operators import registration
+from ..operators.convolution import Geometry, output_shape
+from ..operators.precision import allow_tf32
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
-
-# stride, padding, dilation, groups
-Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 
 # 32-bit offsets below this; the distance to 2^31 covers the lanes of a tile that lie beyond its tensor.
 NARROW_LIMIT = 2**31 - 2**20
@@ -26,10 +25,34 @@ _LEAST_STEPS = 4
 _PROGRAMS_PER_PROCESSOR = 2
 
 
+class Launch(NamedTuple):
+    """A launch: the kernel's name, how many programs, and its compile-time arguments, block sizes among them."""
+
+    kernel: str
+    programs: int
+    meta: dict[str, Any]
+
+
+_recorders: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Yields a list to which every launch is added, of any thread; an op whose call adds none was left to aten."""
+    found: list[Launch] = []
+    _recorders.append(found)
+    try:
+        yield found
+    finally:
+        _recorders[:] = [other for other in _recorders if other is not found]
+
+
 def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     """Launches the kernel on the device of its first tensor; no programs, no launch."""
     if programs == 0:
         return
+    for found in _recorders:
+        found.append(Launch(kernel.__name__, programs, meta))
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -49,7 +72,7 @@ def guarded(config: dict[str, int], taps: int) -> dict[str, int]:
 
 def precision() -> str:
     """tl.dot's input_precision for float32: what torch's switch for convolutions says; a 1x1 is one of them."""
-    return "tf32" if registration._allow_tf32() else "ieee"
+    return "tf32" if allow_tf32() else "ieee"
 
 
 def dtype_class(tensor: Tensor) -> str:
@@ -99,18 +122,9 @@ def convolution_layout(input: Tensor, weight: Tensor, geometry: Geometry) -> tor
     return torch._C._conv_determine_backend_memory_format(input, weight, chosen)
 
 
-def output_pixels(input: Tensor, weight: Tensor, geometry: Geometry) -> list[int]:
-    """[P, Q]."""
-    stride, padding, dilation, _ = geometry
-    return [
-        (side + 2 * pad - d * (taps - 1) - 1) // step + 1
-        for side, pad, d, taps, step in zip(input.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
-    ]
-
-
 def new_output(input: Tensor, weight: Tensor, geometry: Geometry, plain: bool = False) -> Tensor:
-    """An unwritten result in eager's layout; `plain` where a sum or a ReLU follows, see `with_plain_strides`."""
-    shape = (input.shape[0], weight.shape[0], *output_pixels(input, weight, geometry))
+    """An unwritten result in eager's layout; `plain` where a sum or a ReLU follows, see `activations.activate`."""
+    shape = output_shape(input.shape, weight.shape, geometry)
     layout = convolution_layout(input, weight, geometry)
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
     if plain and output.is_contiguous():  # made anew: autograd would not let the caller overwrite a view

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import checks, convolution
-from ..ops.local_response_norm import _window_sum as window_sum_of_aten
+from ..operators import activations, checks
+from ..operators import local_response_norm as aten
 from . import launch, table
 from ._device import activate, index, masked, narrow, widen
 from .samples import Maker, Sample, sample
@@ -97,8 +97,7 @@ def local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: 
     checks.local_response_norm("local_response_norm", input, size, activation)
     x, output = launch.dense(input)
     if x.dtype == torch.float64 or not _run(x, None, output, size, alpha, beta, k, activation):
-        x = convolution.activate(_at_least_32_bits(x), activation)
-        output.copy_(F.local_response_norm(x.contiguous(), size, alpha, beta, k))  # its view of a volume
+        output.copy_(aten.by_aten(x, size, alpha, beta, k, activation))
     return output
 
 
@@ -106,23 +105,16 @@ def local_response_norm_backward(
     grad_output: Tensor, input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str
 ) -> Tensor:
     """The gradient of the input, in its layout; dtypes as for `local_response_norm`."""
-    op = "local_response_norm_backward"
-    checks.local_response_norm(op, input, size, activation)
-    checks.like_input(op, input, "grad_output", grad_output)
-    checks.same_shape(op, input, "grad_output", grad_output)
+    checks.local_response_norm("local_response_norm_backward", input, size, activation, grad_output)
     x, grad_input = launch.dense(input)
     grad = launch.with_strides_of(x, grad_output)
     if x.dtype == torch.float64 or not _run(x, grad, grad_input, size, alpha, beta, k, activation):
-        x, grad, scale = _at_least_32_bits(x), _at_least_32_bits(grad), alpha / size
-        x = convolution.activate(x, activation)
-        d = k + scale * window_sum_of_aten(x * x, size)
-        terms = window_sum_of_aten(grad * x * d ** -(beta + 1), size, adjoint=True)
-        grad_input.copy_(convolution.mask(grad * d**-beta - 2 * scale * beta * x * terms, x, activation))
+        x, grad, scale = aten.at_least_32_bits(x), aten.at_least_32_bits(grad), alpha / size
+        x = activations.activate(x, activation)
+        d = k + scale * aten.window_sum(x * x, size)
+        terms = aten.window_sum(grad * x * d ** -(beta + 1), size, adjoint=True)
+        grad_input.copy_(activations.mask(grad * d**-beta - 2 * scale * beta * x * terms, x, activation))
     return grad_input
-
-
-def _at_least_32_bits(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _run(
@@ -171,7 +163,7 @@ def _sample(make: Maker) -> Sample:
         return [local_response_norm(x, *numbers, "none"), local_response_norm_backward(grad, x, *numbers, "none")]
 
     def reference(grad: Tensor, x: Tensor) -> list[Tensor]:
-        x = _at_least_32_bits(x).requires_grad_()
+        x = aten.at_least_32_bits(x).requires_grad_()
         output = F.local_response_norm(x, *numbers)
         return [output.detach(), *torch.autograd.grad(output, x, grad.to(x.dtype))]
 

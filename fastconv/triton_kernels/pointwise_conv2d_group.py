@@ -18,7 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import checks, convolution
+from ..operators import checks, destinations
+from ..operators.activations import mask
+from ..operators.conv2d_backward import empty_gradient
+from ..operators.convolution import POINTWISE, FusedConvolution
 from . import _conv, launch, table
 from ._device import activate, dot, index, narrow, pixel, widen
 from .samples import Maker, Sample, sample
@@ -93,24 +96,18 @@ def pointwise_conv2d_group(
     its tensors lie one behind the other, as in slices of the channels of a concatenation; else the result is copied.
     """
     op = "pointwise_conv2d_group"
-    checks.group(op, weights, biases)
-    checks.activation(op, activation)
-    shapes = []
-    for i, weight in enumerate(weights):
-        checks.pointwise_weight(op, f"weights[{i}]", weight)
-        bias = biases[i] if biases else None
-        shapes.append(checks.conv2d(op, input, weight, bias, None, *_conv.POINTWISE, checks.of_branch(i)))
+    shapes = checks.pointwise_group(op, input, weights, biases, activation)
     if out is not None:
-        checks.destinations(op, out, shapes, input, [input, *weights, *biases])
+        destinations.check_each(op, out, shapes, input, [input, *weights, *biases])
     given: list[Tensor | None] = [bias.contiguous() for bias in biases] or [None for _ in weights]
     places: list[Tensor | None] = [None for _ in weights] if out is None else list(out)
     if input.dtype == torch.float64:
         return [
-            _conv.convolve(input, weight, bias, None, _conv.POINTWISE, activation, place)
+            _conv.convolve(FusedConvolution(input, weight, bias, None, POINTWISE, activation), place)
             for weight, bias, place in zip(weights, given, places, strict=True)
         ]
     outputs = [
-        launch.new_output(input, weight, _conv.POINTWISE, activation == "relu")
+        launch.new_output(input, weight, POINTWISE, activation == "relu")
         if place is None or not _has_even_pixels(place)
         else place
         for weight, place in zip(weights, places, strict=True)
@@ -178,42 +175,28 @@ def pointwise_conv2d_group_backward(
     float16, bfloat16 and float32; float64 by the aten composition.
     """
     op = "pointwise_conv2d_group_backward"
-    checks.activation(op, activation)
-    needed = 0 if activation == "none" else len(weights)
-    if not weights or len(grad_outputs) != len(weights) or len(outputs) != needed:
-        checks.fail(
-            op,
-            f"{len(weights)} weights, {len(grad_outputs)} gradients and {len(outputs)} outputs",
-            "as many of each, and no outputs without an activation",
-            "pass what the forward had",
-        )
-    for i, (weight, grad) in enumerate(zip(weights, grad_outputs, strict=True)):
-        checks.conv2d(op, input, weight, None, grad, *_conv.POINTWISE, checks.of_branch(i))
-        if outputs:
-            checks.same_shape(op, grad, f"outputs[{i}]", outputs[i])
+    checks.pointwise_group_backward(op, grad_outputs, outputs, input, weights, activation)
     sizes = [weight.shape[0] for weight in weights]
     weight = torch.cat([weight.reshape(weight.shape[0], -1) for weight in weights])[:, :, None, None]
+    joined = FusedConvolution(input, weight, None, None, POINTWISE, "none")
     given: list[Tensor | None] = list(outputs) or [None for _ in weights]
-    grad_bias = convolution.empty_gradient(input)
+    grad_bias = empty_gradient(input)
     if input.dtype == torch.float64:
-        grad = torch.cat(
-            [convolution.mask(grad, output, activation) for grad, output in zip(grad_outputs, given, strict=True)], 1
-        )
-        found = _conv.conv2d_backward(grad, None, input, weight, *_conv.POINTWISE, "none", [*output_mask, False])
-        grad_input, grad_weight, grad_bias, _ = found
+        grad = torch.cat([mask(*pair, activation) for pair in zip(grad_outputs, given, strict=True)], 1)
+        grad_input, grad_weight, grad_bias, _ = _conv.backward(grad, None, joined, [*output_mask, False])
     else:
-        grad = launch.new_output(input, weight, _conv.POINTWISE)
+        grad = launch.new_output(input, weight, POINTWISE)
         if output_mask[2]:
             grad_bias = input.new_empty(sum(sizes))
         biases = list(grad_bias.split(sizes)) if output_mask[2] else [None for _ in sizes]
         for part, bias, grad_output, output in zip(grad.split(sizes, 1), biases, grad_outputs, given, strict=True):
             _conv.mask_and_sum(grad_output, output, activation, bias, part if any(output_mask[:2]) else None)
-        grad_input, grad_weight = _conv.gradients(grad, input, weight, _conv.POINTWISE, output_mask[:2])
+        grad_input, grad_weight = _conv.gradients(grad, joined, output_mask[:2])
 
     def parts(joined: Tensor, wanted: bool) -> list[Tensor]:
         """Copies, as an operator's results may not share memory."""
         if not wanted:
-            return [convolution.empty_gradient(input) for _ in sizes]
+            return [empty_gradient(input) for _ in sizes]
         return [part.clone() for part in joined.split(sizes)]
 
     grad_weights = parts(grad_weight, output_mask[1])

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import triton
 
-from .. import __version__
+from ..version import __version__
 from .launch import guarded
 
 Config = dict[str, int]

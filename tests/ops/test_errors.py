@@ -18,7 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from fastconv import nn, ops
+from fastconv import nn, ops, use_backend
+from fastconv.operators import backends
 from fastconv.operators.schemas import WITH_OUT
 from support.cases import FORMATS, named, run
 from support.kernel_backends import device_of
@@ -456,12 +457,27 @@ SEPARABLE = (t(1, 2, 5, 5), t(2, 1, 3, 3), t(3, 2, 1, 1), None, [1, 1], [0, 0], 
             (t(1, 3, 4, 3), None, *SEPARABLE, "relu", "none"),
             "got grad_output of shape [1, 3, 4, 3], needed [1, 3, 3, 3]",
         ),
+        (
+            "pointwise_conv2d_group_backward",
+            ([t(1, 3, 5, 5)], [], t(1, 2, 5, 5), [t(3, 2, 1, 1)], "relu"),
+            "got 1 weights, 1 gradients and 0 outputs, needed as many of each",
+        ),
+        (
+            "pointwise_conv2d_group_backward",
+            ([t(1, 3, 5, 5)], [t(1, 3, 5, 4)], t(1, 2, 5, 5), [t(3, 2, 1, 1)], "relu"),
+            "got outputs[0] of shape [1, 3, 5, 4] beside input of shape [1, 3, 5, 5], needed one shape",
+        ),
     ],
 )
-def test_backward_operators(operator: str, arguments: tuple[Any, ...], message: str) -> None:
-    wanted = [True] * {"conv2d_backward": 4, "depthwise_separable_conv2d_backward": 5}[operator]
+@pytest.mark.parametrize("where", ["cpu", "triton", "fake", "meta"])
+def test_backward_operators(where: str, operator: str, arguments: tuple[Any, ...], message: str) -> None:
+    backend, arguments = on_place(where, arguments)
+    masked = {"conv2d": 4, "depthwise_separable_conv2d": 5, "pointwise_conv2d_group": 3}
+    wanted = [True] * masked[operator.removesuffix("_backward")]
+    with use_backend(backend or "auto"):  # which defines its operators
+        function = getattr(getattr(torch.ops, backends.namespace(backend or "cpu")), operator)
     with pytest.raises(RuntimeError, match=re.escape(f"fastconv::{operator}: {message}")):
-        getattr(torch.ops.fastconv, operator)(*arguments, wanted)
+        function(*arguments, wanted)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import fastconv.triton_kernels as ft
+from fastconv.operators.convolution import output_shape
 from fastconv.triton_kernels import launch, table
 
 SHARED = re.compile(r"SHARED:(\d+)")
@@ -62,8 +63,7 @@ def convolutions(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         def forward_and_backward() -> None:
             x, w, b = tensor(8, C, 56, 56), tensor(K, C, side, side), torch.empty(K, dtype=dtype, device="meta")
             geometry = ([stride] * 2, [pad] * 2, [1, 1], 1)
-            size = launch.output_pixels(x, w, geometry)
-            y = tensor(8, K, *size)
+            y = tensor(*output_shape(x.shape, w.shape, geometry))
             ft.conv2d_add_relu(x, w, b, y, *geometry, "relu6")
             ft.conv2d_backward(y, y, x, w, *geometry, "relu6", [True] * 4)
 
