@@ -64,9 +64,9 @@ def test_cuda_kernels(operator: str) -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_triton_kernels(operator: str) -> None:
     pytest.importorskip("triton")
-    from fastconv import triton
+    from fastconv import triton_kernels
 
-    assert operator in triton.OPERATORS
+    assert operator in triton_kernels.OPERATORS
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastconv_triton::{operator}", "CUDA")
 
 

@@ -24,21 +24,18 @@ from torch import Tensor
 
 import fastconv
 from fastconv import models, ops
-from fastconv.measure.tolerance import assert_close_to_oracle, poisoned_outputs
 from fastconv.operators.schemas import WITH_OUT
-from support.cases import CASES, LAYOUTS, Case, named, run, tensors
+from support import numerics
+from support.cases import CASES, CONV_OPS, FIRST, LAYOUTS, Case, mapped, named, run
 from support.kernel_backends import on_triton, true_float32
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-import test_op_numerics as numerics
-
 from support.swap_models import short_resnet50, short_xception
 from support.swap_models import tensors as swapped_tensors
 
 COMPILE = Path(__file__).parents[2] / "support" / "triton_compile.py"
-FIRST = [next(iter(named(op))) for op in ops.__all__]
 HALVES = (torch.float16, torch.bfloat16)
 # Each dtype, and each layout
 SAMPLED = [(torch.float32, "contiguous"), (torch.float16, "channels_last"), (torch.bfloat16, "contiguous")]
@@ -73,58 +70,58 @@ def combinations() -> list[Any]:
 
 @pytest.mark.parametrize(("case", "dtype", "layout"), combinations())
 def test_forward(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> None:
-    numerics.test_forward(case, dtype, layout, device)
+    numerics.check_forward(case, dtype, layout, device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", [case for case in named(*WITH_OUT) if str(case) not in LONG], ids=str)
 def test_out(case: Case, layout: str, device: torch.device) -> None:
-    numerics.test_out(case, torch.float32, layout, device)
+    numerics.check_out(case, torch.float32, layout, device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float64], ids=str)
 def test_from_one_slice_into_the_next(dtype: torch.dtype, layout: str, device: torch.device) -> None:
-    numerics.test_from_one_slice_into_the_next(dtype, layout, device)
+    numerics.check_from_one_slice_into_the_next(dtype, layout, device)
 
 
 @pytest.mark.parametrize(("case", "dtype", "layout"), combinations())
 def test_backward(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> None:
-    numerics.test_backward(case, dtype, layout, device)
+    numerics.check_backward(case, dtype, layout, device)
 
 
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_float64_is_the_aten_composition(case: Case, device: torch.device) -> None:
-    numerics.test_forward(case, torch.float64, "contiguous", device)
-    numerics.test_backward(case, torch.float64, "channels_last", device)
+    numerics.check_forward(case, torch.float64, "contiguous", device)
+    numerics.check_backward(case, torch.float64, "channels_last", device)
 
 
 @pytest.mark.parametrize("make", [numerics.expanded, numerics.transposed, numerics.sliced])
 @pytest.mark.parametrize("case", [case for case in FIRST if len(case.shapes["input"]) == 4], ids=str)
 def test_odd_gradients(case: Case, make: Any, device: torch.device) -> None:
-    numerics.test_odd_gradients(case, "channels_last", make, device)
+    numerics.check_odd_gradients(case, "channels_last", make, device)
 
 
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_non_contiguous_inputs(case: Case, device: torch.device) -> None:
-    numerics.test_non_contiguous_inputs(case, torch.float32, "contiguous", device)
+    numerics.check_non_contiguous_inputs(case, torch.float32, "contiguous", device)
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_special_values_through_activations(dtype: torch.dtype, activation: str) -> None:
-    numerics.test_special_values_through_activations(dtype, activation)
+    numerics.check_special_values_through_activations(dtype, activation)
 
 
-@pytest.mark.parametrize("op", numerics.CONV_OPS)
+@pytest.mark.parametrize("op", CONV_OPS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_special_values_through_convolutions(op: str, value: float) -> None:
-    numerics.test_special_values_through_convolutions(op, torch.float32, value)
+    numerics.check_special_values_through_convolutions(op, torch.float32, value)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_special_values_through_lrn(value: float) -> None:
-    numerics.test_special_values_through_lrn(torch.float16, "channels_last", value)
+    numerics.check_special_values_through_lrn(torch.float16, "channels_last", value)
 
 
 # ----------------------------------------------------------------------------- what these kernels have
@@ -137,21 +134,10 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device
 def judge(op: str, arguments: dict[str, Any], *, grad: bool = True) -> None:
     """Forward and, for gradients that do not hang on a rounding error, backward by the policy."""
     case = Case(op, "own", {}, "")
-    leaves = [t.requires_grad_(grad) for t in tensors(arguments)]
-    with poisoned_outputs():
-        outputs = run(op, arguments)
-    exact = numerics.mapped(arguments, lambda t: t.detach().double().requires_grad_(grad))
-    oracles, baselines = run(op, exact, backend="reference"), run(op, arguments, backend="reference")
-    for output, oracle, baseline in zip(outputs, oracles, baselines, strict=True):
-        assert_close_to_oracle(output.detach(), oracle.detach(), baseline.detach(), what=str(case))
+    arguments = mapped(arguments, lambda t: t.requires_grad_(grad))
+    numerics.check_outputs(case, arguments)
     if grad:
-        grads = [torch.randn_like(output) for output in outputs]
-        with poisoned_outputs():
-            found = torch.autograd.grad(outputs, leaves, grads)
-        expected = torch.autograd.grad(oracles, tensors(exact), [g.double() for g in grads])
-        baselines = torch.autograd.grad(baselines, leaves, grads)
-        for one, oracle, baseline in zip(found, expected, baselines, strict=True):
-            assert_close_to_oracle(one, oracle, baseline, what=f"{op}, gradient of {tuple(one.shape)}")
+        numerics.check_gradients(case, arguments, [torch.randn_like(output) for output in run(op, arguments)])
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 2), (4, 6), (2, 1)], ids=str)
