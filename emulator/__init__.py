@@ -12,7 +12,9 @@ from typing import Any
 
 from .build import Emulator, find_clang
 
-__all__ = ["Emulator", "Library", "find_clang", "library", "load"]
+__all__ = ["MULTIPROCESSORS", "Emulator", "Library", "find_clang", "library", "load"]
+
+MULTIPROCESSORS = 4  # of the emulated GPU, unless a test asks for others
 
 
 class Library:
@@ -33,7 +35,7 @@ class Library:
         self.functions.fastconv_emulator_seed(ctypes.c_uint64(seed))
 
     def multiprocessors(self, count: int) -> None:
-        """How many the heuristics find; 4 at first."""
+        """How many the heuristics find; `MULTIPROCESSORS` at first."""
         self.functions.fastconv_emulator_multiprocessors(count)
 
     def statistics(self) -> dict[str, Any]:

@@ -43,11 +43,7 @@ def t(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 # the first cases: conv2d_relu 2,3,5,4 * 4,3,3,3 padding 1; pointwise 2,3,3,4 * 5,3,1,1; see
 # cases.py
 TABLE = [
-    Bad(
-        "conv2d_relu",
-        {"input": t(5, 4)},
-        "got input of shape [5, 4], needed 4 dimensions (N, C, H, W); reshape it",
-    ),
+    Bad("conv2d_relu", {"input": t(5, 4)}, "got input of shape [5, 4], needed 4 dimensions (N, C, H, W); reshape it"),
     Bad(
         "conv2d_relu",
         {"weight": t(4, 27)},
@@ -70,11 +66,7 @@ TABLE = [
         "got 3 channels in input of shape [2, 3, 5, 4], needed 6 (weight.shape[1] 3 x groups 2); "
         "change input, weight or groups",
     ),
-    Bad(
-        "conv2d_relu",
-        {"groups": 0},
-        "got groups 0, needed at least 1; pass groups=1 for a dense convolution",
-    ),
+    Bad("conv2d_relu", {"groups": 0}, "got groups 0, needed at least 1; pass groups=1 for a dense convolution"),
     Bad(
         "conv2d_relu",
         {"input": t(2, 3, 5, 4, dtype=torch.int32)},
@@ -235,11 +227,7 @@ TABLE = [
         {"input": t(6, 3)},
         "got input of shape [6, 3], needed at least 3 dimensions (N, C, ...); reshape it",
     ),
-    Bad(
-        "local_response_norm",
-        {"size": 0},
-        "got size 0, needed at least 1; pass the number of channels to sum over",
-    ),
+    Bad("local_response_norm", {"size": 0}, "got size 0, needed at least 1; pass the number of channels to sum over"),
     Bad(
         "local_response_norm",
         {"activation": "gelu"},
@@ -468,14 +456,8 @@ def test_backward_operators(operator: str, arguments: tuple[Any, ...], message: 
     ("make", "message"),
     [
         (lambda: nn.PointwiseConv2d(3, 4, 3), "got kernel_size (3, 3), padding (0, 0), groups 1"),
-        (
-            lambda: nn.PointwiseConv2d(4, 4, 1, groups=2),
-            "needed a 1x1 filter without padding in one",
-        ),
-        (
-            lambda: nn.DepthwiseConv2d(4, 4, 3, groups=2),
-            "got groups 2, needed 4, the number of input",
-        ),
+        (lambda: nn.PointwiseConv2d(4, 4, 1, groups=2), "needed a 1x1 filter without padding in one"),
+        (lambda: nn.DepthwiseConv2d(4, 4, 3, groups=2), "got groups 2, needed 4, the number of input"),
         (lambda: nn.Conv2dReLU(3, 4, 3, activation="tanh"), "got activation 'tanh', needed 'none'"),
     ],
 )

@@ -9,18 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from fastconv import ops, use_backend
+from fastconv import ops
 from fastconv.operators.schemas import WITH_OUT
 from support import numerics
 from support.cases import CASES, CONV_OPS, DTYPES, LAYOUTS, Case, named, run
-from support.kernel_backends import CUDA, device_of, true_float32
+from support.kernel_backends import CUDA, on
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Where the tensors of a test go, which runs on the backend that belongs to it."""
-    found = device_of(request.param)
-    with use_backend(request.param), true_float32():
+    with on(request.param) as found:
         yield found
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from fastconv import ops
 
 
-def _activate(value: Tensor, name: str) -> Tensor:
+def activate(value: Tensor, name: str) -> Tensor:
+    """The activation of this name, as the ops take it."""
     return {"none": lambda v: v, "relu": F.relu, "relu6": F.relu6}[name](value)
 
 
@@ -21,9 +22,9 @@ def eager(op: str, a: dict[str, Any]) -> list[Tensor]:
     parameters = inspect.signature(getattr(ops, op)).parameters.values()
     a = {p.name: p.default for p in parameters if p.default is not p.empty} | a
     if op == "add_relu":
-        return [_activate(a["input"] + a["other"], a["activation"])]
+        return [activate(a["input"] + a["other"], a["activation"])]
     if op == "local_response_norm":
-        value, dtype = _activate(a["input"], a["activation"]), a["input"].dtype
+        value, dtype = activate(a["input"], a["activation"]), a["input"].dtype
         autocasts = torch.is_autocast_enabled(a["input"].device.type)
         wide = value.float() if dtype in (torch.bfloat16, torch.float16) else value  # torch has none on the CPU
         options = [a[name] for name in ("size", "alpha", "beta", "k")]
@@ -35,16 +36,16 @@ def eager(op: str, a: dict[str, Any]) -> list[Tensor]:
     if op == "pointwise_conv2d_group":
         biases = a["biases"] or [None] * len(a["weights"])
         return [
-            _activate(F.conv2d(a["input"], w, b), a["activation"]) for w, b in zip(a["weights"], biases, strict=True)
+            activate(F.conv2d(a["input"], w, b), a["activation"]) for w, b in zip(a["weights"], biases, strict=True)
         ]
     geometry = [a.get("stride", 1), a.get("padding", 0), a.get("dilation", 1)]
     if op == "depthwise_separable_conv2d":
         channels = a["input"].shape[-3]
         hidden = F.conv2d(a["input"], a["depthwise_weight"], a["depthwise_bias"], *geometry, channels)
-        hidden = _activate(hidden, a["depthwise_activation"])
-        return [_activate(F.conv2d(hidden, a["pointwise_weight"], a["pointwise_bias"]), a["pointwise_activation"])]
+        hidden = activate(hidden, a["depthwise_activation"])
+        return [activate(F.conv2d(hidden, a["pointwise_weight"], a["pointwise_bias"]), a["pointwise_activation"])]
     groups = a["input"].shape[-3] if op == "depthwise_conv2d" else a.get("groups", 1)
     result = F.conv2d(a["input"], a["weight"], a.get("bias"), *geometry, groups)
     if a.get("residual") is not None:
         result = result + a["residual"]
-    return [_activate(result, a["activation"])]
+    return [activate(result, a["activation"])]

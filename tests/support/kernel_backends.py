@@ -49,6 +49,14 @@ def device_of(backend: str) -> torch.device:
 
 
 @contextmanager
+def on(backend: str) -> Iterator[torch.device]:
+    """Inside, ops run on this backend, in true float32; its device. Skips the test where the backend cannot run."""
+    device = device_of(backend)
+    with use_backend(backend), true_float32():
+        yield device
+
+
+@contextmanager
 def forced(backend: str, op: str, name: str) -> Iterator[None]:
     """Inside, `op` (as the kernel table has it) runs this kernel on the backend."""
     if backend == "cuda-emulated":
