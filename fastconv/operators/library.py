@@ -19,9 +19,9 @@ from typing import Any
 
 import torch  # libtorch has to be in the process before the library
 
-import fastconv
+from ..version import __version__
 
-_FOLDER = Path(fastconv.__file__).parent
+_FOLDER = Path(__file__).parents[1]
 
 
 def build_info() -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _load() -> tuple[dict[str, Any], str | None]:
     if not _is_whole(path):
         return {}, f"{path.name} is damaged ({path.stat().st_size} bytes of it are there)"
     facts = _read_facts(path)
-    if facts.get("fastconv") != fastconv.__version__:
+    if facts.get("fastconv") != __version__:
         return facts, f"{path.name} belongs to another version of fastconv"
     if _release(torch.__version__) < _release(facts["torch_target"]):
         return facts, f"{path.name} needs torch {facts['torch_target']} or later"
@@ -87,7 +87,7 @@ def _load() -> tuple[dict[str, Any], str | None]:
 
 def _explain(problem: str, facts: dict[str, Any]) -> str:
     here = {
-        "fastconv": fastconv.__version__,
+        "fastconv": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
