@@ -90,7 +90,8 @@ def cuda_archs() -> list[str]:
     return archs
 
 
-def _gencode(arch: str) -> str:
+def gencode(arch: str) -> str:
+    """nvcc's flag for an architecture: "90a", say, or "80+PTX" for later GPUs, too."""
     number, plus, _ = arch.partition("+")
     code = f"[sm_{number},compute_{number}]" if plus else f"sm_{number}"
     return f"-gencode=arch=compute_{number},code={code}"
@@ -214,7 +215,7 @@ fastconv {facts["fastconv"]} was built in {seconds:.0f} s
                 yield source, output, "cpp", [*flags, *KERNEL, *machine, define]
         for source in cuda_sources() if self.cuda else ():
             stem = str(source.relative_to(CSRC).with_suffix(""))
-            generate = [_gencode(arch) for arch in self.archs]
+            generate = [gencode(arch) for arch in self.archs]
             yield source, f"{stem}.cu.o", "cuda", CUDA + generate
 
 

@@ -37,7 +37,7 @@ def has_cuda() -> bool:
     return "nvcc" in _FACTS.get("cuda", "")
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Whether the ELF file reaches to its section table, which ends it.
 
     Loading a file that was cut short is no ImportError: it kills the process (SIGBUS).
@@ -69,9 +69,9 @@ def _load() -> tuple[dict[str, Any], str | None]:
         others = sorted(_FOLDER.glob("_C.*.so"))
         if not others:
             return {}, "the library was not built"
-        facts = _read_facts(others[0]) if _is_whole(others[0]) else {}
+        facts = _read_facts(others[0]) if is_whole(others[0]) else {}
         return facts, f"there is no library for this Python, only {others[0].name}"
-    if not _is_whole(path):
+    if not is_whole(path):
         return {}, f"{path.name} is damaged ({path.stat().st_size} bytes of it are there)"
     facts = _read_facts(path)
     if facts.get("fastconv") != __version__:

@@ -19,7 +19,7 @@ CUDA = ("cuda-emulated", "cuda")
 
 
 @functools.cache
-def _add_emulated() -> str | None:
+def add_emulated() -> str | None:
     """Makes the emulated kernels a backend; why that is impossible, if it is."""
     try:
         emulator.library()
@@ -29,7 +29,7 @@ def _add_emulated() -> str | None:
     return None
 
 
-backends.add("cuda-emulated", backends.Backend("fastconv_emulated", lambda: "cpu", _add_emulated))
+backends.add("cuda-emulated", backends.Backend("fastconv_emulated", lambda: "cpu", lambda: add_emulated()))
 
 
 def problem(backend: str) -> str | None:
