@@ -140,10 +140,10 @@ def test_torch_too_old(package):
 
 @pytest.mark.parametrize("size", [0, 4, 63, 64, 1000, -5000, -1])
 def test_any_cut_is_seen(package, size):
-    library = library_of(package)
-    assert library.is_whole(library)
-    os.truncate(library, size if size >= 0 else library.stat().st_size + size)
-    assert not library.is_whole(library)
+    path = library_of(package)
+    assert library.is_whole(path)
+    os.truncate(path, size if size >= 0 else path.stat().st_size + size)
+    assert not library.is_whole(path)
 
 
 def test_build_info():
