@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from support import house
+from support import house, house_numbers
 from support.house import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -109,6 +109,6 @@ def test_long_files_are_found(tree: Path) -> None:
 
 
 def test_the_report_of_a_tree(tree: Path) -> None:
-    text = house.report(tree)
+    text = house_numbers.report(tree)
     assert "private names used across folders, at 4 places: 4" in text
     assert "csrc/long.cpp: 401" in text

@@ -36,13 +36,13 @@ def test_compile_of_sums_that_are_broadcast(dynamic: bool | None) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_compile_fullgraph(case: Case, dynamic: bool) -> None:
     dispatching.check_compile_fullgraph(case, dynamic)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_compile_with_inductor(case: Case) -> None:
     torch._dynamo.reset()
     arguments = case.arguments()
@@ -50,7 +50,7 @@ def test_compile_with_inductor(case: Case) -> None:
     torch.testing.assert_close(compiled(), [o + 1 for o in run(case.op, arguments)])
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_export_is_one_node(case: Case) -> None:
     module = Call(case)
     dynamic = None
@@ -168,7 +168,7 @@ def test_export_out(case: Case) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("cast_to", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_autocast_dtypes_are_eagers(case: Case, dtype: torch.dtype, cast_to: torch.dtype, backend: str) -> None:
     dispatching.check_autocast_dtypes_are_eagers(case, dtype, cast_to, backend)
 
@@ -186,7 +186,7 @@ def test_autocast_with_a_wider_residual(op: str, residual: torch.dtype) -> None:
     torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_autocast_under_compile(case: Case) -> None:
     dispatching.check_autocast_under_compile(case)
 
@@ -206,7 +206,7 @@ def test_vmap_over_nothing(shared: bool) -> None:
 
 
 @pytest.mark.parametrize("which", ["input", "everything"])
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_vmap(case: Case, which: str) -> None:
     dispatching.check_vmap(case, which)
 
@@ -216,7 +216,7 @@ def test_vmap(case: Case, which: str) -> None:
 
 
 def test_use_backend_reaches_every_op() -> None:
-    for case in FIRST:
+    for case in FIRST.values():
         with fastconv.use_backend("reference"), Recorder() as recorder:
             run(case.op, case.arguments())
         assert not recorder.calls
@@ -245,7 +245,7 @@ def test_use_backend_is_undone_after_an_error() -> None:
 
 
 def test_meta_tensors() -> None:
-    for case in FIRST:
+    for case in FIRST.values():
         arguments = case.arguments()
         found = run(case.op, torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arguments))
         expected = run(case.op, arguments)

@@ -161,7 +161,12 @@ def mapped(arguments: dict[str, Any], function: Callable[[Tensor], Tensor]) -> d
 
 
 def _conv(
-    name: str, input: tuple[int, ...], weight: tuple[int, ...], why: str, bias: bool = True, **options: Any
+    name: str,
+    input: tuple[int, ...],
+    weight: tuple[int, ...],
+    why: str,
+    bias: bool = True,
+    **options: Any,
 ) -> Case:
     shapes = {"input": input, "weight": weight, "bias": (weight[0],) if bias else None}
     return Case("conv2d_relu", name, shapes, why, options)
@@ -195,7 +200,14 @@ CASES: list[Case] = [
     _conv("vgg", (2, 16, 14, 14), (24, 16, 3, 3), "VGG's 3x3 with padding 1", padding=1),
     _conv("stem7x7", (2, 3, 29, 30), (8, 3, 7, 7), "three channels", stride=2, padding=3),
     _conv("stem11x11", (2, 3, 47, 47), (12, 3, 11, 11), "AlexNet's first layer", stride=4),
-    _conv("alexnet2", (2, 12, 13, 13), (16, 6, 5, 5), "AlexNet's convolution in two groups", padding=2, groups=2),
+    _conv(
+        "alexnet2",
+        (2, 12, 13, 13),
+        (16, 6, 5, 5),
+        "AlexNet's convolution in two groups",
+        padding=2,
+        groups=2,
+    ),
     _conv("same", (2, 5, 9, 8), (7, 5, 3, 3), "padding by name", padding="same"),
     _conv("same_even", (2, 5, 9, 8), (7, 5, 4, 2), "one row more below than above", padding="same"),
     _conv("valid", (2, 5, 9, 8), (7, 5, 3, 3), "padding by name", padding="valid"),
@@ -211,10 +223,16 @@ CASES: list[Case] = [
     _residual(_SMALL, (2, 4, 5, 4)),
     _residual(_STRIDED, (1, 4, 3, 7)),
     _residual(_RELU6, (2, 3, 2, 2)),
-    _residual(_conv("basic_block", (2, 16, 14, 13), (16, 16, 3, 3), "ResNet-18's", padding=1), (2, 16, 14, 13)),
+    _residual(
+        _conv("basic_block", (2, 16, 14, 13), (16, 16, 3, 3), "ResNet-18's", padding=1),
+        (2, 16, 14, 13),
+    ),
     _residual(_conv("unbatched", (4, 9, 9), (6, 4, 3, 3), "[C, H, W] too"), (6, 7, 7)),
     _residual(_conv("empty_batch", (0, 4, 9, 9), (6, 4, 3, 3), "a batch of none"), (0, 6, 7, 7)),
-    _residual(_conv("linear", (2, 4, 7, 7), (4, 4, 3, 3), "the sum alone", padding=1, activation="none"), (2, 4, 7, 7)),
+    _residual(
+        _conv("linear", (2, 4, 7, 7), (4, 4, 3, 3), "the sum alone", padding=1, activation="none"),
+        (2, 4, 7, 7),
+    ),
     # -------------------------------------------------------------------------- pointwise_conv2d
     Case(
         "pointwise_conv2d",
@@ -239,7 +257,12 @@ CASES: list[Case] = [
     Case(
         "pointwise_conv2d",
         "expand",
-        {"input": (2, 16, 7, 7), "weight": (64, 16, 1, 1), "bias": (64,), "residual": (2, 64, 7, 7)},
+        {
+            "input": (2, 16, 7, 7),
+            "weight": (64, 16, 1, 1),
+            "bias": (64,),
+            "residual": (2, 64, 7, 7),
+        },
         "the end of a bottleneck",
         {"activation": "relu"},
     ),
@@ -274,14 +297,22 @@ CASES: list[Case] = [
     Case(
         "pointwise_conv2d_group",
         "small",
-        {"input": (2, 3, 3, 3), "weights": [(2, 3, 1, 1), (4, 3, 1, 1)], "biases": [(2,), (4,)]},
+        {
+            "input": (2, 3, 3, 3),
+            "weights": [(2, 3, 1, 1), (4, 3, 1, 1)],
+            "biases": [(2,), (4,)],
+        },
         "second derivatives by differences",
         {"activation": "relu"},
     ),
     Case(
         "pointwise_conv2d_group",
         "one_bias",
-        {"input": (2, 3, 3, 2), "weights": [(2, 3, 1, 1), (3, 3, 1, 1)], "biases": [None, (3,)]},
+        {
+            "input": (2, 3, 3, 2),
+            "weights": [(2, 3, 1, 1), (3, 3, 1, 1)],
+            "biases": [None, (3,)],
+        },
         "one branch with a bias, one without",
     ),
     Case(
@@ -357,7 +388,12 @@ CASES: list[Case] = [
         "[C, H, W] as torch.nn.Conv2d takes it",
         {"activation": "relu"},
     ),
-    Case("depthwise_conv2d", "empty_batch", {"input": (0, 4, 7, 7), "weight": (4, 1, 3, 3)}, "a batch of none"),
+    Case(
+        "depthwise_conv2d",
+        "empty_batch",
+        {"input": (0, 4, 7, 7), "weight": (4, 1, 3, 3)},
+        "a batch of none",
+    ),
     # ---------------------------------------------------------------- depthwise_separable_conv2d
     Case(
         "depthwise_separable_conv2d",
@@ -375,7 +411,11 @@ CASES: list[Case] = [
     Case(
         "depthwise_separable_conv2d",
         "xception",
-        {"input": (2, 24, 9, 9), "depthwise_weight": (24, 1, 3, 3), "pointwise_weight": (40, 24, 1, 1)},
+        {
+            "input": (2, 24, 9, 9),
+            "depthwise_weight": (24, 1, 3, 3),
+            "pointwise_weight": (40, 24, 1, 1),
+        },
         "no bias and nothing between the two, as in Xception",
         {"padding": 1},
     ),
@@ -390,7 +430,12 @@ CASES: list[Case] = [
             "pointwise_bias": (33,),
         },
         "stride 2, channel counts that no tile divides",
-        {"stride": 2, "padding": 1, "depthwise_activation": "relu6", "pointwise_activation": "none"},
+        {
+            "stride": 2,
+            "padding": 1,
+            "depthwise_activation": "relu6",
+            "pointwise_activation": "none",
+        },
     ),
     Case(
         "depthwise_separable_conv2d",
@@ -413,7 +458,11 @@ CASES: list[Case] = [
     Case(
         "depthwise_separable_conv2d",
         "empty_batch",
-        {"input": (0, 4, 7, 7), "depthwise_weight": (4, 1, 3, 3), "pointwise_weight": (5, 4, 1, 1)},
+        {
+            "input": (0, 4, 7, 7),
+            "depthwise_weight": (4, 1, 3, 3),
+            "pointwise_weight": (5, 4, 1, 1),
+        },
         "a batch of none",
         {"depthwise_activation": "relu"},
     ),
@@ -491,7 +540,13 @@ CASES: list[Case] = [
         "an exponent without a short cut",
         {"size": 3, "alpha": 0.7, "beta": 0.6, "k": 0.5},
     ),
-    Case("local_response_norm", "three_dimensions", {"input": (3, 10, 21)}, "[N, C, L]", {"size": 3, "alpha": 0.3}),
+    Case(
+        "local_response_norm",
+        "three_dimensions",
+        {"input": (3, 10, 21)},
+        "[N, C, L]",
+        {"size": 3, "alpha": 0.3},
+    ),
     Case(
         "local_response_norm",
         "five_dimensions",
@@ -522,5 +577,5 @@ def named(*names: str) -> list[Case]:
     return [case for case in CASES if case.op in names]
 
 
-# Of each op the first
-FIRST = [named(op)[0] for op in ops.__all__]
+# By op, its first
+FIRST = {op: named(op)[0] for op in ops.__all__}

@@ -13,7 +13,7 @@ from fastconv.operators.schemas import WITH_OUT
 from support.cases import FIRST, Case, Concatenation, run, tensors
 from support.eager import eager
 
-FIRST_WITH_OUT = [case for case in FIRST if case.op in WITH_OUT]
+FIRST_WITH_OUT = [case for case in FIRST.values() if case.op in WITH_OUT]
 
 
 def autocast(arguments: dict[str, Any], dtype: torch.dtype) -> torch.autocast:
@@ -37,7 +37,7 @@ class Recorder(TorchDispatchMode):
 
 def opchecked(case: Case) -> bool:
     """Beside the first of each op, those whose arguments a fake kernel treats in a way of its own."""
-    return case in FIRST or case.name in ("unbatched", "empty_batch", "empty", "same", "broadcast", "one_bias")
+    return case in FIRST.values() or case.name in ("unbatched", "empty_batch", "empty", "same", "broadcast", "one_bias")
 
 
 def check_opcheck(case: Case, namespace: str) -> None:

@@ -1,20 +1,17 @@
-"""What keeps the house in order, and its numbers: private names, import circles, long files, the files of each op.
-
-    python tests/support/house.py [FOLDER]      of the checkout in this folder; by default of this one
+"""What keeps the house in order: no private names in other folders, no import circles, no long files without a reason.
 
 Sources are read, nothing is imported, so that any state of the tree can be asked. tests/library/test_house.py holds the
-tree to the rules.
+tree to these rules, support/house_numbers.py prints where it stands.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -290,112 +287,3 @@ def long_files(root: Path) -> dict[Path, int]:
 def has_reason(lines: list[str]) -> bool:
     """Whether a line at the head begins with the `REASON`, but for what makes it a comment."""
     return any(re.match(rf"\W*{REASON}\b", line) for line in lines[:HEAD])
-
-
-# --------------------------------------------------------------------------------------------------- files of an op
-
-# What several ops have in common lies in files that are named for the family.
-FAMILIES = {
-    "conv2d": ("conv2d_relu", "conv2d_add_relu", "pointwise_conv2d", "pointwise_conv2d_group"),
-    "depthwise": ("depthwise_conv2d", "depthwise_separable_conv2d"),
-    "activation": ("add_relu",),
-    "elementwise": ("add_relu", "local_response_norm"),
-}
-LAYERS: dict[str, Callable[[tuple[str, ...]], bool]] = {
-    "common": lambda parts: parts[0] == "csrc" and parts[1] not in ("cpu", "cuda"),
-    "cpu": lambda parts: parts[:2] == ("csrc", "cpu"),
-    "cuda": lambda parts: parts[:2] == ("csrc", "cuda"),
-    "ops": lambda parts: parts[:2] == ("fastconv", "ops"),
-    "nn": lambda parts: parts[:2] == ("fastconv", "nn"),
-    "triton": lambda parts: parts[0] == "fastconv" and parts[1].startswith("triton"),
-    "tests": lambda parts: parts[0] == "tests",
-    "benchmarks": lambda parts: parts[0] == "benchmarks",
-}
-
-
-@dataclass
-class Tally:
-    files: int = 0
-    lines: int = 0
-
-    def add(self, lines: int) -> None:
-        self.files, self.lines = self.files + 1, self.lines + lines
-
-    def __str__(self) -> str:
-        return f"{self.files}/{self.lines}" if self.files else "-"
-
-
-@dataclass
-class OpFiles:
-    """The files whose name, or whose folder's, is that of the op or of its family; by layer."""
-
-    layers: dict[str, Tally] = field(default_factory=lambda: {layer: Tally() for layer in LAYERS})
-    total: Tally = field(default_factory=Tally)
-
-
-def ops_of(root: Path) -> list[str]:
-    return sorted(path.stem for path in (root / "fastconv" / "ops").glob("[a-z]*.py"))
-
-
-def files_of_ops(root: Path) -> dict[str, OpFiles]:
-    found = {op: OpFiles() for op in ops_of(root)}
-    for path in sources(root):
-        parts = path.relative_to(root).parts
-        layer = next((layer for layer, holds in LAYERS.items() if holds(parts)), None)
-        about = _subject("/".join(parts), [*found, *FAMILIES])
-        if layer is None or about is None:
-            continue
-        for op in FAMILIES.get(about, (about,)):
-            if op in found:
-                lines = len(lines_of(path))
-                found[op].layers[layer].add(lines)
-                found[op].total.add(lines)
-    return found
-
-
-def _subject(path: str, subjects: Iterable[str]) -> str | None:
-    """Of the longest name in the path."""
-    return max((name for name in subjects if re.search(rf"(?<![a-z0-9]){name}", path)), key=len, default=None)
-
-
-# --------------------------------------------------------------------------------------------------------- numbers
-
-
-def report(root: Path) -> str:
-    rows = [["op", *LAYERS, "all"]]
-    for op, files in files_of_ops(root).items():
-        rows.append([op, *map(str, files.layers.values()), str(files.total)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    graph = imports(root, deliberate=DELIBERATE)
-    users: dict[str, set[str]] = defaultdict(set)
-    uses = private_uses(root)
-    for use, name in uses.items():
-        users[name].add(str(use.path.relative_to(root)))
-    parts = {
-        "files/lines of each op, those of its family included": [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        ],
-        "import circles between modules of fastconv": [" -> ".join(circle) for circle in circles(graph)],
-        "import circles between folders of fastconv": [" -> ".join(circle) for circle in room_circles(graph)],
-        f"private names used across folders, at {len(uses)} places": [
-            f"{name} in {', '.join(sorted(paths))}" for name, paths in sorted(users.items())
-        ],
-        f"files of more than {MOST_LINES} lines without a reason": [
-            f"{path.relative_to(root)}: {count}" for path, count in long_files(root).items()
-        ],
-    }
-    text = []
-    for title, lines in parts.items():
-        count = "" if "each op" in title else f": {len(lines)}"
-        text += [f"{title}{count}", *(f"  {line}" for line in lines), ""]
-    return "\n".join(text).rstrip()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=ROOT, help="a checkout of fastconv")
-    print(report(parser.parse_args().folder.resolve()))
-
-
-if __name__ == "__main__":
-    main()

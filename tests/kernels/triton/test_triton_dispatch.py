@@ -88,12 +88,12 @@ def test_out_as_torch_has_it(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_compile_fullgraph(case: Case, dynamic: bool) -> None:
     dispatching.check_compile_fullgraph(case, dynamic)
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_export_is_one_node(case: Case) -> None:
     module = Call(case)
     program = torch.export.export(module, (module.input,))
@@ -103,23 +103,23 @@ def test_export_is_one_node(case: Case) -> None:
 
 
 @pytest.mark.parametrize("cast_to", HALVES, ids=str)
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_autocast_dtypes_are_eagers(case: Case, cast_to: torch.dtype) -> None:
     dispatching.check_autocast_dtypes_are_eagers(case, torch.float32, cast_to, "triton")
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_autocast_under_compile(case: Case) -> None:
     dispatching.check_autocast_under_compile(case)
 
 
 @pytest.mark.parametrize("which", ["input", "everything"])
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_vmap(case: Case, which: str) -> None:
     dispatching.check_vmap(case, which)
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_second_derivatives(case: Case) -> None:
     """float64 by differences, float32 against the reference."""
     check_gradgradcheck(case)
