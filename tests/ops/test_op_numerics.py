@@ -25,7 +25,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 BACKENDS = ("auto", *CUDA)
 # The emulator takes its time: some run always, some when slow tests do. Both kinds of 16 bits share their kernels'
-# source, of which tests/test_cuda_*.py take each one; so do the layouts in float64.
+# source, of which tests/kernels/cuda take each one; so do the layouts in float64.
 EMULATED = {
     (torch.float32, "contiguous"): (),
     (torch.float16, "channels_last"): (),
