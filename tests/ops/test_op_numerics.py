@@ -24,24 +24,15 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 BACKENDS = ("auto", *CUDA)
-# The emulator takes its time: some run always, some when slow tests do. Both kinds of 16 bits share their kernels'
-# source, of which tests/kernels/cuda take each one; so do the layouts in float64.
-EMULATED = {
-    (torch.float32, "contiguous"): (),
-    (torch.float16, "channels_last"): (),
-    (torch.bfloat16, "contiguous"): (),
-    (torch.float32, "channels_last"): pytest.mark.slow,
-    (torch.float64, "contiguous"): pytest.mark.slow,
-}
 
 
 def combinations(dtypes: Sequence[torch.dtype] = DTYPES, layouts: Sequence[str] = LAYOUTS) -> pytest.MarkDecorator:
     """Backend, dtype and layout."""
     found = []
     for backend, dtype, layout in itertools.product(BACKENDS, dtypes, layouts):
-        if backend == "cuda-emulated" and (dtype, layout) not in EMULATED:
+        if backend == "cuda-emulated" and (dtype, layout) not in numerics.EMULATED:
             continue
-        marks = EMULATED[dtype, layout] if backend == "cuda-emulated" else ()
+        marks = numerics.EMULATED[dtype, layout] if backend == "cuda-emulated" else ()
         name = f"{backend}-{str(dtype).removeprefix('torch.')}-{layout}"
         found.append(pytest.param(backend, dtype, layout, marks=marks, id=name))
     return pytest.mark.parametrize(("device", "dtype", "layout"), found, indirect=["device"])

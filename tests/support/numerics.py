@@ -8,12 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from fastconv import ops
 from fastconv.measure.tolerance import assert_close_to_oracle, away_from_kinks, poisoned_outputs
 from support.cases import CONV_OPS, Case, Concatenation, layout_of, mapped, named, run, tensors
+
+# The dtypes and layouts in which test_op_numerics.py has every case in the emulator, which takes its time: some run
+# always, some when slow tests do. Both kinds of 16 bits share their kernels' source, of which tests/kernels/cuda take
+# each one; so do the layouts in float64.
+EMULATED = {
+    (torch.float32, "contiguous"): (),
+    (torch.float16, "channels_last"): (),
+    (torch.bfloat16, "contiguous"): (),
+    (torch.float32, "channels_last"): pytest.mark.slow,
+    (torch.float64, "contiguous"): pytest.mark.slow,
+}
 
 
 def border(case: Case, output: Tensor) -> int | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastconv import ops
 from fastconv.measure.tolerance import assert_close_to_oracle, poisoned_outputs
 from support import numerics
-from support.cases import DTYPES, LAYOUTS, Case, layout_of, named, run
+from support.cases import DTYPES, LAYOUTS, Case, layout_of, named
 from support.cuda_kernels import among_nan, check_same_bits_in_any_order, operators, random, through_mask
 from support.kernel_backends import device_of, forced, kernel_table
 
@@ -47,16 +47,16 @@ def test_the_table_has_these_kernels(backend: str) -> None:
 
 # -------------------------------------------------------------------------------------------- every case of the ops
 
+# test_op_numerics.py has them on a GPU in every dtype and layout, in the emulator always in those that are not here.
+OTHERS = [pair for pair in itertools.product(DTYPES, LAYOUTS) if numerics.EMULATED.get(pair) != ()]
 
-@layouts
-@dtypes
+
+@pytest.mark.parametrize("backend", ["cuda-emulated"], indirect=True)
+@pytest.mark.parametrize(("dtype", "layout"), OTHERS, ids=str)
 @pytest.mark.parametrize("case", named("add_relu", "local_response_norm"), ids=str)
 def test_cases(backend: str, case: Case, dtype: torch.dtype, layout: str) -> None:
-    arguments = case.arguments(dtype, layout, requires_grad=True, device=device_of(backend))
-    numerics.check_outputs(case, arguments)
-    if case.options.get("activation") != "relu6":  # rounding may reach 6; the masks have a test of their own
-        (output,) = run(case.op, arguments)
-        numerics.check_gradients(case, arguments, [random(backend, *output.shape, dtype=dtype, seed=1)])
+    numerics.check_forward(case, dtype, layout, device_of(backend))
+    numerics.check_backward(case, dtype, layout, device_of(backend))
 
 
 # ------------------------------------------------------------------------------------------------ sums and activations
