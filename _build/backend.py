@@ -22,7 +22,8 @@ NVCC_WHEELS = [
 ]
 
 
-def _missing_here() -> list[str]:
+def missing_here() -> list[str]:
+    """What a build needs and this machine lacks, as requirements for pip."""
     missing = []
     if find_torch() is None:
         missing.append("torch>=" + ".".join(map(str, MINIMUM_TORCH)))
@@ -32,11 +33,11 @@ def _missing_here() -> list[str]:
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    return build_meta.get_requires_for_build_wheel(config_settings) + _missing_here()
+    return build_meta.get_requires_for_build_wheel(config_settings) + missing_here()
 
 
 def get_requires_for_build_editable(config_settings=None):
-    return build_meta.get_requires_for_build_editable(config_settings) + _missing_here()
+    return build_meta.get_requires_for_build_editable(config_settings) + missing_here()
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):

@@ -84,7 +84,8 @@ def cuda_archs() -> list[str]:
     return archs
 
 
-def _gencode(arch: str) -> str:
+def gencode(arch: str) -> str:
+    """nvcc's flag for an architecture: "90a", say, or "80+PTX" for later GPUs, too."""
     number, plus, _ = arch.partition("+")
     code = f"[sm_{number},compute_{number}]" if plus else f"sm_{number}"
     return f"-gencode=arch=compute_{number},code={code}"
@@ -207,7 +208,7 @@ fastconv {facts["fastconv"]} was built in {seconds:.0f} s
                 output = f"cpu/kernels/{source.stem}.{capability}.o"
                 yield source, output, "cpp", [*flags, *KERNEL, *machine, define]
         for unit in cuda_units(self.archs) if self.cuda else ():
-            generate = [_gencode(arch) for arch in unit.archs]
+            generate = [gencode(arch) for arch in unit.archs]
             yield unit.source, unit.output, "cuda", [*CUDA, *unit.defines, *generate]
 
 

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDENS = ROOT / "tests" / "emulator" / "goldens"
+GOLDENS = ROOT / "emulator" / "goldens"
 PYTHON = sys.executable
 PYTEST = [PYTHON, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
 # Of all of it, and of a part: with room below ten minutes, as a command on a borrowed GPU may be limited to.

@@ -7,7 +7,7 @@ torch itself returns in the same dtype (the baseline). Elementwise,
 
 "No worse than twice what you had" is the bound that matters. The floor lets a correctly rounded
 result differ from an exact baseline in its last bit; the cap stops a poor baseline (half precision
-sums, an overflow) from excusing a poor kernel. Both are in units of the oracle, see `_POLICY`.
+sums, an overflow) from excusing a poor kernel. Both are in units of the oracle, see `POLICY`.
 
 The outer ring of the two last dimensions can be judged on its own: convolution bugs sit on the
 border, where a global maximum or a cosine similarity does not see them.
@@ -26,7 +26,9 @@ from torch import Tensor
 BASELINE_FACTOR = 2.0
 
 
-class _Policy(NamedTuple):
+class Policy(NamedTuple):
+    """The floor and the cap of one dtype."""
+
     last_bit: float  # floor, in units of |oracle| at that element
     summation: float  # floor, in units of max|oracle|
     cap: float  # in units of max|oracle|
@@ -45,11 +47,11 @@ _EPS64 = torch.finfo(torch.float64).eps
 #   (0.5 eps), or two where an operator rounds an intermediate as eager does (depthwise, then
 #   pointwise); 2 eps is a result that rounds too often or sums in half precision. float32 and
 #   float64: sqrt(terms) growth for 10^5 terms (the weight gradients) stays below 300 eps.
-_POLICY = {
-    torch.float16: _Policy(torch.finfo(torch.float16).eps, 4 * _EPS32, 2 * 2**-10),
-    torch.bfloat16: _Policy(torch.finfo(torch.bfloat16).eps, 4 * _EPS32, 2 * 2**-7),
-    torch.float32: _Policy(_EPS32, 4 * _EPS32, 300 * _EPS32),
-    torch.float64: _Policy(_EPS64, 32 * _EPS64, 300 * _EPS64),
+POLICY = {
+    torch.float16: Policy(torch.finfo(torch.float16).eps, 4 * _EPS32, 2 * 2**-10),
+    torch.bfloat16: Policy(torch.finfo(torch.bfloat16).eps, 4 * _EPS32, 2 * 2**-7),
+    torch.float32: Policy(_EPS32, 4 * _EPS32, 300 * _EPS32),
+    torch.float64: Policy(_EPS64, 32 * _EPS64, 300 * _EPS64),
 }
 
 
@@ -114,7 +116,7 @@ def compare(out: Tensor, oracle64: Tensor, baseline: Tensor, *, border: int | No
     """
     if oracle64.dtype != torch.float64:
         raise ValueError(f"compare: the oracle is {oracle64.dtype}, it must be float64")
-    if out.dtype != baseline.dtype or out.dtype not in _POLICY:
+    if out.dtype != baseline.dtype or out.dtype not in POLICY:
         raise ValueError(
             f"compare: the output is {out.dtype} and torch's is {baseline.dtype}; they must be the same floating dtype"
         )
@@ -126,7 +128,7 @@ def compare(out: Tensor, oracle64: Tensor, baseline: Tensor, *, border: int | No
     if out.numel() == 0:
         return Verdict((Region("all", 0.0, 0.0, 0.0, 0.0, (), 0, 0),), 0.0)
     oracle64 = oracle64.detach()
-    policy = _POLICY[out.dtype]
+    policy = POLICY[out.dtype]
     error = _abs_error(out, oracle64)
     baseline_error = _abs_error(baseline, oracle64)
     magnitude = oracle64.abs().nan_to_num(nan=0.0, posinf=0.0)

@@ -183,7 +183,7 @@ def problem(kernel: str, name: str, config: Any) -> str | None:
 
 # -------------------------------------------------------------------------------- the user's own
 
-_FORMAT = "fastconv Triton table 1"
+FORMAT = "fastconv Triton table 1"
 
 
 def user_path() -> Path:
@@ -213,8 +213,8 @@ def _load(path: Path) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT or not isinstance(content.get("gpus"), dict):
-        raise ValueError(f"not a file with the format '{_FORMAT}'")
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("gpus"), dict):
+        raise ValueError(f"not a file with the format '{FORMAT}'")
     return content["gpus"]
 
 
@@ -285,7 +285,7 @@ class Measured:
     def _save(self) -> None:
         """In one step: whoever reads finds the old file or the new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"format": _FORMAT, "gpus": {**_load(self.path), device_name(): self._section}}
+        content = {"format": FORMAT, "gpus": {**_load(self.path), device_name(): self._section}}
         part = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
             part.write_text(json.dumps(content, indent=1) + "\n")
@@ -304,6 +304,11 @@ def _chosen() -> Table:
     for kernel, rows in user_entries().items():
         found[kernel].update(rows)
     return found
+
+
+def forget() -> None:
+    """Has the user's file read again at the next choice: it, or the GPU, is another one now."""
+    _chosen.cache_clear()
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ if importlib.util.find_spec("triton") is None:
 from fastconv.commands import tune
 from fastconv.triton_kernels import samples, table
 
+WGRAD = table.SHIPPED["conv2d_wgrad"]["ieee dense wide"]
 ADD_RELU = table.SHIPPED["add_relu"]["any"]
 KERNELS = list(table.SHIPPED)
 
@@ -46,9 +47,9 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "folder" / "table.json"
     monkeypatch.setenv("FASTCONV_TRITON_TABLE", str(path))
     monkeypatch.setattr(table, "device_name", lambda: "NVIDIA Test")
-    table._chosen.cache_clear()
+    table.forget()
     yield path
-    table._chosen.cache_clear()
+    table.forget()
 
 
 def run(device: torch.device, kernel: str, timer: tune.Timer | None = None, **options: Any) -> int:
@@ -66,7 +67,7 @@ def saved(path: Path, gpu: str = "NVIDIA Test") -> table.Table:
 
 def lookup() -> table.Config:
     """add_relu's entry as the next process will see it."""
-    table._chosen.cache_clear()
+    table.forget()
     return table.config("add_relu", "any")
 
 
@@ -298,7 +299,7 @@ def test_a_table_of_the_users_own(path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def section(entries: Any, **versions: str) -> Any:
     gpus = {"NVIDIA Test": {"versions": {**table.versions(), **versions}, "entries": entries, "fatal": []}}
-    return {"format": table._FORMAT, "gpus": gpus}
+    return {"format": table.FORMAT, "gpus": gpus}
 
 
 @pytest.mark.parametrize(
@@ -329,7 +330,7 @@ def section(entries: Any, **versions: str) -> Any:
             )
         ),
         (
-            section({"conv2d_wgrad": {"ieee dense wide": {**table._gemm(64, 64, 8, 4, 2)}}}),
+            section({"conv2d_wgrad": {"ieee dense wide": {**WGRAD, "BLOCK_K": 8}}}),
             "BLOCK_K = 8, needed a power of two from 16 to 4096",
         ),
     ],

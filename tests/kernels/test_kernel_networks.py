@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastconv import models, swap, use_backend
 from fastconv.measure.tolerance import BASELINE_FACTOR
-from support.kernel_backends import device_of, emulated, true_float32
+from support.kernel_backends import device_of, emulated, on
 from support.swap_models import short_resnet50, short_xception
 
 CLASSES = 10
@@ -22,8 +22,7 @@ GRADIENT_FLOOR = 1e-3
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    device_of(request.param)
-    with use_backend(request.param), true_float32():
+    with on(request.param):
         yield request.param
 
 

@@ -35,22 +35,22 @@ TORCH = Path(torch.__file__).parent
 
 def test_requires_no_torch_where_there_is_one(monkeypatch):
     monkeypatch.setenv("FASTCONV_CUDA", "auto")
-    assert backend._missing_here() == []
+    assert backend.missing_here() == []
     monkeypatch.setattr(backend, "find_torch", lambda: None)
-    assert backend._missing_here() == ["torch>=2.11"]
+    assert backend.missing_here() == ["torch>=2.11"]
 
 
 def test_fetches_nvcc_only_when_asked_and_needed(monkeypatch):
     monkeypatch.setattr(backend, "find_cuda", lambda: None)
     monkeypatch.setattr(backend, "cuda_sources", lambda: [Path("a.cu")])
     monkeypatch.setenv("FASTCONV_CUDA", "auto")
-    assert backend._missing_here() == []
+    assert backend.missing_here() == []
     monkeypatch.setenv("FASTCONV_CUDA", "1")
-    wheels = backend._missing_here()
+    wheels = backend.missing_here()
     assert "nvidia-cuda-nvcc==13.0.*" in wheels
     assert all(wheel.endswith("==13.0.*") for wheel in wheels)
     monkeypatch.setattr(backend, "cuda_sources", list)
-    assert backend._missing_here() == []
+    assert backend.missing_here() == []
 
 
 def test_finds_the_torch_behind_build_isolation(monkeypatch):
@@ -164,8 +164,8 @@ def test_a_folder_says_for_which_gpus(monkeypatch, tmp_path):
 
 
 def test_gencode():
-    assert ninjafile._gencode("80+PTX") == "-gencode=arch=compute_80,code=[sm_80,compute_80]"
-    assert ninjafile._gencode("90a") == "-gencode=arch=compute_90a,code=sm_90a"
+    assert ninjafile.gencode("80+PTX") == "-gencode=arch=compute_80,code=[sm_80,compute_80]"
+    assert ninjafile.gencode("90a") == "-gencode=arch=compute_90a,code=sm_90a"
 
 
 @pytest.mark.parametrize(

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastconv import ops
+from support.autograd import check_gradgradcheck, function_of_tensors
 from support.cases import CASES, Case, run, tensors
 
 SMALL = [case for case in CASES if case.small and 0 not in case.shapes["input"]]
-
-
-def function_of_tensors(case: Case, arguments: dict[str, Any]) -> Any:
-    """The op as a function of its tensor arguments, in the order of `tensors`."""
-
-    def function(*values: Tensor) -> tuple[Tensor, ...]:
-        rest = iter(values)
-
-        def fill(value: Any) -> Any:
-            if isinstance(value, list) and any(isinstance(v, Tensor) for v in value):
-                return [fill(v) for v in value]
-            return next(rest) if isinstance(value, Tensor) else value
-
-        return tuple(run(case.op, {name: fill(value) for name, value in arguments.items()}))
-
-    return function
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -42,9 +25,7 @@ def test_gradcheck(case: Case) -> None:
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_gradgradcheck(case: Case) -> None:
-    arguments = case.arguments(torch.float64, seed=1, requires_grad=True)
-    function = function_of_tensors(case, arguments)
-    torch.autograd.gradgradcheck(function, tensors(arguments), fast_mode=True)
+    check_gradgradcheck(case)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)

@@ -575,3 +575,7 @@ CASES: list[Case] = [
 def named(*names: str) -> list[Case]:
     """The cases of these ops."""
     return [case for case in CASES if case.op in names]
+
+
+# By op, its first
+FIRST = {op: named(op)[0] for op in ops.__all__}

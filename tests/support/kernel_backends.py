@@ -19,7 +19,7 @@ CUDA = ("cuda-emulated", "cuda")
 
 
 @functools.cache
-def _add_emulated() -> str | None:
+def add_emulated() -> str | None:
     """Makes the emulated kernels a backend; why that is impossible, if it is."""
     try:
         emulator.library()
@@ -30,7 +30,7 @@ def _add_emulated() -> str | None:
     return None
 
 
-backends.add("cuda-emulated", backends.Backend("fastconv_emulated", lambda: "cpu", _add_emulated))
+backends.add("cuda-emulated", backends.Backend("fastconv_emulated", lambda: "cpu", lambda: add_emulated()))
 
 
 def problem(backend: str) -> str | None:
@@ -47,6 +47,14 @@ def device_of(backend: str) -> torch.device:
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
     return torch.device("cuda" if backend == "cuda" else "cpu")
+
+
+@contextmanager
+def on(backend: str) -> Iterator[torch.device]:
+    """Inside, ops run on this backend, in true float32; its device. Skips the test where the backend cannot run."""
+    device = device_of(backend)
+    with use_backend(backend), true_float32():
+        yield device
 
 
 def forced(backend: str, op: str, name: str) -> AbstractContextManager[None]:

@@ -127,6 +127,15 @@ def inference_choices(model: nn.Module) -> dict[str, str]:
     return {row.module: str(row.inference) for row in explain(model).rows if "<" not in row.module}
 
 
+def change_all(model: nn.Module, change: Any) -> None:
+    """Calls ``change(module, tensor)`` for all numbers of its convolutions and batch norms."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            for tensor in [*module.parameters(), *module.buffers()]:
+                if tensor.is_floating_point():
+                    change(module, tensor)
+
+
 def run_count(fast: nn.Module) -> int:
     """How many prepared convolutions there are in the program for one tensor in evaluation mode."""
     programs = region_of(fast).programs(1, (torch.empty(0),), {})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,32 +9,13 @@ import torch
 from torch import Tensor
 
 import fastconv
-from fastconv import ops, use_backend
+from fastconv import ops
 from fastconv.operators import kernels
 from support.cases import Case, named, run, tensors
-from support.kernel_backends import CUDA, device_of, emulated, kernel_table, true_float32
+from support.cuda_kernels import emulated_gpu
+from support.kernel_backends import device_of, kernel_table
 
 FIRST = {op: named(op)[0] for op in ops.__all__}
-
-
-@pytest.fixture(params=CUDA)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    device_of(request.param)
-    with use_backend(request.param), true_float32():
-        yield request.param
-
-
-@contextmanager
-def facts(*, multiprocessors: int = 4, shared_per_block: int = 99) -> Iterator[None]:
-    """Inside, the emulated device has these; it begins and ends with the defaults."""
-    library = emulated()
-    library.multiprocessors(multiprocessors)
-    library.shared_per_block(shared_per_block)
-    try:
-        yield
-    finally:
-        library.multiprocessors(4)
-        library.shared_per_block(99)
 
 
 def made(function: Any, *args: Any, **named: Any) -> list[kernels.Choice]:
@@ -98,12 +77,11 @@ def test_large_tiles_where_they_fill_the_device() -> None:
     """One GEMM of 4 x 2 tiles of 128x128, or 8 x 4 of 64x64, on few multiprocessors and on many."""
     x, weight = image("cuda-emulated", 2, 16, 16, 16), image("cuda-emulated", 256, 16, 1, 1)
     chosen = {}
-    with use_backend("cuda-emulated"):
-        for count in (4, 32):
-            with facts(multiprocessors=count):
-                (choice,) = made(ops.pointwise_conv2d, x, weight)
-            chosen[count] = choice.chosen
-            assert choice.multiprocessors == count
+    for count in (4, 32):
+        with emulated_gpu(multiprocessors=count):
+            (choice,) = made(ops.pointwise_conv2d, x, weight)
+        chosen[count] = choice.chosen
+        assert choice.multiprocessors == count
     assert chosen == {4: "conv2d_fprop_fp16_128x128_sm80", 32: "conv2d_fprop_fp16_64x64_sm80"}
 
 
@@ -111,12 +89,12 @@ def test_shared_memory_is_the_devices() -> None:
     """The same call with less of it: the fused kernel does not fit, and two others run."""
     x, taps = image("cuda-emulated", 1, 64, 8, 8), torch.randn(64, 1, 3, 3).half()
     pointwise = image("cuda-emulated", 16, 64, 1, 1)
-    with use_backend("cuda-emulated"):
+    with emulated_gpu():
         expected = ops.depthwise_separable_conv2d(x, taps, pointwise, padding=1)
         assert made(ops.depthwise_separable_conv2d, x, taps, pointwise, padding=1)[0].chosen.endswith("_64_3x")
-        with facts(shared_per_block=32):
-            first, *others = made(ops.depthwise_separable_conv2d, x, taps, pointwise, padding=1)
-            found = ops.depthwise_separable_conv2d(x, taps, pointwise, padding=1)
+    with emulated_gpu(shared_per_block=32 * 1024):
+        first, *others = made(ops.depthwise_separable_conv2d, x, taps, pointwise, padding=1)
+        found = ops.depthwise_separable_conv2d(x, taps, pointwise, padding=1)
     assert first.chosen == ""
     assert reasons(first)["depthwise_separable_conv2d_fprop_nhwc_64_3x"] == (
         "the depthwise result does not fit into shared memory"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,22 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastconv import ops, use_backend
+from fastconv import ops
 from fastconv.measure.tolerance import assert_close_to_oracle
 from fastconv.operators import backends
 from support.cases import Concatenation
-from support.kernel_backends import CUDA, as_tf32, device_of, emulated, forced, kernel_table, true_float32
+from support.cuda_kernels import check_same_bits_in_any_order, emulated_gpu, operators, through_mask
+from support.eager import activate
+from support.kernel_backends import as_tf32, device_of, emulated, forced, kernel_table
 
 FORMATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 PASSES = ("fprop", "dgrad", "wgrad")
-ACTIVATIONS = {"none": lambda value: value, "relu": F.relu, "relu6": F.relu6}
-
-
-@pytest.fixture(params=CUDA)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    device_of(request.param)
-    with use_backend(request.param), true_float32():
-        yield request.param
 
 
 def variants() -> list[tuple[str, str]]:
@@ -74,15 +67,10 @@ class Convolution:
     def forward(self, dtype: torch.dtype) -> Tensor:
         input, weight = (self.rounded(t).to(dtype) for t in (self.input, self.weight))
         value = F.conv2d(input, weight, self.bias.to(dtype), *self.geometry)
-        return ACTIVATIONS[self.activation](value)
+        return activate(value, self.activation)
 
     def backward(self, dtype: torch.dtype) -> list[Tensor]:
-        inside = torch.ones_like(self.output, dtype=torch.bool)
-        if self.activation != "none":
-            inside = self.output > 0
-        if self.activation == "relu6":
-            inside &= self.output < 6
-        grad = torch.where(inside, self.grad, 0)
+        grad = through_mask(self.grad, self.output, self.activation)
         stride, padding, dilation, groups = self.geometry
         factors = (self.rounded(t).to(dtype) for t in (grad, self.input, self.weight))
         grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -120,7 +108,6 @@ def convolution(
 
 
 def check(backend: str, conv: Convolution, passes: tuple[str, ...] = PASSES) -> None:
-    operators = getattr(torch.ops, backends.namespace(backend))
     torch.backends.cudnn.conv.fp32_precision = "tf32" if conv.tf32 else "ieee"
     dtype = conv.input.dtype
     if "fprop" in passes:
@@ -130,7 +117,9 @@ def check(backend: str, conv: Convolution, passes: tuple[str, ...] = PASSES) -> 
     if not any(mask):
         return
     output = None if conv.activation == "none" else conv.output
-    found = operators.conv2d_backward(conv.grad, output, conv.input, conv.weight, *conv.geometry, conv.activation, mask)
+    found = operators(backend).conv2d_backward(
+        conv.grad, output, conv.input, conv.weight, *conv.geometry, conv.activation, mask
+    )
     expected = zip(conv.backward(torch.float64), conv.backward(dtype), strict=True)
     for what, gradient, wanted, (oracle, baseline) in zip(
         ("dgrad", "wgrad", "bias"), found[:3], mask[:3], expected, strict=True
@@ -187,39 +176,21 @@ def test_layers_of_networks(backend: str, layer: str, name: str, layout: torch.m
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_split_depth(name: str) -> None:
     """Small grids are spread over the GPU, deterministically."""
-    library = emulated()
-    library.multiprocessors(24)
-    library.reset_statistics()
-    try:
-        with use_backend("cuda-emulated"), true_float32():
-            conv = convolution("cuda-emulated", name, (2, 72, 12, 12), (40, 72, 3, 3), padding=1, activation="relu")
-            check("cuda-emulated", conv)
-            reductions = [kernel for kernel in library.launches() if "reduce" in kernel]
-            assert sorted(reductions) == [f"conv2d_{kind}_{reduced(name)}_reduce_sm80" for kind in sorted(PASSES)]
-    finally:
-        library.multiprocessors(4)
+    with emulated_gpu(multiprocessors=24) as library:
+        conv = convolution("cuda-emulated", name, (2, 72, 12, 12), (40, 72, 3, 3), padding=1, activation="relu")
+        check("cuda-emulated", conv)
+        reductions = [kernel for kernel in library.launches() if "reduce" in kernel]
+    assert sorted(reductions) == [f"conv2d_{kind}_{reduced(name)}_reduce_sm80" for kind in sorted(PASSES)]
 
 
 def test_the_same_bits_in_any_order() -> None:
-    library = emulated()
-    library.multiprocessors(24)
-    operators = torch.ops.fastconv_emulated
-    results = []
-    try:
-        for seed in (1, 2, 3):
-            library.seed(seed)
-            conv = convolution("cuda-emulated", "fp16", (1, 40, 9, 9), (24, 40, 3, 3), padding=1, activation="relu")
-            results.append(
-                operators.conv2d_backward(
-                    conv.grad, conv.output, conv.input, conv.weight, *conv.geometry, "relu", [True] * 3 + [False]
-                )
-            )
-    finally:
-        library.multiprocessors(4)
-        library.seed(1)
-    for other in results[1:]:
-        for one, two in zip(results[0][:3], other[:3], strict=True):
-            assert torch.equal(one, two)
+    def call() -> list[Tensor]:
+        conv = convolution("cuda-emulated", "fp16", (1, 40, 9, 9), (24, 40, 3, 3), padding=1, activation="relu")
+        arguments = conv.grad, conv.output, conv.input, conv.weight, *conv.geometry, "relu"
+        return operators("cuda-emulated").conv2d_backward(*arguments, [True] * 3 + [False])[:3]
+
+    with emulated_gpu(multiprocessors=24):
+        check_same_bits_in_any_order(call)
 
 
 def test_channel_slices_are_read_in_place(backend: str) -> None:
@@ -256,7 +227,7 @@ def check_out(
         found = ops.conv2d_relu(conv.input, conv.weight, conv.bias, **arguments)
     else:
         found = ops.conv2d_add_relu(conv.input, conv.weight, conv.bias, residual, **arguments)
-        oracle, baseline = (ACTIVATIONS[conv.activation](y + residual.to(y.dtype)) for y in (oracle, baseline))
+        oracle, baseline = (activate(y + residual.to(y.dtype), conv.activation) for y in (oracle, baseline))
     assert found is joined.slices[0]
     joined.check_the_rest()
     assert_close_to_oracle(found, oracle, baseline, what="out", border=1)
@@ -311,17 +282,11 @@ def test_out_of_a_photograph(backend: str, layout: str) -> None:
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_out_of_a_split_depth(name: str, offset: int) -> None:
-    library = emulated()
-    library.multiprocessors(24)
-    library.reset_statistics()
-    try:
-        with use_backend("cuda-emulated"), true_float32():
-            conv = convolution("cuda-emulated", name, (2, 72, 8, 8), (40, 72, 3, 3), padding=1, activation="relu")
-            check_out(conv, offset)
-            check_out(conv, offset, conv.grad)
+    with emulated_gpu(multiprocessors=24) as library:
+        conv = convolution("cuda-emulated", name, (2, 72, 8, 8), (40, 72, 3, 3), padding=1, activation="relu")
+        check_out(conv, offset)
+        check_out(conv, offset, conv.grad)
         assert library.launches()[f"conv2d_fprop_{reduced(name)}_reduce_sm80"] == 2
-    finally:
-        library.multiprocessors(4)
 
 
 @pytest.mark.parametrize("name", ["fp16", "tf32"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,44 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastconv import ops, use_backend
+from fastconv import ops
 from fastconv.measure.tolerance import assert_close_to_oracle, poisoned_outputs
-from fastconv.operators import backends
 from support.cases import DTYPES, LAYOUTS, layout_of, named, run, tensors
-from support.kernel_backends import CUDA, as_tf32, device_of, emulated, forced, kernel_table, true_float32
+from support.cuda_kernels import (
+    among_nan,
+    check_same_bits_in_any_order,
+    emulated_gpu,
+    operators,
+    random,
+    through_mask,
+)
+from support.eager import activate
+from support.kernel_backends import as_tf32, device_of, emulated, forced, kernel_table, true_float32
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PASSES = ("fprop", "dgrad", "wgrad")
 FILTERS = ("nhwc_3x", "nhwc_5x", "nhwc", "any_3x", "any_5x", "any")
 SEPARABLE = ("128_3x", "128", "64_3x", "64")
 
 half_dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-@pytest.fixture(params=CUDA)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    device_of(request.param)
-    with use_backend(request.param), true_float32():
-        yield request.param
-
-
-def random(
-    backend: str, *shape: int, dtype: torch.dtype, layout: str = "contiguous", seed: int = 0, scale: float = 1.0
-) -> Tensor:
-    value = scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    value = value.to(device_of(backend), dtype)
-    return value.contiguous(memory_format=FORMATS[layout]) if value.dim() == 4 else value
-
-
-def off_alignment(tensor: Tensor) -> Tensor:
-    """The same values and strides between NaNs, one element off any alignment."""
-    memory = torch.full((tensor.numel() + 130,), torch.nan, dtype=tensor.dtype, device=tensor.device)
-    return memory.as_strided(tensor.shape, tensor.stride(), 65).copy_(tensor)
-
-
-def activate(value: Tensor, activation: str) -> Tensor:
-    return {"none": lambda v: v, "relu": F.relu, "relu6": F.relu6}[activation](value)
 
 
 def test_the_table_has_these_kernels(backend: str) -> None:
@@ -93,7 +74,7 @@ def check(
     size = F.conv2d(input.to("meta"), weight.to("meta"), None, *arguments).shape
     output, grad = (random(backend, *size, dtype=dtype, layout=layout, seed=seed, scale=3) for seed in (3, 4))
     if misaligned:
-        input, output, grad = map(off_alignment, (input, output, grad))
+        input, output, grad = map(among_nan, (input, output, grad))
     what = f"{tuple(input.shape)} x {multiplier}, {geometry}, {activation}"
 
     if "fprop" in kinds:
@@ -109,13 +90,10 @@ def check(
     if not any(mask):
         return
     with poisoned_outputs():
-        gradients = getattr(torch.ops, backends.namespace(backend)).conv2d_backward(
+        gradients = operators(backend).conv2d_backward(
             grad, None if activation == "none" else output, input, weight, *arguments, activation, [*mask, False]
         )
-    inside = torch.ones_like(output, dtype=torch.bool)
-    if activation != "none":
-        inside = (output > 0) & ((output < 6) | torch.tensor(activation == "relu"))
-    masked = torch.where(inside, grad, 0)
+    masked = through_mask(grad, output, activation)
 
     def expected(d: torch.dtype) -> list[Tensor]:
         convolved = torch.ops.aten.convolution_backward(
@@ -177,15 +155,10 @@ def test_small_images(backend: str, shape: tuple[int, ...], layout: str) -> None
 
 def test_many_chunks() -> None:
     """Gradients of filters are sums over chunks of the pixels."""
-    library = emulated()
-    library.multiprocessors(24)
-    try:
-        with use_backend("cuda-emulated"):
-            for layout in LAYOUTS:
-                input = random("cuda-emulated", 3, 4, 33, 34, dtype=torch.float16, layout=layout)
-                check("cuda-emulated", ("wgrad",), input, 1, (3, 3, 1, 1, 1), "relu")
-    finally:
-        library.multiprocessors(4)
+    with emulated_gpu(multiprocessors=24):
+        for layout in LAYOUTS:
+            input = random("cuda-emulated", 3, 4, 33, 34, dtype=torch.float16, layout=layout)
+            check("cuda-emulated", ("wgrad",), input, 1, (3, 3, 1, 1, 1), "relu")
 
 
 @pytest.mark.parametrize("make", ["slice of channels", "every other column", "expanded", "transposed"])
@@ -384,13 +357,10 @@ def test_a_forced_kernel_that_does_not_fit(backend: str) -> None:
 
 
 def test_the_same_bits_in_any_order() -> None:
-    library = emulated()
     arguments = named("depthwise_separable_conv2d")[1].arguments(torch.float16, "channels_last", requires_grad=True)
-    results = []
-    for seed in (1, 2, 3):
-        library.seed(seed)
+
+    def call() -> list[Tensor]:
         (output,) = run("depthwise_separable_conv2d", arguments, backend="cuda-emulated")
-        results.append([output, *torch.autograd.grad(output, tensors(arguments), torch.ones_like(output))])
-    library.seed(1)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        return [output, *torch.autograd.grad(output, tensors(arguments), torch.ones_like(output))]
+
+    check_same_bits_in_any_order(call)

@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastconv import models, ops, swap, use_backend
+from fastconv import models, ops, swap
 from support.cases import named
-from support.kernel_backends import device_of, true_float32
+from support.kernel_backends import on
 
 
 @pytest.fixture(params=["cuda"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    device_of(request.param)
-    with use_backend(request.param), true_float32():
+    with on(request.param):
         yield request.param
 
 

@@ -3,56 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastconv import ops, use_backend
+from fastconv import ops
 from fastconv.measure.tolerance import assert_close_to_oracle, poisoned_outputs
-from fastconv.operators import backends
-from support.cases import DTYPES, LAYOUTS, Case, layout_of, mapped, named, run, tensors
-from support.kernel_backends import CUDA, device_of, emulated, forced, kernel_table, true_float32
+from support import numerics
+from support.cases import DTYPES, LAYOUTS, Case, layout_of, named
+from support.cuda_kernels import among_nan, check_same_bits_in_any_order, operators, random, through_mask
+from support.kernel_backends import device_of, forced, kernel_table
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 ACTIVATIONS = ("none", "relu", "relu6")
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-@pytest.fixture(params=CUDA)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    device_of(request.param)
-    with use_backend(request.param), true_float32():
-        yield request.param
-
-
-def operators(backend: str) -> Any:
-    return getattr(torch.ops, backends.namespace(backend))
-
-
-def random(
-    backend: str, *shape: int, dtype: torch.dtype, layout: str = "contiguous", seed: int = 0, scale: float = 1.0
-) -> Tensor:
-    value = scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    value = value.to(device_of(backend), dtype)
-    return value.contiguous(memory_format=FORMATS[layout]) if value.dim() == 4 else value
-
-
-def among_nan(tensor: Tensor, offset: int = 1) -> Tensor:
-    """The same values and strides between NaNs, `offset` elements off any alignment."""
-    margin = 64 + offset
-    memory = torch.full((tensor.numel() + 2 * margin,), torch.nan, dtype=tensor.dtype, device=tensor.device)
-    return memory.as_strided(tensor.shape, tensor.stride(), margin).copy_(tensor)
-
-
-def on(backend: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    device = device_of(backend)
-    return mapped(arguments, lambda t: t.detach().to(device).requires_grad_(t.requires_grad))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -80,28 +47,16 @@ def test_the_table_has_these_kernels(backend: str) -> None:
 
 # -------------------------------------------------------------------------------------------- every case of the ops
 
+# test_op_numerics.py has them on a GPU in every dtype and layout, in the emulator always in those that are not here.
+OTHERS = [pair for pair in itertools.product(DTYPES, LAYOUTS) if numerics.EMULATED.get(pair) != ()]
 
-@layouts
-@dtypes
+
+@pytest.mark.parametrize("backend", ["cuda-emulated"], indirect=True)
+@pytest.mark.parametrize(("dtype", "layout"), OTHERS, ids=str)
 @pytest.mark.parametrize("case", named("add_relu", "local_response_norm"), ids=str)
 def test_cases(backend: str, case: Case, dtype: torch.dtype, layout: str) -> None:
-    arguments = on(backend, case.arguments(dtype, layout, requires_grad=True))
-    exact = mapped(arguments, lambda t: t.detach().double().requires_grad_())
-    with poisoned_outputs():
-        (output,) = run(case.op, arguments)
-    (oracle,) = run(case.op, exact, backend="reference")
-    (baseline,) = run(case.op, arguments, backend="reference")
-    assert_close_to_oracle(output, oracle, baseline, what=str(case))
-    assert layout_of(output) == layout_of(baseline)
-    if case.options.get("activation") == "relu6":
-        return  # rounding may reach 6; the masks have a test of their own
-    grad = random(backend, *output.shape, dtype=dtype, seed=1)
-    with poisoned_outputs():
-        found = torch.autograd.grad(output, tensors(arguments), grad)
-    oracles = torch.autograd.grad(oracle, tensors(exact), grad.double())
-    baselines = torch.autograd.grad(baseline, tensors(arguments), grad)
-    for triple in zip(found, oracles, baselines, strict=True):
-        assert_close_to_oracle(*triple, what=f"gradient of {case}")
+    numerics.check_forward(case, dtype, layout, device_of(backend))
+    numerics.check_backward(case, dtype, layout, device_of(backend))
 
 
 # ------------------------------------------------------------------------------------------------ sums and activations
@@ -139,11 +94,8 @@ def test_every_mask_kernel(backend: str, rest: str, dtype: torch.dtype) -> None:
                 if n == 1:
                     continue
                 grad = grad[:1].expand(n)
-            inside = (output > 0 if activation != "none" else output == output) & (
-                (output < 6) | (output >= 6) & (activation != "relu6")
-            )
             found = operators(backend).add_relu_backward(grad, output, activation)
-            assert same_bits(found, torch.where(inside, grad, 0)), (n, activation)
+            assert same_bits(found, through_mask(grad, output, activation)), (n, activation)
 
 
 # ReLU as a pass of its own serves convolutions that go through aten: of filters larger than shared memory
@@ -363,18 +315,12 @@ def test_a_forced_kernel_that_does_not_fit(backend: str, op: str) -> None:
 
 
 def test_the_same_bits_in_any_order() -> None:
-    library = emulated()
+    emulated = operators("cuda-emulated")
     x = random("cuda-emulated", 2, 37, 5, 4, dtype=torch.float16)
-    results = []
-    for seed in (1, 2, 3):
-        library.seed(seed)
-        results.append(
-            [
-                torch.ops.fastconv_emulated.local_response_norm(x, 5, 0.5, 0.75, 1.0, "relu"),
-                torch.ops.fastconv_emulated.local_response_norm_backward(x, x, 4, 0.5, 0.75, 1.0, "relu"),
-                torch.ops.fastconv_emulated.add_relu(x, x, "relu"),
-            ]
-        )
-    library.seed(1)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    check_same_bits_in_any_order(
+        lambda: [
+            emulated.local_response_norm(x, 5, 0.5, 0.75, 1.0, "relu"),
+            emulated.local_response_norm_backward(x, x, 4, 0.5, 0.75, 1.0, "relu"),
+            emulated.add_relu(x, x, "relu"),
+        ]
+    )

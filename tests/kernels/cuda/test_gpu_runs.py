@@ -1,6 +1,5 @@
 """What keeps one bad kernel on a GPU from spoiling a run of the tests: see conftest.py, and kernel_backends.py."""
 
-import dataclasses
 import importlib.util
 import os
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.operators import backends
+from support import kernel_backends
 from support.kernel_backends import device_of
 
 # A GPU of which nothing works any more after the second test, and a fourth test that never ends.
@@ -76,8 +75,7 @@ def test_only_the_named_backend_is_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     def build() -> str:
         raise AssertionError("asked")
 
-    emulated = dataclasses.replace(backends._BACKENDS["cuda-emulated"], problem=build)
-    monkeypatch.setitem(backends._BACKENDS, "cuda-emulated", emulated)
+    monkeypatch.setattr(kernel_backends, "add_emulated", build)
     assert device_of("reference").type == "cpu"
     with pytest.raises(AssertionError, match="asked"):
         device_of("cuda-emulated")

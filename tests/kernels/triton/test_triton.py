@@ -9,12 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,21 +19,17 @@ from torch import Tensor
 
 import fastconv
 from fastconv import models, ops
-from fastconv.measure.tolerance import assert_close_to_oracle, poisoned_outputs
 from fastconv.operators.schemas import WITH_OUT
-from support.cases import CASES, LAYOUTS, Case, named, run, tensors
+from support import numerics
+from support.cases import CASES, CONV_OPS, FIRST, LAYOUTS, Case, mapped, named, run
 from support.kernel_backends import on_triton, true_float32
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-import test_op_numerics as numerics
-
 from support.swap_models import short_resnet50, short_xception
 from support.swap_models import tensors as swapped_tensors
 
-COMPILE = Path(__file__).parents[2] / "support" / "triton_compile.py"
-FIRST = [next(iter(named(op))) for op in ops.__all__]
 HALVES = (torch.float16, torch.bfloat16)
 # Each dtype, and each layout
 SAMPLED = [(torch.float32, "contiguous"), (torch.float16, "channels_last"), (torch.bfloat16, "contiguous")]
@@ -61,10 +52,11 @@ def combinations() -> list[Any]:
     found = []
     for case in CASES:
         for dtype, layout in itertools.product((torch.float32, *HALVES), LAYOUTS):
-            if case not in FIRST and (dtype, layout) not in SAMPLED[: 2 if str(case) in LONG else 3]:
+            first = case in FIRST.values()
+            if not first and (dtype, layout) not in SAMPLED[: 2 if str(case) in LONG else 3]:
                 continue
             always = str(case) not in LONG and (
-                (dtype, layout) == SAMPLED[0] or (case in FIRST and dtype in HALVES and layout == "channels_last")
+                (dtype, layout) == SAMPLED[0] or (first and dtype in HALVES and layout == "channels_last")
             )
             marks = () if always else pytest.mark.slow
             found.append(pytest.param(case, dtype, layout, id=f"{case}-{dtype}-{layout}", marks=marks))
@@ -73,58 +65,58 @@ def combinations() -> list[Any]:
 
 @pytest.mark.parametrize(("case", "dtype", "layout"), combinations())
 def test_forward(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> None:
-    numerics.test_forward(case, dtype, layout, device)
+    numerics.check_forward(case, dtype, layout, device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", [case for case in named(*WITH_OUT) if str(case) not in LONG], ids=str)
 def test_out(case: Case, layout: str, device: torch.device) -> None:
-    numerics.test_out(case, torch.float32, layout, device)
+    numerics.check_out(case, torch.float32, layout, device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float64], ids=str)
 def test_from_one_slice_into_the_next(dtype: torch.dtype, layout: str, device: torch.device) -> None:
-    numerics.test_from_one_slice_into_the_next(dtype, layout, device)
+    numerics.check_from_one_slice_into_the_next(dtype, layout, device)
 
 
 @pytest.mark.parametrize(("case", "dtype", "layout"), combinations())
 def test_backward(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> None:
-    numerics.test_backward(case, dtype, layout, device)
+    numerics.check_backward(case, dtype, layout, device)
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_float64_is_the_aten_composition(case: Case, device: torch.device) -> None:
-    numerics.test_forward(case, torch.float64, "contiguous", device)
-    numerics.test_backward(case, torch.float64, "channels_last", device)
+    numerics.check_forward(case, torch.float64, "contiguous", device)
+    numerics.check_backward(case, torch.float64, "channels_last", device)
 
 
 @pytest.mark.parametrize("make", [numerics.expanded, numerics.transposed, numerics.sliced])
-@pytest.mark.parametrize("case", [case for case in FIRST if len(case.shapes["input"]) == 4], ids=str)
+@pytest.mark.parametrize("case", [case for case in FIRST.values() if len(case.shapes["input"]) == 4], ids=str)
 def test_odd_gradients(case: Case, make: Any, device: torch.device) -> None:
-    numerics.test_odd_gradients(case, "channels_last", make, device)
+    numerics.check_odd_gradients(case, "channels_last", make, device)
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_non_contiguous_inputs(case: Case, device: torch.device) -> None:
-    numerics.test_non_contiguous_inputs(case, torch.float32, "contiguous", device)
+    numerics.check_non_contiguous_inputs(case, torch.float32, "contiguous", device)
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_special_values_through_activations(dtype: torch.dtype, activation: str) -> None:
-    numerics.test_special_values_through_activations(dtype, activation)
+    numerics.check_special_values_through_activations(dtype, activation)
 
 
-@pytest.mark.parametrize("op", numerics.CONV_OPS)
+@pytest.mark.parametrize("op", CONV_OPS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_special_values_through_convolutions(op: str, value: float) -> None:
-    numerics.test_special_values_through_convolutions(op, torch.float32, value)
+    numerics.check_special_values_through_convolutions(op, torch.float32, value)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_special_values_through_lrn(value: float) -> None:
-    numerics.test_special_values_through_lrn(torch.float16, "channels_last", value)
+    numerics.check_special_values_through_lrn(torch.float16, "channels_last", value)
 
 
 # ----------------------------------------------------------------------------- what these kernels have
@@ -137,21 +129,10 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device
 def judge(op: str, arguments: dict[str, Any], *, grad: bool = True) -> None:
     """Forward and, for gradients that do not hang on a rounding error, backward by the policy."""
     case = Case(op, "own", {}, "")
-    leaves = [t.requires_grad_(grad) for t in tensors(arguments)]
-    with poisoned_outputs():
-        outputs = run(op, arguments)
-    exact = numerics.mapped(arguments, lambda t: t.detach().double().requires_grad_(grad))
-    oracles, baselines = run(op, exact, backend="reference"), run(op, arguments, backend="reference")
-    for output, oracle, baseline in zip(outputs, oracles, baselines, strict=True):
-        assert_close_to_oracle(output.detach(), oracle.detach(), baseline.detach(), what=str(case))
+    arguments = mapped(arguments, lambda t: t.requires_grad_(grad))
+    numerics.check_outputs(case, arguments)
     if grad:
-        grads = [torch.randn_like(output) for output in outputs]
-        with poisoned_outputs():
-            found = torch.autograd.grad(outputs, leaves, grads)
-        expected = torch.autograd.grad(oracles, tensors(exact), [g.double() for g in grads])
-        baselines = torch.autograd.grad(baselines, leaves, grads)
-        for one, oracle, baseline in zip(found, expected, baselines, strict=True):
-            assert_close_to_oracle(one, oracle, baseline, what=f"{op}, gradient of {tuple(one.shape)}")
+        numerics.check_gradients(case, arguments, [torch.randn_like(output) for output in run(op, arguments)])
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 2), (4, 6), (2, 1)], ids=str)
@@ -289,15 +270,6 @@ def test_tf32_follows_torchs_switch() -> None:
 # -------------------------------------------------------------------------------------- the table
 
 
-def test_no_more_than_four_warps_for_large_filters() -> None:
-    from fastconv.triton_kernels import table
-
-    for kernel in ("conv2d_fprop", "conv2d_dgrad", "conv2d_wgrad"):
-        for entry in table.SHIPPED[kernel]:
-            assert table.config(kernel, entry, filter=(3, 3))["num_warps"] <= 4
-    assert any(entry["num_warps"] == 8 for entry in table.SHIPPED["conv2d_fprop"].values())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("warps", [4, 8])
 @pytest.mark.parametrize(("taps", "stride", "padding"), [(1, 1, 0), (3, 1, 1), (5, 1, 2), (3, (2, 3), (4, 5))], ids=str)
@@ -406,38 +378,3 @@ def test_swapped_networks(
     for index, (one, other) in enumerate(zip(found, step("reference"), strict=True)):
         distance = float((one - other).norm() / other.norm().clamp(min=1e-6))
         assert distance < 1e-3, f"result {index} of shape {tuple(one.shape)}: {distance}"
-
-
-# ---------------------------------------------------------------------------------------- compiler
-
-# Shared memory a block may have: 163 KiB on sm_80, 227 KiB on sm_90 and sm_100, but 99 KiB on the smaller cards of
-# each generation (sm_86, sm_89, sm_120), which the table is for, too.
-MOST_SHARED = 99 * 1024
-# ptxas parks a value or two (of 8 bytes) outside of the loop to reach a number of registers that it likes; that is no
-# register pressure of the tile, which costs hundreds of bytes at once.
-PARKED = 16
-MATRIX_KERNELS = {"conv2d_fprop", "conv2d_dgrad", "conv2d_wgrad", "pointwise_group", "depthwise_separable_fprop"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_every_entry_of_the_table_compiles(architecture: int) -> None:
-    """To machine code, without a GPU: no spills, shared memory within bounds, tensor cores in use."""
-    from fastconv.triton_kernels import table
-
-    done = subprocess.run(
-        [sys.executable, COMPILE, str(architecture)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-    )
-    assert done.returncode == 0, done.stderr
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    compiled = {(k["kernel"], k["entry"]) for k in kernels}
-    assert compiled == {(kernel, entry) for kernel, rows in table.SHIPPED.items() for entry in rows}
-    for kernel in kernels:
-        if not kernel["wide"]:
-            assert kernel["LOCAL"] + kernel["STACK"] <= PARKED, f"spills: {kernel}"
-        assert kernel["shared"] <= MOST_SHARED, kernel
-        if kernel["kernel"] in MATRIX_KERNELS and not kernel["entry"].startswith("ieee"):
-            assert kernel["tensor_core"], f"no tensor cores: {kernel}"

@@ -6,23 +6,20 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastconv import ops
-from support.cases import CASES, Case, named, run, tensors
+from support import dispatching
+from support.autograd import check_gradgradcheck
+from support.cases import CASES, FIRST, Case, run, tensors
+from support.dispatching import FIRST_WITH_OUT, Call, opchecked
 from support.kernel_backends import on_triton
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-import test_autograd
-import test_dispatch
-
-FIRST = [next(iter(named(op))) for op in ops.__all__]
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -77,51 +74,28 @@ print("fastconv.triton_kernels" in sys.modules)
     assert done.stdout.split() == ["False"], done.stderr
 
 
-class Recorder(test_dispatch.Recorder):
-    """The calls of the Triton operators."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "fastconv_triton":
-            self.calls.append((function, args))
-        return function(*args, **(kwargs or {}))
+@pytest.mark.parametrize("case", [c for c in CASES if c.small and opchecked(c)], ids=str)
+def test_opcheck(case: Case) -> None:
+    dispatching.check_opcheck(case, "fastconv_triton")
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.small and test_dispatch.opchecked(c)], ids=str)
-def test_opcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_dispatch, "Recorder", Recorder)
-    with Recorder() as recorder:
-        outputs = run(case.op, case.arguments(requires_grad=True))
-        torch.autograd.backward(outputs, [torch.randn_like(output) for output in outputs])
-
-    def leaf(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)(leaf(v) for v in value)
-        return value.detach().clone().requires_grad_() if isinstance(value, Tensor) else value
-
-    assert recorder.calls[0][0].name() == f"fastconv_triton::{case.op}"
-    for function, args in recorder.calls:
-        torch.library.opcheck(function, leaf(args))
-
-
-@pytest.mark.parametrize("case", test_dispatch.FIRST_WITH_OUT, ids=str)
-def test_out_as_torch_has_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(test_dispatch, "Recorder", Recorder)
-        test_dispatch.test_opcheck_out(case)
-    test_dispatch.test_compile_out(case, True, "triton")
-    test_dispatch.test_out_counts_versions(case, "triton")
-    test_dispatch.test_autocast_out(case, "triton")
+@pytest.mark.parametrize("case", FIRST_WITH_OUT, ids=str)
+def test_out_as_torch_has_it(case: Case) -> None:
+    dispatching.check_opcheck_out(case, "fastconv_triton")
+    dispatching.check_compile_out(case, True, "triton")
+    dispatching.check_out_counts_versions(case, "triton")
+    dispatching.check_autocast_out(case, "triton")
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_compile_fullgraph(case: Case, dynamic: bool) -> None:
-    test_dispatch.test_compile_fullgraph(case, dynamic)
+    dispatching.check_compile_fullgraph(case, dynamic)
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_export_is_one_node(case: Case) -> None:
-    module = test_dispatch.Call(case)
+    module = Call(case)
     program = torch.export.export(module, (module.input,))
     called = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
     assert [name for name in called if "getitem" not in name] == [f"fastconv_triton.{case.op}.default"]
@@ -129,26 +103,26 @@ def test_export_is_one_node(case: Case) -> None:
 
 
 @pytest.mark.parametrize("cast_to", HALVES, ids=str)
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_autocast_dtypes_are_eagers(case: Case, cast_to: torch.dtype) -> None:
-    test_dispatch.test_autocast_dtypes_are_eagers(case, torch.float32, cast_to, "triton")
+    dispatching.check_autocast_dtypes_are_eagers(case, torch.float32, cast_to, "triton")
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_autocast_under_compile(case: Case) -> None:
-    test_dispatch.test_autocast_under_compile(case)
+    dispatching.check_autocast_under_compile(case)
 
 
 @pytest.mark.parametrize("which", ["input", "everything"])
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_vmap(case: Case, which: str) -> None:
-    test_dispatch.test_vmap(case, which)
+    dispatching.check_vmap(case, which)
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
 def test_second_derivatives(case: Case) -> None:
     """float64 by differences, float32 against the reference."""
-    test_autograd.test_gradgradcheck(case)
+    check_gradgradcheck(case)
 
     def second(backend: str) -> tuple[Tensor, ...]:
         arguments = case.arguments(seed=1, requires_grad=True)
