@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDENS = ROOT / "tests" / "emulator" / "goldens"
+GOLDENS = ROOT / "emulator" / "goldens"
 PYTHON = sys.executable
 PYTEST = [PYTHON, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
 # Of all of it, and of a part: with room below ten minutes, as a command on a borrowed GPU may be limited to.
@@ -96,7 +96,7 @@ def stages(part: str, arch: str | None, files: Path) -> list[list[Step]]:
 
 def _proofs(files: Path) -> list[list[Step]]:
     conformance = [PYTHON, "emulator/conformance.py"]
-    info, machine = [PYTHON, "-m", "fastconv", "info"], [PYTHON, "benchmarks/machine.py"]
+    info, machine = [PYTHON, "-m", "fastconv", "info"], [PYTHON, "tools/machine.py"]
     kernels = [f"tests/kernels/cuda/test_cuda_{name}.py" for name in ("conv2d", "depthwise", "elementwise")]
     rooms = ("kernels/cuda/test_cuda_device", "ops/test_op_numerics", "kernels/test_kernel_networks")
     networks = [f"tests/{name}.py" for name in rooms]
