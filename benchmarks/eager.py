@@ -66,10 +66,10 @@ def depthwise_separable_conv2d(
     depthwise_weight: Tensor,
     pointwise_weight: Tensor,
     *,
-    depthwise_bias: Tensor | None = None,
-    pointwise_bias: Tensor | None = None,
     depthwise_activation: str = "none",
     pointwise_activation: str = "none",
+    depthwise_bias: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
     **geometry: Any,
 ) -> Tensor:
     hidden = depthwise_conv2d(input, depthwise_weight, depthwise_bias, activation=depthwise_activation, **geometry)
