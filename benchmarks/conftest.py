@@ -26,7 +26,9 @@ _SETTINGS = pytest.StashKey[Settings]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("fastconv", "single layers of every op; whole networks are timed by python -m fastconv bench")
+    group = parser.getgroup(
+        "fastconv", "single layers of every op; whole networks are timed by python -m fastconv bench"
+    )
     group.addoption("--device", default="cpu", help="cpu (default) or cuda")
     group.addoption("--dtype", default="fp32", choices=DTYPES, help="default: fp32")
     group.addoption("--batch", default=1, type=int, help="default: 1")
