@@ -343,5 +343,4 @@ CASES: list[Case] = [
     _lrn("empty", (0, 5, 4, 4), _NO_IMAGE, size=3),
 ]
 
-# Of each op the first
-FIRST = [named(op)[0] for op in ops.__all__]
+FIRST = {op: named(op)[0] for op in ops.__all__}  # the case that stands for its op
