@@ -16,7 +16,7 @@ RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX
 help:
 	@echo "make demo    networks on real photographs and digits, reference against fastconv"
 	@echo "make test    the test suite"
-	@echo "make bench   the benchmarks"
+	@echo "make bench   times single layers of every op; whole networks: python -m fastconv bench"
 	@echo "make gpu-check OUT=folder   builds, proves and times the GPU kernels, in nine minutes (PART=proofs|timings: in six)"
 	@echo "make sanitize   the CPU kernels under address and undefined-behaviour sanitizers"
 	@echo "make check   formatting, lint and types: only looks"

@@ -14,18 +14,21 @@ import pytest
 import torch
 
 import fastconv
-from fastconv.commands.verify import DTYPES
-from fastconv.measure.report import environment
+from fastconv.measure import environment
+from fastconv.measure.calls import DTYPES
+from fastconv.measure.layers import layers_of
+from fastconv.measure.timing import clock
 from fastconv.operators import backends
-from harness import Settings, clock
-from shapes import layers_of
+from harness import Settings
 
 RESULTS = Path(__file__).parent / "results"
 _SETTINGS = pytest.StashKey[Settings]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("fastconv")
+    group = parser.getgroup(
+        "fastconv", "single layers of every op; whole networks are timed by python -m fastconv bench"
+    )
     group.addoption("--device", default="cpu", help="cpu (default) or cuda")
     group.addoption("--dtype", default="fp32", choices=DTYPES, help="default: fp32")
     group.addoption("--batch", default=1, type=int, help="default: 1")
@@ -59,18 +62,23 @@ def pytest_configure(config: pytest.Config) -> None:
         # The bounds of fastconv/measure/tolerance.py are those of true float32.
         torch.backends.cudnn.allow_tf32 = False
     if option.save_results:
-        hardware = environment()["GPU" if device.type == "cuda" else "CPU"].split(", ")[0]
+        hardware = environment.facts()["GPU" if device.type == "cuda" else "CPU"].split(", ")[0]
         name = (
             f"{re.sub(r'[^A-Za-z0-9]+', '-', hardware).strip('-')}_{option.dtype}"
             f"_batch-{option.batch}_fastconv-{fastconv.__version__}_torch-{torch.__version__}"
         )
-        RESULTS.mkdir(exist_ok=True)
         option.benchmark_json = str(RESULTS / f"{name}.json")
 
 
 @pytest.fixture
 def settings(request: pytest.FixtureRequest) -> Settings:
     return request.config.stash[_SETTINGS]
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """`-k lrn` takes the op that nobody spells out."""
+    if item.callspec.params["layer"].op == "local_response_norm":
+        item.extra_keyword_matches.add("lrn")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -114,7 +122,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
-    return environment()
+    return environment.facts()
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:

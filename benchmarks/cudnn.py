@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shapes import Layer
+from fastconv.measure.calls import Layer
 
 
 def has(layer: Layer) -> bool:

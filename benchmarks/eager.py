@@ -1,6 +1,6 @@
 """What networks run today, spelled as they spell it: torch.nn.functional, in place where they are.
 
-The signatures are those of fastconv.ops; torch.compile gets the same functions.
+The arguments have the names of those of fastconv.ops; torch.compile gets the same functions.
 """
 
 from __future__ import annotations
@@ -65,14 +65,15 @@ def depthwise_separable_conv2d(
     input: Tensor,
     depthwise_weight: Tensor,
     pointwise_weight: Tensor,
-    depthwise_bias: Tensor | None = None,
-    pointwise_bias: Tensor | None = None,
     *,
     depthwise_activation: str = "none",
+    pointwise_activation: str = "none",
+    depthwise_bias: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
     **geometry: Any,
 ) -> Tensor:
     hidden = depthwise_conv2d(input, depthwise_weight, depthwise_bias, activation=depthwise_activation, **geometry)
-    return F.conv2d(hidden, pointwise_weight, pointwise_bias)
+    return _activate_(F.conv2d(hidden, pointwise_weight, pointwise_bias), pointwise_activation)
 
 
 def add_relu(input: Tensor, other: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ float64 by fastconv/measure/tolerance.py; a wrong one fails and gets no time.
 from __future__ import annotations
 
 import functools
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import cudnn
 import eager
 from fastconv import ops
-from fastconv.commands.verify import DTYPES, LAYOUTS, gates, mapped, named
+from fastconv.measure.calls import BATCHED, DTYPES, Layer, laid_out, mapped, named_tensors
+from fastconv.measure.ceilings import copy_seconds, flop_per_second
+from fastconv.measure.timing import clock, cold_cache, durations, synchronize
 from fastconv.measure.tolerance import assert_close_to_oracle, poisoned_outputs
-from shapes import BATCHED, Layer, layers_of
 
 Call = Callable[..., Any]
 ALL = slice(None)
@@ -86,26 +86,11 @@ CONTENDERS = (
 )
 
 
-def suite(op: str) -> list[Callable[..., None]]:
-    """The two test functions of an op's file, forward and backward: all layers, all contenders."""
-
-    def tests(direction: str) -> Callable[..., None]:
-        @pytest.mark.parametrize("contender", CONTENDERS, ids=str)
-        @pytest.mark.parametrize("layer", layers_of(op), ids=str)
-        def test(benchmark: BenchmarkFixture, settings: Settings, layer: Layer, contender: Contender) -> None:
-            benchmark.group = f"{op} {direction}: {layer}, {settings}"
-            with torch.set_grad_enabled(direction == "backward"):
-                measure(benchmark, _problem(layer, direction, settings), contender)
-
-        return test
-
-    return [tests("forward"), tests("backward")]
-
-
 def measure(benchmark: BenchmarkFixture, problem: Problem, contender: Contender) -> None:
     """Verifies the contender, then times it into `benchmark`."""
     device, layout = problem.settings.device, contender.layout
     call = contender.call(problem.layer, problem.settings.backend)
+    fastest = flop_per_second(device, DTYPES[problem.settings.dtype])
     try:
         first_call = problem.verify(contender, call)
     except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, say
@@ -115,8 +100,9 @@ def measure(benchmark: BenchmarkFixture, problem: Problem, contender: Contender)
             raise
         pytest.skip(f"cuDNN: {str(error).strip().splitlines()[0]}")  # has none for this layout, say
 
+    benchmark.group = f"{problem.layer.op} {problem.direction}: {problem.layer.name}, {problem.settings}"
     benchmark.extra_info |= {
-        "layer": str(problem.layer),
+        "layer": problem.layer.name,
         "why": problem.layer.why,
         "op": problem.layer.op,
         "direction": problem.direction,
@@ -127,7 +113,7 @@ def measure(benchmark: BenchmarkFixture, problem: Problem, contender: Contender)
         "batch": problem.settings.batch,
         "bytes": problem.moved_bytes,
         "flop": problem.flop,
-        "floor_s": max(copy_seconds(problem.moved_bytes, device), problem.flop / peak(device, problem.settings.dtype)),
+        "floor_s": max(copy_seconds(problem.moved_bytes, device), problem.flop / fastest),
         "host_us": host_microseconds(problem, contender, call),
         "first_call_s": first_call,
     }
@@ -154,7 +140,7 @@ class Problem:
         self.settings = settings
         torch.manual_seed(0)
         dtype = DTYPES[settings.dtype]
-        self._arguments = self.layer.arguments(dtype, torch.contiguous_format, settings.device)
+        self._arguments = self.layer.tensors(dtype, "contiguous", settings.device)
         self._reference = functools.partial(getattr(ops, layer.op), **layer.options, backend="reference")
         self._baselines: dict[str, dict[str, Tensor]] = {}
         # On a GPU, too: a CPU would take most of the time that there is.
@@ -162,7 +148,7 @@ class Problem:
         with _untuned_cudnn():
             self._grads = [
                 (gate * torch.randn(gate.shape, device=settings.device)).to(dtype)
-                for gate in gates(self.layer, exact, dtype)
+                for gate in self.layer.gates(exact, dtype)
             ]
             self._oracle = self._results(
                 self._reference, self._recording(exact), [grad.double() for grad in self._grads]
@@ -190,7 +176,7 @@ class Problem:
                 found[name],
                 oracle,
                 self._baselines[contender.layout][name],
-                what=f"{contender}, {self.layer}, {self.direction}, {name}",
+                what=f"{contender}, {self.layer.name}, {self.direction}, {name}",
                 border=self.layer.border if spatial else None,
             )
         return seconds
@@ -221,7 +207,7 @@ class Problem:
     @property
     def moved_bytes(self) -> int:
         """Every tensor that must be read or written, once; no intermediate results."""
-        arguments = sum(tensor.nbytes for _, tensor in named(self._arguments))
+        arguments = sum(tensor.nbytes for _, tensor in named_tensors(self._arguments))
         outputs = sum(grad.nbytes for grad in self._grads)
         if self.direction == "forward":
             return arguments + outputs
@@ -250,20 +236,17 @@ class Problem:
     def _tensors(self, layout: str, images: slice = ALL) -> tuple[dict[str, Any], list[Tensor]]:
         """Arguments, and gradients of the outputs."""
 
-        def laid_out(tensor: Tensor) -> Tensor:
-            return tensor.contiguous(memory_format=LAYOUTS[layout]) if tensor.dim() == 4 else tensor
-
         arguments = {name: value[images] if name in BATCHED else value for name, value in self._arguments.items()}
         return (
-            self._recording(mapped(arguments, laid_out)),
-            [laid_out(grad[images]) for grad in self._grads],
+            self._recording(mapped(arguments, lambda tensor: laid_out(tensor, layout))),
+            [laid_out(grad[images], layout) for grad in self._grads],
         )
 
     def _results(self, call: Call, arguments: dict[str, Any], grads: list[Tensor]) -> dict[str, Tensor]:
         """Outputs, or gradients, by name."""
         outputs = call(**arguments)
         if self.direction == "forward":
-            return dict(named({"output": outputs}))
+            return dict(named_tensors({"output": outputs}))
         leaves = _leaves(arguments)
         found = torch.autograd.grad(outputs, list(leaves.values()), grads)
         return {f"grad {name}": grad for name, grad in zip(leaves, found, strict=True)}
@@ -280,93 +263,11 @@ def _untuned_cudnn() -> Iterator[None]:
 
 
 # The contenders of a layer follow each other, and need the same one.
-_problem = functools.lru_cache(maxsize=1)(Problem)
+problem_of = functools.lru_cache(maxsize=1)(Problem)
 
 
 def _leaves(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in named(arguments) if tensor.requires_grad}
-
-
-# -------------------------------------------------------------------------------------------- time
-
-
-class CudaInstant:
-    """A moment of the GPU; pytest-benchmark subtracts two."""
-
-    def __init__(self) -> None:
-        self._event = torch.cuda.Event(enable_timing=True)
-        self._event.record()
-
-    def __sub__(self, earlier: CudaInstant) -> float:
-        self._event.synchronize()
-        return earlier._event.elapsed_time(self._event) / 1e3
-
-
-def clock(device: torch.device) -> Callable[[], Any]:
-    """What pytest-benchmark calls before and after the target."""
-    return CudaInstant if device.type == "cuda" else time.perf_counter
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-@functools.cache
-def cold_cache(device: torch.device) -> Callable[[], Any]:
-    """What makes a GPU's L2 cache cold, and keeps the GPU busy while the host launches the target.
-
-    A CPU's caches stay as they are: as warm as the layer before leaves them.
-    """
-    if device.type != "cuda":
-        return lambda: None
-    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-    memory = torch.empty(size, dtype=torch.uint8, device=device)
-
-    def flush() -> None:
-        memory.zero_()
-        # Half a millisecond: overwriting alone is done before a host that is slow has launched anything, and the
-        # time between the two events would then be the host's.
-        torch.cuda._sleep(1_000_000)
-
-    return flush
-
-
-def durations(target: Call, setup: Call, now: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each repeat, after one for warming up."""
-
-    def once() -> float:
-        args, kwargs = setup()
-        start = now()
-        target(*args, **kwargs)
-        return now() - start
-
-    once()
-    return [once() for _ in range(repeats)]
-
-
-@functools.lru_cache(maxsize=2)
-def copy_seconds(nbytes: int, device: torch.device) -> float:
-    """The time of a copy that reads and writes so many bytes in total, in the same caches."""
-    source, target = torch.rand(2, max(1, nbytes // 8), device=device)
-    flush = cold_cache(device)
-
-    def setup() -> tuple[tuple[Tensor], dict[str, Any]]:
-        flush()
-        return (source,), {}
-
-    return statistics.median(durations(target.copy_, setup, clock(device), 20))
-
-
-@functools.cache
-def peak(device: torch.device, dtype: str) -> float:
-    """FLOP/s of a large matrix product on a GPU; on a CPU, where it says less, without limit."""
-    if device.type != "cuda":
-        return math.inf
-    side = 8192
-    left, right = torch.randn(2, side, side, device=device, dtype=DTYPES[dtype])
-    target = functools.partial(torch.mm, left, right)
-    return 2 * side**3 / statistics.median(durations(target, lambda: ((), {}), clock(device), 10))
+    return {name: tensor for name, tensor in named_tensors(arguments) if tensor.requires_grad}
 
 
 def host_microseconds(problem: Problem, contender: Contender, call: Call) -> float | None:

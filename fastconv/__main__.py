@@ -12,7 +12,7 @@ COMMANDS = {
     "info": "versions, what was built for what, which backends can run here",
     "explain": "what swapping a model would change, and why not the rest",
     "verify": "errors of every op beside torch's own, against float64",
-    "bench": "time of networks, eager against fastconv",
+    "bench": "time of whole networks, eager against fastconv; of single layers: pytest benchmarks",
     "tune": "block sizes of the Triton kernels, measured on this GPU",
 }
 

@@ -96,7 +96,7 @@ def stages(part: str, arch: str | None, files: Path) -> list[list[Step]]:
 
 def _proofs(files: Path) -> list[list[Step]]:
     conformance = [PYTHON, "emulator/conformance.py"]
-    info, machine = [PYTHON, "-m", "fastconv", "info"], [PYTHON, "benchmarks/machine.py"]
+    info, machine = [PYTHON, "-m", "fastconv", "info"], [PYTHON, "tools/machine.py"]
     kernels = [f"tests/kernels/cuda/test_cuda_{name}.py" for name in ("conv2d", "depthwise", "elementwise")]
     rooms = ("kernels/cuda/test_cuda_device", "ops/test_op_numerics", "kernels/test_kernel_networks")
     networks = [f"tests/{name}.py" for name in rooms]

@@ -11,7 +11,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,9 @@ from torch.optim.swa_utils import update_bn
 
 import fastconv
 from fastconv import models
-from fastconv.commands.bench import Result, take_turns
-from fastconv.measure.report import environment
-from fastconv.measure.tolerance import Verdict, compare
+from fastconv.commands.demo_results import Inference, Training
+from fastconv.measure import environment, networks, timing
+from fastconv.measure.tolerance import compare
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,36 +34,6 @@ TIMING_SECONDS = 12.0  # per network
 EPOCHS = 12
 BATCH = 32
 REQUIRED_ACCURACY = 0.97
-
-
-@dataclass(frozen=True)
-class Inference:
-    """One network on the photographs, with torch.nn as it is and swapped."""
-
-    title: str
-    verdict: Verdict  # of the class scores, against float64
-    top5_equal: bool
-    seconds: dict[str, float]  # medians: "eager", "channels_last", "fastconv"
-
-    @property
-    def error(self) -> float:
-        """fastconv's largest error, in units of the largest score."""
-        return self.verdict.regions[0].error / self.verdict.scale
-
-    @property
-    def torch_error(self) -> float:
-        return self.verdict.regions[0].baseline_error / self.verdict.scale
-
-    def speedup(self, baseline: str) -> float:
-        return self.seconds[baseline] / self.seconds["fastconv"]
-
-
-@dataclass(frozen=True)
-class Training:
-    """LeNet-5 on the digits."""
-
-    losses: list[float]  # one per step
-    accuracy: float  # on the digits it has not seen
 
 
 Advance = Callable[[str], None]
@@ -102,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     inferences = []
     with _progress(console) as task:
         for name in args.networks:
-            with task(models.title(name), 6) as advance:
+            with task(networks.title(name), 6) as advance:
                 inferences.append(compare_network(name, photographs, args.seed, advance))
         trainings = {}
         for label, prepare in (("torch.nn", None), ("fastconv", fastconv.swap)):
@@ -143,7 +112,7 @@ def problems(inferences: Sequence[Inference], trainings: dict[str, Training]) ->
 def machine() -> str:
     """What the times depend on."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"torch {torch.__version__}, float32, {environment()['CPU']}, {capability}"
+    return f"torch {torch.__version__}, float32, {environment.facts()['CPU']}, {capability}"
 
 
 # ------------------------------------------------------------------------------------- networks
@@ -158,11 +127,9 @@ def load_photographs() -> list[Tensor]:
 
 def compare_network(name: str, photographs: Sequence[Tensor], seed: int, advance: Advance) -> Inference:
     """Build a network, swap it, compare both with float64 and time them in turns."""
-    torch.manual_seed(seed)
-    size = models.input_shape(name)[-1]
-    x = torch.stack([_normalise(_centre_crop(photograph, size)) for photograph in photographs])
     advance("build")
-    model = models.build(name)
+    model, (_, _, size) = networks.build(name, seed)
+    x = torch.stack([_normalise(_centre_crop(photograph, size)) for photograph in photographs])
     advance("calibrate")
     _calibrate(model, photographs, size)
     model.eval()
@@ -182,10 +149,10 @@ def compare_network(name: str, photographs: Sequence[Tensor], seed: int, advance
             "channels_last": lambda: channels_last(x_channels_last),
             "fastconv": lambda: fast(x),
         }
-        results = {name: Result() for name in calls}
-        take_turns(calls, results, TIMING_SECONDS)
+        results = {name: timing.Result() for name in calls}
+        timing.take_turns(calls, results, TIMING_SECONDS)
     return Inference(
-        title=models.title(name),
+        title=networks.title(name),
         verdict=compare(found, oracle, expected),
         top5_equal=torch.equal(expected.topk(5).indices, found.topk(5).indices),
         seconds={name: result.median for name, result in results.items()},
@@ -225,18 +192,7 @@ def _calibrate(model: nn.Module, photographs: Sequence[Tensor], size: int) -> No
 # ------------------------------------------------------------------------------------- training
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Layers as small as LeNet-5's gain nothing from threads, and wait for them on busy machines."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
+@timing.threads(1)  # of layers as small as LeNet-5's
 def train_lenet(prepare: Callable[[nn.Module], nn.Module] | None, seed: int, advance: Advance) -> Training:
     """Train LeNet-5 on scikit-learn's digits; the same weights and batches for the same seed."""
     import numpy as np

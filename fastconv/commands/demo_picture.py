@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -14,8 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastconv.commands.demo import Inference, Training
+from fastconv.commands.demo_results import Inference, Training
 
 FASTCONV = "#e4572e"
 TORCH = "#7f8c99"

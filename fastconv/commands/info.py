@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import platform
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import fastconv
+from fastconv.measure import environment
 from fastconv.operators import backends, library
 
 
@@ -31,7 +31,7 @@ def facts() -> dict[str, str]:
         "fastconv": f"{fastconv.__version__} in {Path(fastconv.__file__).parent}",
         "Python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": environment.version("triton") or "not installed",
         "CUDA": _cuda(),
         "CPU": _cpu(),
         "library": library.PROBLEM or "loaded",
@@ -47,13 +47,6 @@ def facts() -> dict[str, str]:
         }
     report["backends"] = "\n".join(f"{name}: {reason or 'available'}" for name, reason in backends.available().items())
     return report
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _cuda() -> str:

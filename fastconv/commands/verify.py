@@ -7,213 +7,17 @@ said in ``fastconv/measure/tolerance.py``.
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastconv import ops
-from fastconv.measure.tolerance import Verdict, away_from_kinks, compare, poisoned_outputs
+from fastconv.measure.calls import DTYPES, FORMATS, Layer, mapped, named_tensors
+from fastconv.measure.layers import LAYERS
+from fastconv.measure.tolerance import Verdict, compare, poisoned_outputs
 from fastconv.operators import backends
-
-Shape = tuple[int, ...]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One call of an op as a network makes it: tensor arguments by shape, the others by value."""
-
-    op: str
-    name: str
-    shapes: dict[str, Shape | list[Shape]]
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def arguments(self, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device) -> dict[str, Any]:
-        """Random tensors; weights are scaled so that activations keep their size."""
-
-        def tensor(name: str, shape: Shape) -> Tensor:
-            value = torch.randn(shape, device=device)
-            if "weight" in name:
-                value *= math.sqrt(2 / math.prod(shape[1:]))
-            value = value.to(dtype)
-            return value.contiguous(memory_format=memory_format) if len(shape) == 4 else value
-
-        return {
-            name: [tensor(name, s) for s in shape] if isinstance(shape, list) else tensor(name, shape)
-            for name, shape in self.shapes.items()
-        }
-
-    def __call__(self, arguments: dict[str, Any], backend: str, **more: Any) -> list[Tensor]:
-        options = {**self.options, **more}
-        outputs = getattr(ops, self.op)(**arguments, **options, backend=backend)
-        return outputs if isinstance(outputs, list) else [outputs]
-
-    def preactivations(self, arguments: dict[str, Any]) -> list[Tensor]:
-        """What goes into the last activation."""
-        if self.op == "local_response_norm":
-            return self(arguments, "reference")
-        return self(arguments, "reference", **{self._activation_argument: "none"})
-
-    @property
-    def activation(self) -> str:
-        """The last activation that takes what was rounded; an LRN's takes the input."""
-        if self.op == "local_response_norm":
-            return "none"
-        default = "relu" if self.op.endswith("relu") else "none"
-        return self.options.get(self._activation_argument, default)
-
-    @property
-    def _activation_argument(self) -> str:
-        separable = self.op == "depthwise_separable_conv2d"
-        return "pointwise_activation" if separable else "activation"
-
-    @property
-    def border(self) -> int | None:
-        """How many rows and columns of the output padding can reach."""
-        if "conv2d" not in self.op:
-            return None
-        padding = self.options.get("padding", 0)
-        return max(1, *padding) if isinstance(padding, tuple) else max(1, padding)
-
-
-LAYERS = (
-    Layer(
-        "conv2d_relu",
-        "AlexNet 11x11",
-        {"input": (1, 3, 227, 227), "weight": (96, 3, 11, 11), "bias": (96,)},
-        {"stride": 4},
-    ),
-    Layer(
-        "conv2d_relu",
-        "AlexNet 5x5, 2 groups",
-        {"input": (1, 96, 27, 27), "weight": (256, 48, 5, 5), "bias": (256,)},
-        {"padding": 2, "groups": 2},
-    ),
-    Layer(
-        "conv2d_relu",
-        "ResNet-50 stem 7x7",
-        {"input": (1, 3, 224, 224), "weight": (64, 3, 7, 7), "bias": (64,)},
-        {"stride": 2, "padding": 3},
-    ),
-    Layer(
-        "conv2d_relu",
-        "ResNet-50 layer3 3x3",
-        {"input": (1, 256, 14, 14), "weight": (256, 256, 3, 3), "bias": (256,)},
-        {"padding": 1},
-    ),
-    Layer(
-        "conv2d_relu",
-        "GoogLeNet 4e 5x5",
-        {"input": (2, 32, 14, 14), "weight": (128, 32, 5, 5), "bias": (128,)},
-        {"padding": 2},
-    ),
-    Layer(
-        "conv2d_add_relu",
-        "ResNet-18 layer2 3x3",
-        {
-            "input": (1, 128, 28, 28),
-            "weight": (128, 128, 3, 3),
-            "bias": (128,),
-            "residual": (1, 128, 28, 28),
-        },
-        {"padding": 1},
-    ),
-    Layer(
-        "pointwise_conv2d",
-        "ResNet-50 layer1 expand",
-        {
-            "input": (1, 64, 56, 56),
-            "weight": (256, 64, 1, 1),
-            "bias": (256,),
-            "residual": (1, 256, 56, 56),
-        },
-        {"activation": "relu"},
-    ),
-    Layer(
-        "pointwise_conv2d",
-        "ResNet-50 layer3 shortcut",
-        {"input": (1, 512, 28, 28), "weight": (1024, 512, 1, 1), "bias": (1024,)},
-        {"stride": 2},
-    ),
-    Layer(
-        "pointwise_conv2d",
-        "MobileNet-v2 expand",
-        {"input": (1, 24, 56, 56), "weight": (144, 24, 1, 1), "bias": (144,)},
-        {"activation": "relu6"},
-    ),
-    Layer(
-        "pointwise_conv2d_group",
-        "GoogLeNet 3a 1x1s",
-        {
-            "input": (1, 192, 28, 28),
-            "weights": [(64, 192, 1, 1), (96, 192, 1, 1), (16, 192, 1, 1)],
-            "biases": [(64,), (96,), (16,)],
-        },
-        {"activation": "relu"},
-    ),
-    Layer(
-        "depthwise_conv2d",
-        "MobileNet-v2 3x3 stride 2",
-        {"input": (1, 144, 56, 56), "weight": (144, 1, 3, 3), "bias": (144,)},
-        {"stride": 2, "padding": 1, "activation": "relu6"},
-    ),
-    Layer(
-        "depthwise_conv2d",
-        "Xception middle 3x3",
-        {"input": (1, 728, 19, 19), "weight": (728, 1, 3, 3)},
-        {"padding": 1},
-    ),
-    Layer(
-        "depthwise_separable_conv2d",
-        "Xception middle",
-        {
-            "input": (1, 728, 19, 19),
-            "depthwise_weight": (728, 1, 3, 3),
-            "pointwise_weight": (728, 728, 1, 1),
-            "pointwise_bias": (728,),
-        },
-        {"padding": 1},
-    ),
-    Layer(
-        "depthwise_separable_conv2d",
-        "MobileNet-v1 stride 2",
-        {
-            "input": (1, 256, 28, 28),
-            "depthwise_weight": (256, 1, 3, 3),
-            "pointwise_weight": (512, 256, 1, 1),
-            "depthwise_bias": (256,),
-            "pointwise_bias": (512,),
-        },
-        {
-            "stride": 2,
-            "padding": 1,
-            "depthwise_activation": "relu",
-            "pointwise_activation": "relu",
-        },
-    ),
-    Layer(
-        "add_relu",
-        "ResNet-50 layer1",
-        {"input": (1, 256, 56, 56), "other": (1, 256, 56, 56)},
-    ),
-    Layer(
-        "local_response_norm",
-        "AlexNet norm1",
-        {"input": (1, 96, 55, 55)},
-        {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0, "activation": "relu"},
-    ),
-    Layer(
-        "local_response_norm",
-        "GoogLeNet norm2",
-        {"input": (1, 192, 56, 56)},
-        {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 1.0},
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -229,9 +33,9 @@ def comparisons(
     layer: Layer, dtype: torch.dtype, layout: str, device: torch.device, backend: str
 ) -> tuple[list[Comparison], list[Comparison]]:
     """The layer's outputs and its gradients, each against float64 on the CPU."""
-    arguments = layer.arguments(dtype, LAYOUTS[layout], device)
+    arguments = layer.tensors(dtype, layout, device)
     exact = mapped(arguments, lambda tensor: tensor.cpu().double())
-    grads = [(gate * torch.randn(gate.shape)).to(device, dtype) for gate in gates(layer, exact, dtype)]
+    grads = [(gate * torch.randn(gate.shape)).to(device, dtype) for gate in layer.gates(exact, dtype)]
 
     with poisoned_outputs():
         outputs, gradients = _forward_backward(layer, arguments, grads, backend)
@@ -288,12 +92,15 @@ def run(args: argparse.Namespace) -> int:
     print(_HEADER)
     failures: list[str] = []
     for layer in LAYERS:
-        if args.op and layer.op not in args.op:
+        if not layer.verified or (args.op and layer.op not in args.op):
             continue
         print(f"{layer.op}: {layer.name}")
         for name in args.dtype or DTYPES:
             torch.manual_seed(args.seed)
-            both = [comparisons(layer, DTYPES[name], layout, args.device, backend) for layout in LAYOUTS]
+            both = [
+                comparisons(layer.sized(layer.verified), DTYPES[name], layout, args.device, backend)
+                for layout in FORMATS
+            ]
             for found in zip(*both, strict=True):  # the outputs, then the gradients
                 flat = [comparison for part in found for comparison in part]
                 print(_row(name, max(flat, key=lambda c: c.verdict.used)), flush=True)
@@ -331,51 +138,10 @@ def _forward_backward(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs, and gradients of all tensor arguments, by name."""
     arguments = mapped(arguments, lambda tensor: tensor.detach().requires_grad_())
-    inputs = dict(named(arguments))
+    inputs = dict(named_tensors(arguments))
     outputs = layer(arguments, backend)
     gradients = torch.autograd.grad(outputs, list(inputs.values()), grads)
     return (
-        dict(named({"output": outputs[0] if len(outputs) == 1 else outputs})),
+        dict(named_tensors({"output": outputs[0] if len(outputs) == 1 else outputs})),
         {f"grad {name}": grad for name, grad in zip(inputs, gradients, strict=True)},
     )
-
-
-def gates(layer: Layer, exact: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
-    """Per output, 1 where its gradient does not hang on how a ReLU's input was rounded."""
-    residual = exact.get("residual")
-    rounds = residual is not None or "depthwise_weight" in exact
-
-    def rounded(value: Tensor) -> float:
-        """The size of the convolution before its residual, or of what the hidden result's rounding moves."""
-        return float(value.abs().max() + (0 if residual is None else residual.abs().max())) if rounds else 0.0
-
-    gates = [away_from_kinks(value, layer.activation, dtype, rounded(value)) for value in layer.preactivations(exact)]
-    if "depthwise_activation" in layer.options:
-        hidden = ops.depthwise_conv2d(
-            exact["input"],
-            exact["depthwise_weight"],
-            exact["depthwise_bias"],
-            layer.options["stride"],
-            layer.options["padding"],
-            backend="reference",
-        )
-        away = away_from_kinks(hidden, layer.options["depthwise_activation"], dtype)
-        gates = [gate & away.all(dim=1, keepdim=True) for gate in gates]
-    return gates
-
-
-def mapped(arguments: dict[str, Any], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """The arguments with the function applied to every tensor, lists included."""
-    return {
-        name: [function(v) for v in value] if isinstance(value, list) else function(value)
-        for name, value in arguments.items()
-    }
-
-
-def named(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor with its name; one of a list also has its index."""
-    for name, value in arguments.items():
-        if isinstance(value, list):
-            yield from ((f"{name}[{i}]", tensor) for i, tensor in enumerate(value))
-        else:
-            yield name, value

@@ -5,6 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from fastconv.models._init import kaiming_
+from fastconv.models.registry import register
+
+__all__ = ["AlexNet2012", "alexnet2012"]
 
 
 class AlexNet2012(nn.Module):
@@ -53,6 +56,7 @@ class AlexNet2012(nn.Module):
         return self.classifier(torch.flatten(self.features(x), 1))
 
 
+@register("AlexNet 2012", published="2012-12", image=(3, 227, 227))
 def alexnet2012(num_classes: int = 1000, dropout: float = 0.5) -> AlexNet2012:
     """AlexNet as published in 2012, see `AlexNet2012`."""
     return AlexNet2012(num_classes, dropout)

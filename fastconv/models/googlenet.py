@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from fastconv.models._init import kaiming_
+from fastconv.models.registry import register
+
+__all__ = ["GoogLeNet", "GoogLeNetOutput", "googlenet"]
 
 
 class GoogLeNetOutput(NamedTuple):
@@ -131,6 +134,7 @@ class GoogLeNet(nn.Module):
         return logits
 
 
+@register("GoogLeNet", published="2014-09-17", image=(3, 224, 224))
 def googlenet(num_classes: int = 1000, dropout: float = 0.4) -> GoogLeNet:
     """GoogLeNet as published in 2014, see `GoogLeNet`."""
     return GoogLeNet(num_classes, dropout)

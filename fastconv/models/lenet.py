@@ -4,6 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from fastconv.models._init import kaiming_
+from fastconv.models.registry import register
+
+__all__ = ["LeNet5", "lenet5"]
 
 
 class LeNet5(nn.Module):
@@ -43,6 +46,7 @@ class LeNet5(nn.Module):
         return self.classifier(torch.flatten(self.features(x), 1))
 
 
+@register("LeNet-5", published="1998-11", image=(1, 32, 32))
 def lenet5(num_classes: int = 10, in_channels: int = 1, image_size: int = 32) -> LeNet5:
     """LeNet-5 for images of 32x32 (or 28x28) pixels, see `LeNet5`."""
     return LeNet5(num_classes, in_channels, image_size)

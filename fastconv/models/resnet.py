@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from fastconv.models._init import kaiming_
+from fastconv.models.registry import register
+
+__all__ = ["ResNet", "resnet18", "resnet50"]
 
 
 def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
@@ -115,11 +118,13 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
+@register("ResNet-18", published="2015-12-10", image=(3, 224, 224))
 def resnet18(num_classes: int = 1000) -> ResNet:
     """ResNet-18, see `ResNet`; 11,689,512 parameters."""
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes)
 
 
+@register("ResNet-50", published="2015-12-10", image=(3, 224, 224))
 def resnet50(num_classes: int = 1000) -> ResNet:
     """ResNet-50, see `ResNet`; 25,557,032 parameters."""
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes)

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fastconv.models._init import kaiming_
+from fastconv.models.registry import register
+
+__all__ = ["VGG", "vgg16"]
 
 
 class VGG(nn.Module):
@@ -46,6 +49,7 @@ class VGG(nn.Module):
         return self.classifier(torch.flatten(self.features(x), 1))
 
 
+@register("VGG-16", published="2014-09-04", image=(3, 224, 224))
 def vgg16(num_classes: int = 1000, dropout: float = 0.5) -> VGG:
     """VGG-16, configuration D of table 1, see `VGG`; 138,357,544 parameters."""
     stages = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

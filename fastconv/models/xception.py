@@ -4,6 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from fastconv.models._init import kaiming_
+from fastconv.models.registry import register
+
+__all__ = ["Xception", "xception"]
 
 
 class SeparableConv(nn.Module):
@@ -94,6 +97,7 @@ class Xception(nn.Module):
         return self.fc(torch.flatten(x, 1))
 
 
+@register("Xception", published="2016-10-07", image=(3, 299, 299))
 def xception(num_classes: int = 1000) -> Xception:
     """Xception, see `Xception`."""
     return Xception(num_classes)

@@ -5,13 +5,15 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 
 import fastconv
 from fastconv.__main__ import main
 from fastconv.commands import bench
-from fastconv.commands.bench import CHANNELS_LAST, CONTIGUOUS, SWAPPED, Result, Row
-from fastconv.measure import report
+from fastconv.measure import memory
+from fastconv.measure.contenders import CHANNELS_LAST, CONTIGUOUS, IN_INFERENCE, SWAPPED, Result, Row
+from fastconv.measure.inference import Plan, infer
+from fastconv.measure.timing import FEWEST_RUNS, Budget
+from fastconv.measure.training import train
 
 LENET = ["bench", "--networks", "lenet5", "--dtypes", "fp32", "--minutes", "0", "--threads", "1"]
 
@@ -43,30 +45,21 @@ def test_inference_end_to_end(tmp_path, capsys):
     assert document["environment"]["sources"].startswith("library ")
     assert [r["batch"] for r in document["rows"]] == [1, 2]
     for measured in document["rows"]:
-        assert set(measured["results"]) == set(bench.IN_INFERENCE["cpu"])
+        assert set(measured["results"]) == set(IN_INFERENCE["cpu"])
         for result in measured["results"].values():
-            assert len(result["seconds"]) >= bench.FEWEST_RUNS
+            assert len(result["seconds"]) >= FEWEST_RUNS
             assert result["error"] < 1e-5
 
 
 def test_training_end_to_end(monkeypatch, capsys):
     peaks = {CHANNELS_LAST: 3_000_000, CONTIGUOUS: 3_000_000, SWAPPED: 2_000_000}
-    monkeypatch.setattr(bench, "_peak_bytes_of_a_process", lambda network, who, batch: peaks[who])
+    monkeypatch.setattr(memory, "peak_bytes", lambda function, network, who, *more: peaks[who])
     command = [*LENET[:1], "--networks", "--train", "lenet5", "--train-batch", "4", "--markdown"]
     assert main([*command, "--minutes", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (swapped,) = (line for line in lines if "| fastconv |" in line)
     assert "| 2 | 0.67x |" in swapped
     assert not any("only LRN" in line for line in lines)  # LeNet-5 has none
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-def test_peak_memory_counts_activations():
-    images = 2000
-    # The input, and what the first convolution and its ReLU return, in float32.
-    activations = images * 4 * (32 * 32 + 6 * 28 * 28)
-    peak = bench._peak_bytes_of_a_process("lenet5", CHANNELS_LAST, images)
-    assert activations < peak < 20 * activations
 
 
 def altered(change):
@@ -89,10 +82,10 @@ def test_a_wrong_result_gets_no_time(monkeypatch, capsys):
 
 
 def test_a_wrong_gradient_gets_no_time(monkeypatch):
-    monkeypatch.setattr(bench, "_peak_bytes_of_a_process", lambda *_: None)
+    monkeypatch.setattr(memory, "peak_bytes", lambda *_: None)
     swap = altered(lambda y: y + (y - y.detach()) / 100)
     monkeypatch.setattr(fastconv, "swap", swap)
-    row = bench.train("lenet5", 4, bench.Budget(0, 1))
+    row = train("lenet5", 4, Budget(0, 1))
     assert row.is_wrong
     assert not row.results[SWAPPED].seconds
     assert row.results[CHANNELS_LAST].seconds
@@ -110,36 +103,17 @@ def test_losses_are_shown(capsys):
     assert not table.rows[0][1]
 
 
-def test_without_rich(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    table = report.Table("title", ["a", "b"])
-    table.add(["1", "2"], is_loss=False)
-    table.show(markdown=False)
-    assert capsys.readouterr().out == "title\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n\n"
-
-
-def test_contenders_take_turns():
-    order = []
-    calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    results = {name: Result() for name in calls}
-    bench.take_turns(calls, results, allowance=0.0)
-    assert "".join(order) == "ab" * bench.FEWEST_RUNS
-    bench.take_turns(calls, results, allowance=60.0)
-    assert all(len(result.seconds) == bench.MOST_RUNS for result in results.values())
-
-
 def test_slow_16_bit_runs_are_left_out():
-    arguments = ("lenet5", torch.device("cpu"), bench.IN_INFERENCE["cpu"], ["fp32", "bf16"], [1, 4])
-    arguments += (bench.Budget(0, 4), bench.Pace())
-    fp32_1, fp32_4, bf16_1, bf16_4 = bench.infer(*arguments, longest=1e-9)
+    plan = Plan(torch.device("cpu"), IN_INFERENCE["cpu"], ["fp32", "bf16"], [1, 4], Budget(0, 4), longest=1e-9)
+    fp32_1, fp32_4, bf16_1, bf16_4 = infer("lenet5", plan)
     for measured in (fp32_1, fp32_4):
-        assert all(len(r.seconds) >= bench.FEWEST_RUNS for r in measured.results.values())
+        assert all(len(r.seconds) >= FEWEST_RUNS for r in measured.results.values())
     for who in (CONTIGUOUS, CHANNELS_LAST):
         assert len(bf16_1.results[who].seconds) == 1
         assert not bf16_4.results[who].seconds
         assert bf16_4.results[who].note.startswith("left out: at least")
     for measured in (bf16_1, bf16_4):
-        assert len(measured.results[SWAPPED].seconds) >= bench.FEWEST_RUNS
+        assert len(measured.results[SWAPPED].seconds) >= FEWEST_RUNS
     bench.tables([bf16_1, bf16_4])
 
 
@@ -147,32 +121,7 @@ def test_networks_that_are_not_there(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     command = ["bench", "--networks", "torchvision:mobilenet_v2", "--train", "torchvision:resnet18"]
     assert main([*command, "--markdown"]) == 0
-    assert capsys.readouterr().out.count("| skipped: import of torchvision halted") == 5
+    assert capsys.readouterr().out.count("| skipped: torchvision cannot be imported (import of torchvision halted") == 5
 
     assert main(["bench", "--networks", "resnet51"]) == 2
     assert "got network 'resnet51', needed one of lenet5" in capsys.readouterr().err
-
-
-def test_lrn_in_16_bits_has_a_baseline():
-    """aten has no such kernel on the CPU."""
-    model = nn.Sequential(nn.LocalResponseNorm(5)).bfloat16()
-    x = torch.randn(1, 8, 4, 4, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match="not implemented"):
-        model(x)
-    expected = nn.LocalResponseNorm(5)(x.float()).bfloat16()
-    torch.testing.assert_close(bench.prepare(CONTIGUOUS, model)(x), expected, rtol=0, atol=0)
-
-
-def test_environment():
-    facts = report.environment()
-    assert torch.__version__ in facts["versions"]
-    assert facts["CPU"].endswith(f"{torch.get_num_threads()} threads")
-
-
-def test_the_commit_without_git(monkeypatch):
-    """Of a checkout without git beside it the environment says it."""
-    monkeypatch.delenv("FASTCONV_COMMIT", raising=False)
-    monkeypatch.setenv("PATH", "")
-    assert report.environment()["commit"] == "unknown"
-    monkeypatch.setenv("FASTCONV_COMMIT", "abc123")
-    assert report.environment()["commit"] == "abc123"

@@ -54,6 +54,10 @@ def test_every_network_is_listed():
     assert set(models.names()) == set(PARAMETERS)
 
 
+def test_names_are_in_the_order_of_the_papers():
+    assert list(models.names()) == list(PARAMETERS)
+
+
 def test_unknown_name():
     with pytest.raises(ValueError, match="no network 'alexnet'; choose one of lenet5, alexnet2012"):
         models.build("alexnet")

@@ -7,13 +7,12 @@ import os
 import platform
 import shutil
 import sys
-from importlib import metadata
 
 import torch
 
-from fastconv.commands.verify import DTYPES
-from fastconv.measure.report import environment
-from harness import copy_seconds, peak
+from fastconv.measure import environment
+from fastconv.measure.calls import DTYPES
+from fastconv.measure.ceilings import copy_seconds, flop_per_second
 
 TOOLS = ("nvcc", "ncu", "compute-sanitizer", "cuobjdump", "g++", "clang++", "git")
 PACKAGES = ("numpy", "triton", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "torchvision", "ninja")
@@ -21,11 +20,11 @@ PACKAGES = ("numpy", "triton", "pytest", "pytest-benchmark", "pytest-xdist", "hy
 
 def main() -> None:
     facts = {
-        **environment(),
+        **environment.facts(),
         "kernel": platform.release(),
         "cores": len(os.sched_getaffinity(0)),
         "tools": {name: shutil.which(name) for name in TOOLS},
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: environment.version(name) for name in PACKAGES},
     }
     if torch.cuda.is_available():
         device = torch.device("cuda")
@@ -37,17 +36,12 @@ def main() -> None:
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "l2_mib": properties.L2_cache_size / 2**20,
             "copy_gb_per_s": round(nbytes / copy_seconds(nbytes, device) / 1e9),
-            "matmul_tflop_per_s": {name: round(peak(device, name) / 1e12, 1) for name in DTYPES},
+            "matmul_tflop_per_s": {
+                name: round(flop_per_second(device, dtype) / 1e12, 1) for name, dtype in DTYPES.items()
+            },
         }
     json.dump(facts, sys.stdout, indent=1)
     print()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -1,5 +1,0 @@
-"""conv2d_relu on layers of the networks; how to read the times is in README.md."""
-
-from harness import suite
-
-test_forward, test_backward = suite("conv2d_relu")

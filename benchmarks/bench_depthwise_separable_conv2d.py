@@ -1,5 +1,0 @@
-"""depthwise_separable_conv2d on layers of the networks; how to read the times is in README.md."""
-
-from harness import suite
-
-test_forward, test_backward = suite("depthwise_separable_conv2d")
