@@ -23,9 +23,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from ..operators import backends, library
-from .observing import REGION, Untraceable, is_possible
-from .programs import Program, Programs, Watch
-from .tracing import is_leaf, is_region, plain_class
+from .programs import Program, Programs
+from .staleness import Watch
+from .tracing.modules import REGION, is_leaf, is_region, plain_class
+from .tracing.observing import is_possible
+from .tracing.refusal import Untraceable
 
 _SIGNATURES_KEPT = 8
 _TRACES_KEPT = 4  # for each signature and mode
@@ -47,7 +49,7 @@ def swap(model: nn.Module) -> nn.Module:
 
     - without gradients: convolutions with batch norm in evaluation mode folded in, residual and activation attached,
       and weights packed for the processor. What is packed follows every change of the weights, see
-      `fastconv.swapping.prepared.PreparedConvs`.
+      `fastconv.swapping.staleness.PreparedWeights`.
     - with gradients, or under ``torch.compile``, ``torch.export`` and autocast: the differentiable ops of
       `fastconv.ops`.
     - otherwise, and wherever a forward cannot be traced safely, the forward as it was written.

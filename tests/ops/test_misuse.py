@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastconv import nn, ops, use_backend
 from fastconv.operators.schemas import WITH_OUT
-from fastconv.swapping.fused import add_activation
+from fastconv.swapping.calls.addition import add_activation
 from support.cases import Case, named, run
 from support.kernel_backends import device_of, true_float32
 
