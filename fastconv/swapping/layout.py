@@ -144,7 +144,7 @@ class RestoreLayout:
         if torch.compiler.is_compiling() or not isinstance(value, Tensor) or value.device.type != "cpu":
             return value  # fused ops alone have eager's layout everywhere
         weights = [p.stride() for store in self._parameters for p in store.values() if p is not None]
-        kind = (formats, tuple(weights))
+        kind = (value.shape, formats, tuple(weights))
         strides = self._strides.get(kind)
         if strides is None:
             known = self._strides if len(self._strides) < _KINDS_KEPT else {}

@@ -36,8 +36,7 @@ class Programs:
     """
 
     def __init__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        graph, observer = trace(root, args, kwargs)
-        self.reads, self.of_leaves = observer.reads.places, observer.reads.of_leaves
+        graph, self.reads = trace(root, args, kwargs)
         modules = dict(root.named_modules(remove_duplicate=False))
         for path in written_attributes(graph, modules):
             owner, _, name = path.rpartition(".")

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from ..operators import backends, library
 from .calls.call import Prepared
+from .patterns import attributes
 from .tracing.contents import ClassPlace, Place
 from .tracing.modules import BOOKKEEPING, REGION, has_hooks, hooks_of, is_leaf, is_region
+from .tracing.reading import Reads
 
 if library.LOADED:
     from .. import _C
-
-# Attributes of torch's layers on which it depends what can be fused. The others are read at every call.
-_OF_LAYERS = ("inplace", "return_indices", "min_val", "max_val", "padding_mode", "num_features", "affine")
 
 
 class Watch:
@@ -34,7 +33,7 @@ class Watch:
         inlined = [m for m in modules if m is root or not is_leaf(m)]
         leaves = [m for m in modules if m is not root and is_leaf(m)]
         self._attributes = [(vars(m), name) for m in inlined for name in vars(m) if name not in BOOKKEEPING]
-        self._attributes += [(vars(m), name) for m in leaves for name in _OF_LAYERS if name in vars(m)]
+        self._attributes += [(vars(m), name) for m in leaves for name in attributes() if name in vars(m)]
         scripted = torch.jit.ScriptModule
         # Of a ModuleList, too, whose content forwards go through.
         self._children = [m._modules for m in modules if not isinstance(m, scripted)]
@@ -46,10 +45,10 @@ class Watch:
         self._reads: list[Place | ClassPlace] = []
         self._of_leaves: list[tuple[dict[str, Any], str, Any]] = []
 
-    def add(self, reads: list[Place | ClassPlace], of_leaves: list[tuple[dict[str, Any], str, Any]]) -> None:
-        """What an Observer has seen the forward read beside the attributes of its modules."""
-        self._reads = reads
-        self._of_leaves = of_leaves
+    def add(self, reads: Reads) -> None:
+        """What the forward was seen to read beside the attributes of its modules."""
+        self._reads = reads.places
+        self._of_leaves = reads.of_leaves
 
     def _observe(self) -> list[Any]:
         state: list[Any] = [module.training for module in self._modules]

@@ -35,7 +35,7 @@ class PreparedConv(FusedConv):
         return ready(input, residual)
 
     def sources(self) -> list[tuple[dict[str, Tensor | None], str]]:
-        """Where the tensors that are prepared live; that they are there at all is for a `Watch` to see."""
+        """Where the tensors that are prepared live; that they are there at all is watched with the trace."""
         conv, bn = self.conv, self.bn
         found = [(conv._parameters, "weight"), (conv._parameters, "bias")]
         if bn is not None:

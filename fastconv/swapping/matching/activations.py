@@ -9,6 +9,8 @@ from torch import fx, nn
 from .effects import Effect, argument
 from .matcher import Match, Matcher
 
+ATTRIBUTES = ("min_val", "max_val")  # of layers, on which it depends which activation they are
+
 
 def activation_of(node: fx.Node, matcher: Matcher) -> str | None:
     """ "relu" or "relu6", if that is what the node computes of its first argument."""

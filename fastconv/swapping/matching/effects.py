@@ -16,6 +16,8 @@ from ... import ops
 from ..calls.call import Call
 from ..tracing.modules import has_hooks, runs_forward_of
 
+ATTRIBUTES = ("inplace", "return_indices")  # of layers, on which effects depend
+
 
 class Effect(enum.Enum):
     NEW = "returns new memory, whose layout follows the input's"

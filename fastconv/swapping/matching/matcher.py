@@ -31,6 +31,7 @@ class Match(abc.ABC):
         reason: why it is not larger; empty if there is nothing to say.
         from_the_end: whether nodes are tried from the last to the first.
         takes: what others are told who would have had one of the nodes.
+        attributes: those of layers on which it depends whether it matches.
     """
 
     nodes: list[fx.Node]
@@ -39,6 +40,7 @@ class Match(abc.ABC):
 
     from_the_end: ClassVar[bool] = False
     takes: ClassVar[str]
+    attributes: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     @abc.abstractmethod
@@ -60,7 +62,8 @@ class Match(abc.ABC):
 
     @property
     def layers(self) -> list[fx.Node]:
-        """The nodes that it goes by in explanations, the one that stands for all first."""
+        """The nodes that it goes by in explanations, the one that stands for all first; of several results, each its
+        own."""
         return self.nodes[:1]
 
     @property

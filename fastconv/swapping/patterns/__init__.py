@@ -5,11 +5,11 @@ A pattern is a subclass of `fastconv.swapping.matching.matcher.Match` in `PATTER
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
 
+from ..matching.effects import ATTRIBUTES
 from ..matching.matcher import Match, Matcher
 from .addition import Addition
 from .convolution import Convolution
@@ -38,19 +38,21 @@ class Findings:
     skipped: dict[fx.Node, str]
 
 
-def find(
-    graph: fx.Graph, modules: dict[str, nn.Module], *, fold: bool, patterns: Sequence[type[Match]] = PATTERNS
-) -> Findings:
+def attributes() -> list[str]:
+    """The attributes of layers on which it depends what is found; all others are read at every call."""
+    return list(dict.fromkeys([*ATTRIBUTES, *(name for pattern in PATTERNS for name in pattern.attributes)]))
+
+
+def find(graph: fx.Graph, modules: dict[str, nn.Module], *, fold: bool) -> Findings:
     """All fusions in the graph. Nothing is changed here.
 
     Args:
         graph: a traced forward.
         modules: the modules that its call_module nodes name.
         fold: whether batch norms in evaluation mode may be folded into convolutions.
-        patterns: what to look for, in this order.
     """
     matcher = Matcher(graph, modules, fold)
-    for pattern in patterns:
+    for pattern in PATTERNS:
         for node in reversed(graph.nodes) if pattern.from_the_end else graph.nodes:
             match = pattern.at(node, matcher)
             if match is not None and matcher.is_sound(match):

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..calls.addition import FusedAdd
-from ..matching.activations import take_activation
+from ..matching.activations import ATTRIBUTES, take_activation
 from ..matching.effects import Effect
 from ..matching.matcher import Match, Matcher
 
@@ -20,6 +20,7 @@ class Addition(Match):
     activation: str = "none"
 
     takes = "another addition takes it"
+    attributes = ATTRIBUTES
 
     @classmethod
     def at(cls, node: fx.Node, matcher: Matcher) -> Addition | None:

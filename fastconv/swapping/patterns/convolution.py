@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..calls.convolution import FusedConv
 from ..calls.prepared import PreparedConv
-from ..matching.activations import take_activation
+from ..matching.activations import ATTRIBUTES, take_activation
 from ..matching.effects import Effect
 from ..matching.matcher import Match, Matcher
 from ..tracing.modules import has_hooks, runs_forward_of
@@ -30,6 +30,7 @@ class Convolution(Match):
 
     from_the_end = True  # of two convolutions whose results are added, the later one takes the addition
     takes = "another convolution takes the addition"
+    attributes = (*ATTRIBUTES, "padding_mode", "num_features", "affine")
 
     @classmethod
     def at(cls, node: fx.Node, matcher: Matcher) -> Convolution | None:

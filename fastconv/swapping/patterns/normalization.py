@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..calls.normalization import FusedLRN
-from ..matching.activations import activation_of
+from ..matching.activations import ATTRIBUTES, activation_of
 from ..matching.effects import Effect
 from ..matching.matcher import Match, Matcher
 
@@ -19,6 +19,7 @@ class Normalization(Match):
     activation: str = "none"
 
     takes = "the LRN takes the activation"
+    attributes = ATTRIBUTES
 
     @classmethod
     def at(cls, node: fx.Node, matcher: Matcher) -> Normalization | None:

@@ -18,6 +18,7 @@ class Separable(Match):
     pointwise: Convolution
 
     takes = Convolution.takes
+    attributes = ("in_channels", "groups", "kernel_size", "stride", "padding")
 
     @classmethod
     def at(cls, node: fx.Node, matcher: Matcher) -> Separable | None:

@@ -25,7 +25,7 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def is_region(module: nn.Module) -> bool:
-    """Whether the module's class is one that `swap` made."""
+    """Whether the module's class is one that `fastconv.swap` made."""
     return hasattr(type(module), "fastconv_plain_class")
 
 

@@ -21,14 +21,15 @@ from torch.utils import _pytree as pytree
 
 from .modules import is_leaf, plain_forward, runs_foreign_code
 from .observing import SETS_MODES, Observer, ambient
+from .reading import Reads
 from .refusal import Refusal, Untraceable
 
 _MOST_NODES = 100_000
 _lock = threading.RLock()  # torch.fx patches torch.nn.Module for the whole process while it traces
 
 
-def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.Graph, Observer]:
-    """The graph of the call root(*args, **kwargs), with a placeholder for each tensor in it; and who saw what it reads.
+def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.Graph, Reads]:
+    """The graph of the call root(*args, **kwargs), with a placeholder for each tensor in it; and what else it reads.
 
     Of the tensors nothing is read; every other argument is a constant of the graph.
 
@@ -50,7 +51,7 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
             raise Untraceable(lines[0] if lines else type(error).__name__) from error
         if observer.tests_none and any(_may_be_none(node, root) for node in graph.nodes):
             raise Untraceable("its forward asks whether something is None, which a value that is computed in it may be")
-        return graph, observer
+        return graph, observer.reads
 
 
 def _may_be_none(node: fx.Node, root: nn.Module) -> bool:
