@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from .calls.call import Call
+from .calls.call import Call, result_of
 from .layout import restore_layouts
 from .matching.effects import written_attributes
 from .matching.matcher import Match
@@ -49,6 +48,8 @@ class Programs:
         self._modules = modules
         self.differentiable = Program(root, graph, fold=False)
         self.inference = Program(root, graph, fold=True)
+        matches = [*self.differentiable.findings.matches, *self.inference.findings.matches]
+        self.depends_on = {pair for match in matches for pair in match.depends_on}
         self.prepared = PreparedWeights([one for call in self.inference.calls for one in call.prepared])
 
     def attributes(self) -> Iterator[Tensor]:
@@ -107,7 +108,7 @@ def _replace(graph: fx.Graph, match: Match, copies: dict[fx.Node, fx.Node], call
         fused = graph.call_function(call, tuple(copies[value] for value in match.arguments))
         values = [fused]
         if len(match.results) > 1:
-            values = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(match.results))]
+            values = [graph.call_function(result_of, (fused, i)) for i in range(len(match.results))]
     results = dict(zip(match.results, values, strict=True))
     for result, value in results.items():
         copies[result].replace_all_uses_with(value)

@@ -315,7 +315,7 @@ class Region:
             watch = Watch(self.module)
             try:
                 programs = Programs(self.module, args, kwargs)
-                watch.add(programs.reads)
+                watch.add(programs.reads, programs.depends_on)
             except Untraceable as error:
                 programs = str(error)
                 self._failed[key] = programs, self._failed.get(key, ("", 0))[1] + 1

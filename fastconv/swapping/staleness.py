@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,10 +45,11 @@ class Watch:
         self._reads: list[Place | ClassPlace] = []
         self._of_leaves: list[tuple[dict[str, Any], str, Any]] = []
 
-    def add(self, reads: Reads) -> None:
-        """What the forward was seen to read beside the attributes of its modules."""
+    def add(self, reads: Reads, depends_on: Iterable[tuple[nn.Module, str]]) -> None:
+        """What the forward was seen to read beside the attributes of its modules; and attributes of layers on which
+        it depends that what was found in it holds."""
         self._reads = reads.places
-        self._of_leaves = reads.of_leaves
+        self._of_leaves = [*reads.of_leaves, *((vars(m), name, vars(m)[name]) for m, name in depends_on)]
 
     def _observe(self) -> list[Any]:
         state: list[Any] = [module.training for module in self._modules]

@@ -54,6 +54,11 @@ class Call(abc.ABC):
         return kernel_of(self.op(), input)
 
 
+def result_of(results: tuple[Tensor, ...], index: int) -> Tensor:
+    """One of a call's several results: in graphs, to be told from what a forward takes of a value."""
+    return results[index]
+
+
 def kernel_of(op: str, input: Tensor) -> str:
     """What runs for an op, in words."""
     return f"{op} {str(input.dtype).removeprefix('torch.')}, {backends.choose(None, input)}"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ... import ops
-from ..calls.call import Call
+from ..calls.call import Call, result_of
 from ..tracing.modules import has_hooks, runs_forward_of
 
 ATTRIBUTES = ("inplace", "return_indices")  # of layers, on which effects depend
@@ -189,7 +189,7 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def _classify_function(node: fx.Node) -> Effect:
-    if isinstance(node.target, Call) or _is_result_of_call(node):
+    if isinstance(node.target, Call) or node.target is result_of:
         return Effect.NEW
     if node.target is getattr:
         return _classify_name(node.args[1])
@@ -210,11 +210,6 @@ def _classify_function(node: fx.Node) -> Effect:
         if node.target in functions:
             return effect
     return Effect.UNKNOWN
-
-
-def _is_result_of_call(node: fx.Node) -> bool:
-    """Whether the node takes one of a call's several results."""
-    return node.target is operator.getitem and isinstance(getattr(node.args[0], "target", None), Call)
 
 
 def _classify_name(name: str) -> Effect:

@@ -31,7 +31,7 @@ class Match(abc.ABC):
         reason: why it is not larger; empty if there is nothing to say.
         from_the_end: whether nodes are tried from the last to the first.
         takes: what others are told who would have had one of the nodes.
-        attributes: those of layers on which it depends whether it matches.
+        attributes: those of layers on which it depends whether it matches, beside effects.
     """
 
     nodes: list[fx.Node]
@@ -55,6 +55,11 @@ class Match(abc.ABC):
         Args:
             fold: for inference, with prepared weights; else differentiable.
         """
+
+    @property
+    def depends_on(self) -> Sequence[tuple[nn.Module, str]]:
+        """Further attributes, of its own layers, without which it would not hold and which the call does not read."""
+        return ()
 
     @property
     def pattern(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 from ..calls.convolution import is_depthwise, is_pointwise
 from ..calls.separable import FusedSeparable, PreparedSeparable
@@ -18,7 +18,6 @@ class Separable(Match):
     pointwise: Convolution
 
     takes = Convolution.takes
-    attributes = ("in_channels", "groups", "kernel_size", "stride", "padding")
 
     @classmethod
     def at(cls, node: fx.Node, matcher: Matcher) -> Separable | None:
@@ -34,6 +33,11 @@ class Separable(Match):
     @property
     def layers(self) -> list[fx.Node]:
         return self.depthwise.layers + self.pointwise.layers
+
+    @property
+    def depends_on(self) -> list[tuple[nn.Module, str]]:
+        of_pointwise = [(self.pointwise.conv, name) for name in ("groups", "stride", "padding")]
+        return [(self.depthwise.conv, "groups"), *of_pointwise]
 
     def call(self, fold: bool) -> FusedSeparable:
         kind = PreparedSeparable if fold else FusedSeparable
