@@ -19,10 +19,10 @@ from torch import fx, nn
 
 import fastconv
 import synthetic
-from fastconv.swapping import patterns
-from fastconv.swapping.explanation import _traced_parts
-from fastconv.swapping.observing import REGION
+from fastconv.swapping.explanation import traced_parts
+from fastconv.swapping.patterns.convolution import is_convolution
 from fastconv.swapping.regions import programs_of
+from fastconv.swapping.tracing.modules import REGION
 from model_contents import (
     bits,
     changed_bits,
@@ -342,7 +342,7 @@ def _describe(report: Report, fast: nn.Module) -> None:
 def _followed(fast: nn.Module) -> Iterator[str]:
     """For every convolution: what is computed with it in inference, what comes then, and why that is not taken."""
     called: set[int] = set()
-    for _, part in _traced_parts(fast, {}):
+    for _, part in traced_parts(fast, {}):
         program = programs_of(part, False).inference
         modules = dict(part.named_modules(remove_duplicate=False))
         for node, reason in program.findings.skipped.items():
@@ -350,17 +350,18 @@ def _followed(fast: nn.Module) -> Iterator[str]:
             if id(conv) not in called:  # a shared one has several nodes
                 yield f"as before: {reason}"
             called.add(id(conv))
-        for group in program.findings.groups:
-            if group.conv is None:
+        for match in program.findings.matches:
+            convs = {id(modules[node.target]) for node in match.layers if is_convolution(modules.get(node.target))}
+            if not convs:
                 continue
-            called |= {id(one.conv) for one in (group, group.pointwise) if one is not None}
-            chunks = [chunk.strip(" +") for chunk in f"{group.pattern} ".split("conv ")[1:]]
+            called |= convs
+            chunks = [chunk.strip(" +") for chunk in f"{match.pattern} ".split("conv ")[1:]]
             for chunk in chunks[:-1]:
                 yield f"{_joined(chunk)}, then: a 1x1 convolution"
-            then = " and ".join(sorted({_what(reader, group.nodes[-1], modules) for reader in group.nodes[-1].users}))
-            yield f"{_joined(chunks[-1])}, then: {then or 'nothing'}{f' ({group.reason})' if group.reason else ''}"
+            then = " and ".join(sorted({_what(reader, match.nodes[-1], modules) for reader in match.nodes[-1].users}))
+            yield f"{_joined(chunks[-1])}, then: {then or 'nothing'}{f' ({match.reason})' if match.reason else ''}"
     for module in fast.modules():
-        if patterns.is_convolution(module) and id(module) not in called:
+        if is_convolution(module) and id(module) not in called:
             yield "as before: not in a traced part"
 
 

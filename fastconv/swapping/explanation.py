@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import patterns, regions
+from . import regions
+from .patterns.convolution import is_convolution
 from .programs import Program
 from .regions import programs_of, region_of, require_module
-from .tracing import is_region, plain_class
+from .tracing.modules import is_region, plain_class
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,10 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
     rows: dict[str, dict[str, Any]] = {
         path: {"layer": _layer(module)}
         for path, module in fast.named_modules()
-        if patterns.is_convolution(module) or isinstance(module, nn.LocalResponseNorm)
+        if is_convolution(module) or isinstance(module, nn.LocalResponseNorm)
     }
     untraced: dict[str, str] = {}
-    for path, region in _traced_parts(fast, untraced):
+    for path, region in traced_parts(fast, untraced):
         for mode, kind in ((False, "inference"), (True, "training")):
             programs = programs_of(region, mode)
             if not isinstance(programs, str):
@@ -132,7 +133,7 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
     )
 
 
-def _traced_parts(module: nn.Module, untraced: dict[str, str], path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def traced_parts(module: nn.Module, untraced: dict[str, str], path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The largest parts of the model that are traced, by path; the reasons of the others go into `untraced`."""
     if is_region(module):
         programs = programs_of(module, module.training)
@@ -141,21 +142,20 @@ def _traced_parts(module: nn.Module, untraced: dict[str, str], path: str = "") -
             return
         untraced[path] = programs
     for name, child in module.named_children():
-        yield from _traced_parts(child, untraced, _join(path, name))
+        yield from traced_parts(child, untraced, _join(path, name))
 
 
 def _choices(program: Program) -> Iterator[tuple[str, str, Choice]]:
     """Path, layer and choice of everything that was found in the program's graph."""
-    calls = {id(group): call for call, group in program.calls.items()}
+    calls = {match: call for call, match in program.calls.items()}
     for node, reason in program.findings.skipped.items():
         yield _path(node), str(node.target), Choice(reason=reason)
-    for group in program.findings.groups:
-        call = calls.get(id(group))
-        op = "" if call is None else call.op()
-        path = _path(group.layer)
-        yield path, group.pattern, Choice(group.pattern if op else "", op, group.reason)
-        if group.pointwise is not None:
-            yield _path(group.pointwise.layer), group.pattern, Choice(f"with {path}", op)
+    for match in program.findings.matches:
+        op = calls[match].op() if match in calls else ""
+        path, *others = map(_path, match.layers)
+        yield path, match.pattern, Choice(match.pattern if op else "", op, match.reason)
+        for other in others:
+            yield other, match.pattern, Choice(f"with {path}", op)
 
 
 def _path(node: fx.Node) -> str:
@@ -189,9 +189,10 @@ class _Recorder(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = super().call_function(target, args, kwargs)
         if target in self._calls:
-            shapes = " -> ".join(str(tuple(t.shape)) for t in (args[0], output))
-            path = _path(self._calls[target].layer)
-            self.kernels.append(Kernel(path, shapes, target.kernel(args[0])))
+            outputs = output if isinstance(output, tuple) else (output,)
+            for layer, result in zip(self._calls[target].layers, outputs, strict=False):
+                shapes = f"{tuple(args[0].shape)} -> {tuple(result.shape)}"
+                self.kernels.append(Kernel(_path(layer), shapes, target.kernel(args[0])))
         return output
 
 

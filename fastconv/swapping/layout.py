@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._prims_common import suggest_memory_format
 
-from .effects import Effect, Effects
-from .fused import output_shape
-from .prepared import prepared_convs
+from .calls.call import Call
+from .calls.convolution import output_shape
+from .matching.effects import Effect, Effects
 
 _KINDS_KEPT = 32
 
@@ -59,7 +59,8 @@ def restore_layouts(graph: fx.Graph, modules: dict[str, nn.Module], traced: dict
             continue
         if effects.of[node] is Effect.NO_TENSOR:
             continue
-        if prepared_convs(node.target) or not after_conv.isdisjoint(node.all_input_nodes):
+        is_prepared = isinstance(node.target, Call) and node.target.prepared
+        if is_prepared or not after_conv.isdisjoint(node.all_input_nodes):
             after_conv.add(node)
         if effects.of[node] is Effect.NEW and effects.storage(node) in exposed and node in after_conv:
             steps, sources = _steps(traced[node], known)
@@ -143,7 +144,7 @@ class RestoreLayout:
         if torch.compiler.is_compiling() or not isinstance(value, Tensor) or value.device.type != "cpu":
             return value  # fused ops alone have eager's layout everywhere
         weights = [p.stride() for store in self._parameters for p in store.values() if p is not None]
-        kind = (formats, tuple(weights))
+        kind = (value.shape, formats, tuple(weights))
         strides = self._strides.get(kind)
         if strides is None:
             known = self._strides if len(self._strides) < _KINDS_KEPT else {}

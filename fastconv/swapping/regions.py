@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import abc
-import copy
 import functools
 import inspect
 import itertools
 import threading
-import types
-import weakref
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
 from ..operators import backends, library
-from .observing import REGION, Untraceable, is_possible
-from .programs import Program, Programs, Watch
-from .tracing import is_leaf, is_region, plain_class
+from .copying import clone
+from .programs import Program, Programs
+from .staleness import Watch
+from .tracing.modules import REGION, is_leaf, is_region, plain_class
+from .tracing.observing import is_possible
+from .tracing.refusal import Untraceable
 
 _SIGNATURES_KEPT = 8
 _TRACES_KEPT = 4  # for each signature and mode
@@ -47,7 +44,7 @@ def swap(model: nn.Module) -> nn.Module:
 
     - without gradients: convolutions with batch norm in evaluation mode folded in, residual and activation attached,
       and weights packed for the processor. What is packed follows every change of the weights, see
-      `fastconv.swapping.prepared.PreparedConvs`.
+      `fastconv.swapping.staleness.PreparedWeights`.
     - with gradients, or under ``torch.compile``, ``torch.export`` and autocast: the differentiable ops of
       `fastconv.ops`.
     - otherwise, and wherever a forward cannot be traced safely, the forward as it was written.
@@ -94,65 +91,6 @@ def require_module(function: str, model: Any) -> None:
         got = f"{type(model).__name__} {getattr(model, '__name__', '')}".rstrip() if named else type(model).__name__
         remedy = "put what it computes into the forward of a module" if callable(model) else "pass the model itself"
     raise TypeError(f"fastconv.{function}: got {got}, needed a torch.nn.Module; {remedy}")
-
-
-# ------------------------------------------------------------------------------------------------- the copy
-
-
-def clone(model: nn.Module) -> nn.Module:
-    """A copy of a tree of modules that shares all tensors with it, and the dictionaries that hold them.
-
-    Sharing the dictionaries keeps the two models one set of weights for good: a buffer that ``model.half()`` replaces,
-    or a Parameter that ``load_state_dict(assign=True)`` replaces, is replaced in both.
-    """
-    copies: dict[int, nn.Module] = {}
-    pairs: list[tuple[nn.Module, nn.Module]] = []
-
-    def visit(module: nn.Module) -> None:
-        if id(module) in copies:
-            return
-        if isinstance(module, torch.jit.ScriptModule):
-            copies[id(module)] = copy.copy(module)
-            return
-        copies[id(module)] = object.__new__(plain_class(module))
-        pairs.append((module, copies[id(module)]))
-        for child in module._modules.values():
-            if child is not None:
-                visit(child)
-
-    visit(model)
-    for module, duplicate in pairs:
-        for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers"):
-                vars(duplicate)[name] = value
-            elif name != REGION:
-                vars(duplicate)[name] = _with_copies(value, copies)
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-            # The handle removes the hook that sets the parameters up, once that has run.
-            duplicate._initialize_hook.hooks_dict_ref = weakref.ref(duplicate._forward_pre_hooks)
-    return copies[id(model)]
-
-
-def _with_copies(value: Any, copies: dict[int, nn.Module]) -> Any:
-    """An attribute's value, in which copies stand for the modules."""
-    if isinstance(value, nn.Module):
-        return copies.get(id(value), value)
-    if isinstance(value, types.MethodType) and id(value.__self__) in copies:
-        return types.MethodType(value.__func__, copies[id(value.__self__)])
-    if type(value) is functools.partial:
-        function, args = _with_copies(value.func, copies), _with_copies(value.args, copies)
-        return functools.partial(function, *args, **_with_copies(value.keywords, copies))
-    if isinstance(value, RemovableHandle):
-        return copy.copy(value)
-    if type(value) in (list, tuple, set):
-        return type(value)(_with_copies(item, copies) for item in value)
-    if type(value) is deque:
-        return deque((_with_copies(item, copies) for item in value), value.maxlen)
-    if type(value) in (dict, OrderedDict, defaultdict):
-        duplicate = copy.copy(value)
-        duplicate.update((key, _with_copies(item, copies)) for key, item in value.items())
-        return duplicate
-    return value
 
 
 # ----------------------------------------------------------------------------------------------- the classes
@@ -313,7 +251,7 @@ class Region:
             watch = Watch(self.module)
             try:
                 programs = Programs(self.module, args, kwargs)
-                watch.add(programs.reads, programs.of_leaves)
+                watch.add(programs.reads, programs.depends_on)
             except Untraceable as error:
                 programs = str(error)
                 self._failed[key] = programs, self._failed.get(key, ("", 0))[1] + 1

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fastconv import nn, ops, use_backend
-from fastconv.swapping.fused import add_activation
+from fastconv.swapping.calls.addition import add_activation
 from support.bad_calls import BACKENDS, check_words, in_fake, message_of
 from support.cases import FIRST, run
 from support.kernel_backends import device_of, true_float32

@@ -264,7 +264,7 @@ SIDE_EFFECTS = {
     "weights": (halves_the_weights, {}, "writes the attribute data"),
     "note": (notes_on_a_value, {}, "writes the attribute note"),
     "function": (counts_in_a_function, {}, "writes the attribute calls"),
-    "import": (imports, {}, "imports swap_models"),
+    "import": (imports, {}, "imports support"),
     "context manager": (quietly, {}, "a context manager of its own"),
     "generator as context": (between_prints, {}, "a context manager of its own"),
     "finally": (prints_finally, {}, "handles exceptions"),

@@ -99,3 +99,16 @@ def test_strides(kind: str, weights: str, layout: str, shape: tuple[int, ...], b
 def test_strides_of_small_images(kind: str, weights: str, shape: tuple[int, ...]) -> None:
     for layout in INPUTS:
         check(kind, weights, layout, shape)
+
+
+def test_another_size_of_the_result() -> None:
+    """By a layer whose settings are read at every call."""
+    model = seeded(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2))).eval()
+    fast = swap(model)
+    x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+    for size in (2, 5, 1):
+        model[2].output_size = fast[2].output_size = size
+        with torch.no_grad():
+            got, expected = fast(x), model(x)
+        torch.testing.assert_close(got, expected)
+        assert got.stride() == expected.stride()

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastconv.swapping import prepared, swap
+from fastconv.swapping import swap
+from fastconv.swapping.calls import onednn
+from fastconv.swapping.calls.prepared import PreparedConv
 from support.swap_models import (
     JOINS,
     Block,
@@ -126,11 +128,7 @@ def test_changed_modules_are_seen(change):
 def test_new_weights_are_prepared_when_they_stay(monkeypatch):
     fast = swap(small_net())
     calls = []
-    monkeypatch.setattr(
-        prepared,
-        "_prepare",
-        lambda conv, old=prepared._prepare: calls.append(conv) or old(conv),
-    )
+    monkeypatch.setattr(PreparedConv, "prepare", lambda conv, old=PreparedConv.prepare: calls.append(conv) or old(conv))
     with torch.no_grad():
         for _ in range(3):
             fast(image())
@@ -150,15 +148,15 @@ def test_weights_are_packed_as_each_batch_wants_them(monkeypatch):
     model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)).eval()
     fast = swap(model)
     used = []
-    monkeypatch.setattr(prepared, "_conv", lambda *args, old=prepared._conv: used.append(args[1]) or old(*args))
+    monkeypatch.setattr(onednn, "conv2d", lambda *args, old=onednn.conv2d: used.append(args[1]) or old(*args))
     pack = torch.ops.mkldnn._reorder_convolution_weight
     with torch.no_grad():
         for batch in (1, 2, 8, 1, 8):
             x = image(batch, 64, 28, 28)
             agree(fast, model, x)
             wanted = pack(model[0].weight, [1, 1], [1, 1], [1, 1], 1, list(x.shape))
-            assert torch.equal(prepared._bytes(used[-1]), prepared._bytes(wanted))
-    kept = {id(packed): prepared._bytes(packed) for packed in used}.values()
+            assert torch.equal(onednn.packed_bytes(used[-1]), onednn.packed_bytes(wanted))
+    kept = {id(packed): onednn.packed_bytes(packed) for packed in used}.values()
     assert len({bytes(content.numpy()) for content in kept}) == len(kept), "equal packs are shared"
 
 

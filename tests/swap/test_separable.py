@@ -116,6 +116,27 @@ def test_new_weights_are_seen(change: str) -> None:
     assert not torch.equal(before, model(X))
 
 
+@pytest.mark.parametrize(
+    ("layer", "attribute", "value"),
+    [
+        ("depthwise", "stride", (1, 1)),
+        ("depthwise", "padding", (2, 2)),
+        ("pointwise", "stride", (2, 2)),
+        ("pointwise", "padding", (1, 1)),
+    ],
+)
+def test_another_geometry_is_seen(layer: str, attribute: str, value: tuple[int, int]) -> None:
+    """On which it depends whether they are one op, and how large its result is."""
+    model = model_of(True, nn.ReLU()).eval()
+    fast = fastconv.swap(model)
+    with torch.no_grad():
+        fast(X)
+        for net in (model, fast):
+            setattr(getattr(net, layer), attribute, value)
+        for _ in range(3):  # prepared again on the second
+            torch.testing.assert_close(fast(X), model(X))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
     model = model_of(True, nn.ReLU6()).eval().to(dtype)

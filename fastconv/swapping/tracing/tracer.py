@@ -7,7 +7,6 @@ The tracer here and its `Observer` refuse all of that, so that a graph means wha
 
 from __future__ import annotations
 
-import functools
 import operator
 import sys
 import threading
@@ -20,91 +19,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .observing import SETS_MODES, Applied, Observer, Refusal, Untraceable, ambient
+from .modules import is_leaf, plain_forward, runs_foreign_code
+from .observing import SETS_MODES, Observer, ambient
+from .reading import Reads
+from .refusal import Refusal, Untraceable
 
 _MOST_NODES = 100_000
 _lock = threading.RLock()  # torch.fx patches torch.nn.Module for the whole process while it traces
 
 
-def plain_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward that the user wrote, bound."""
-    return functools.partial(plain_class(module).forward, module)
-
-
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The user's class of a module."""
-    cls = type(module)
-    return getattr(cls, "fastconv_plain_class", cls)
-
-
-def is_region(module: nn.Module) -> bool:
-    """Whether the module's class is one that `swap` made."""
-    return hasattr(type(module), "fastconv_plain_class")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return any(hooks_of(module))
-
-
-def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a graph calls this module as a whole, as opposed to what its forward calls."""
-    cls = type(module)
-    return (
-        has_hooks(module)
-        or "forward" in vars(module)
-        or isinstance(module, torch.jit.ScriptModule)
-        or runs_forward_of(module, nn.Conv2d)
-        or runs_forward_of(module, nn.BatchNorm2d)
-        or (
-            cls.__module__.startswith(("torch.nn.", "torch.ao.", "fastconv.nn"))
-            and not isinstance(module, nn.Sequential)
-        )
-    )
-
-
-def runs_forward_of(module: nn.Module | None, cls: type[nn.Module]) -> bool:
-    """Whether the module computes what `cls` does: `cls` itself, or a subclass that overrides no computation."""
-    return (
-        isinstance(module, cls)
-        and all(getattr(type(module), name, None) is getattr(cls, name, None) for name in _COMPUTATIONS)
-        and not any(name in vars(module) for name in _COMPUTATIONS)
-    )
-
-
-_COMPUTATIONS = (
-    "forward",
-    "_conv_forward",
-    "_check_input_dim",
-    "__call__",
-)  # methods of torch's convolutions and norms
-
-
-def runs_foreign_code(module: nn.Module) -> bool:
-    """Whether a call of a leaf runs code of the user's, which may do anything to what the forward around it reads."""
-    hooks = [hook for hooks in hooks_of(module) for hook in hooks.values()]
-    if any(not _is_of_torch(hook) for hook in hooks):
-        return True
-    return not isinstance(module, torch.jit.ScriptModule) and (
-        "forward" in vars(module) or any(runs_foreign_code(child) for child in module.children() if is_leaf(child))
-    )
-
-
-def _is_of_torch(hook: Any) -> bool:
-    """Such as those of pruning, of weight norms and of lazy layers."""
-    return str(getattr(hook, "__module__", "")).startswith("torch.")
-
-
-def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.Graph, Observer]:
-    """The graph of the call root(*args, **kwargs), with a placeholder for each tensor in it; and who saw what it reads.
+def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.Graph, Reads]:
+    """The graph of the call root(*args, **kwargs), with a placeholder for each tensor in it; and what else it reads.
 
     Of the tensors nothing is read; every other argument is a constant of the graph.
 
@@ -112,7 +37,7 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
         Untraceable: there is no graph that is safe to run instead.
     """
     with _lock:
-        observer = Observer(root, is_leaf)
+        observer = Observer(root)
         tracer = _Tracer(args, kwargs, observer)
         try:
             with _functions_of_autograd(tracer), observer:
@@ -126,14 +51,14 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
             raise Untraceable(lines[0] if lines else type(error).__name__) from error
         if observer.tests_none and any(_may_be_none(node, root) for node in graph.nodes):
             raise Untraceable("its forward asks whether something is None, which a value that is computed in it may be")
-        return graph, observer
+        return graph, observer.reads
 
 
 def _may_be_none(node: fx.Node, root: nn.Module) -> bool:
     """Whether a part of the value may be None, as of a user's own function and of attention without its weights."""
     if node.op == "call_module":
         return isinstance(root.get_submodule(node.target), nn.MultiheadAttention)
-    return isinstance(node.target, Applied)
+    return isinstance(node.target, _Applied)
 
 
 _OF_PROXIES = {"tracer", "node", "root", "attr", "_node"}  # what torch.fx keeps in them
@@ -209,6 +134,17 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"
     setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
+class _Applied:
+    """A call of a torch.autograd.Function, whose backward is the user's own."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        self.function = function
+        self.__name__ = f"{function.__name__}.apply"
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function.apply(*args)
+
+
 @contextmanager
 def _functions_of_autograd(tracer: _Tracer) -> Iterator[None]:
     """Within, calls of torch.autograd.Functions on proxies are recorded: their backward is not what fx would trace."""
@@ -216,7 +152,7 @@ def _functions_of_autograd(tracer: _Tracer) -> Iterator[None]:
 
     def record(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() == tracer.thread and any(isinstance(arg, fx.Proxy) for arg in args):
-            return tracer.create_proxy("call_function", Applied(function), args, kwargs)
+            return tracer.create_proxy("call_function", _Applied(function), args, kwargs)
         return apply.__get__(None, function)(*args, **kwargs)
 
     torch.autograd.Function.apply = classmethod(record)

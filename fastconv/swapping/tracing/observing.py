@@ -13,22 +13,18 @@ late, such as the content of a container, is put back.
 from __future__ import annotations
 
 import builtins
-import functools
 import gc
 import importlib
 import inspect
 import sys
-import threading
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .contents import MISSING, ClassPlace, Place, Unwatchable, is_fixed
+from .contents import MISSING, ClassPlace, Place, Unwatchable
 from .harmless import (
     CALLING,
     GIVING_PARAMETERS,
@@ -42,100 +38,12 @@ from .harmless import (
     is_trusted,
     name_of,
 )
+from .modules import REGION
+from .reading import Reads
+from .refusal import Refusal, Untraceable, first_refusal, forget_refusals
 
 _MOST_EVENTS = 5_000_000  # calls and returns of the user's functions, and of C functions there
-
-
-class Untraceable(Exception):
-    """The message completes "not traced: "."""
-
-
-class Refusal(BaseException):
-    """As `Untraceable`, from inside of the user's code. The thread's first one counts, whoever catches it."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        if not _refused.reason:
-            _refused.reason = reason
-
-
-class _Refused(threading.local):
-    reason = ""
-
-
-_refused = _Refused()
-
-
-# ------------------------------------------------------------------------------------------ what code reads
-
-
-class _Variables:
-    """The variables of enclosing functions, or the default arguments, of a function."""
-
-    def __init__(self, function: types.FunctionType) -> None:
-        self._function = function
-
-    def get(self, name: str, missing: Any = None) -> Any:
-        function = self._function
-        if name == "__defaults__":
-            return function.__defaults__
-        if name == "__kwdefaults__":
-            return function.__kwdefaults__
-        try:
-            return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
-        except (TypeError, ValueError, IndexError):
-            return missing
-
-
-@dataclass(frozen=True)
-class _OfClass:
-    """The attributes of a class."""
-
-    cls: type
-
-    def get(self, name: str, missing: Any = None) -> Any:
-        return vars(self.cls).get(name, missing)
-
-
-class _Index:
-    """The attributes of a tree of modules, and of classes, by name: where they are.
-
-    Attributes:
-        attributes: those whose content may change.
-        of_leaves: the others of modules that a graph calls as a whole.
-    """
-
-    def __init__(self, root: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
-        self.modules = list(root.modules())
-        self.ids = frozenset(map(id, self.modules))
-        self.attributes: dict[str, list[Any]] = {}
-        self.of_leaves: dict[str, list[dict[str, Any]]] = {}
-        self.functions: dict[types.CodeType, list[types.FunctionType]] = {}  # that are attributes, by their code
-        for module in self.modules:
-            leaves = module is not root and is_leaf(module)
-            for name, value in vars(module).items():
-                if isinstance(value, types.FunctionType):
-                    self.functions.setdefault(value.__code__, []).append(value)
-                if name in BOOKKEEPING:
-                    continue
-                if not is_fixed(value, self.ids):
-                    self.attributes.setdefault(name, []).append(vars(module))
-                elif leaves:
-                    self.of_leaves.setdefault(name, []).append(vars(module))
-
-    def add_class(self, cls: type) -> None:
-        for name, value in vars(cls).items():
-            caches = isinstance(value, functools._lru_cache_wrapper)
-            if caches or not (name.startswith("__") or hasattr(value, "__get__") or is_fixed(value, self.ids)):
-                self.attributes.setdefault(name, []).append(_OfClass(cls))
-
-
 _IMPORT = importlib._bootstrap._find_and_load.__code__  # type: ignore[attr-defined]
-REGION = "_fastconv_region"  # where a swapped module keeps its programs, in its __dict__
-BOOKKEEPING = {*vars(nn.Module()), REGION}  # attributes of every module that no forward reads
-
-
-# ---------------------------------------------------------------------------------------------- the observer
 
 
 def is_possible() -> bool:
@@ -149,26 +57,20 @@ class Observer:
 
     Args:
         root: the module whose forward is going to run.
-        is_leaf: whether a graph calls a module as a whole.
 
     Attributes:
-        reads: what the forward read and may change, beside attributes of the modules whose forwards are traced.
-        of_leaves: attributes of the other modules that it may have read: dictionary, name and value.
+        reads: what the forward read and may change.
         ambient: the modes that it has to run in.
         tests_none: whether it asks if anything is None.
     """
 
-    def __init__(self, root: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
-        self.reads: list[Place | ClassPlace] = []
-        self.of_leaves: list[tuple[dict[str, Any], str, Any]] = []
+    def __init__(self, root: nn.Module) -> None:
+        self.reads = Reads(root)
         self.ambient = ambient()
         self.tests_none = False
-        self._index = _Index(root, is_leaf)
         self._arguments: Place | None = None
-        self._classes: set[type] = set()
         self._codes: dict[types.CodeType, bool] = {}  # those that ran: whether they are trusted
         self._inner: set[types.CodeType] = set()  # defined by functions that ran
-        self._known: set[tuple[Any, str]] = set()
         self._calls: list[Any] = []  # functions of C that user code is in
         self._failed = ""
         self._events = 0
@@ -190,7 +92,7 @@ class Observer:
     def take_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward must not write to the containers in its arguments: a graph gets their tensors alone."""
         try:
-            self._arguments = Place({"": (args, kwargs)}, "", "its arguments", self._index.ids)
+            self._arguments = Place({"": (args, kwargs)}, "", "its arguments", self.reads.ids)
         except Unwatchable as error:
             raise Refusal(f"its forward has an argument {error}") from None
 
@@ -207,18 +109,18 @@ class Observer:
                 waiting += dict.values(value) if isinstance(value, dict) else value
 
     def _places(self) -> list[Place | ClassPlace]:
-        return [*self.reads, *filter(None, [self._arguments])]
+        return [*self.reads.places, *filter(None, [self._arguments])]
 
     # The block
 
     def __enter__(self) -> Observer:
         # Parameters and buffers are shared with the original, which may be at work in another thread.
-        modules = [m for m in self._index.modules if not isinstance(m, torch.jit.ScriptModule)]
+        modules = [m for m in self.reads.modules if not isinstance(m, torch.jit.ScriptModule)]
         stores = [store for m in modules for store in (vars(m), m._modules)]
         self._attributes = [(store, dict(store)) for store in stores]
-        for module in self._index.modules:
-            self._see_class(type(module))
-        _refused.reason = ""
+        for module in self.reads.modules:
+            self.reads.see_class(type(module))
+        forget_refusals()
         self._profiler = sys.getprofile()
         self._collects = gc.isenabled()
         gc.disable()  # what it calls would be taken for the forward's own
@@ -248,8 +150,8 @@ class Observer:
             place.settle()
         sets_modes = ambient() != self.ambient
         torch._C._set_grad_enabled(self.ambient[0])
-        if _refused.reason:
-            return _refused.reason
+        if first_refusal():
+            return first_refusal()
         if changed:
             return f"its forward changes attributes of the modules: {', '.join(changed)}"
         if written:
@@ -282,7 +184,7 @@ class Observer:
                 raise Refusal(f"its forward {'draws random numbers with' if drawn else 'calls'} {name_of(function)}")
             self._calls.append(function)
             if function is getattr:
-                self._read_attributes(self._index.attributes.keys() | self._index.of_leaves.keys())
+                self.reads.note_all_attributes()
         elif event == "c_return":
             self._calls.pop()
         elif event == "c_exception":
@@ -319,18 +221,11 @@ class Observer:
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self._inner.add(constant)
-        for name in sorted(facts.globals):
-            self._read(frame.f_globals, name, f"the global {name}", facts.names)
+        self.reads.note_globals(frame, facts)
         self._check_builtins(frame, facts)
         if code not in self._inner:
-            self._read_function(frame, facts.names)
-        if code.co_argcount:
-            first = frame.f_locals.get(code.co_varnames[0])
-            self._see_class(first if issubclass(type(first), type) else type(first))
-        count = -1
-        while count != len(self.reads):  # which may have led to further classes
-            count = len(self.reads)
-            self._read_attributes(facts.names)
+            self.reads.note_function(frame, facts.names)
+        self.reads.note_call(frame, facts.names)
         return False
 
     def _check_builtins(self, frame: types.FrameType, facts: Code) -> None:
@@ -353,80 +248,6 @@ class Observer:
                 return True
             caller = caller.f_back
         return False
-
-    def _read_attributes(self, names: Any) -> None:
-        for name in names & self._index.attributes.keys():
-            for store in self._index.attributes[name]:
-                self._read(store, name, f"the attribute {name}", frozenset())
-        for name in names & self._index.of_leaves.keys():
-            self.of_leaves += [(store, name, store[name]) for store in self._index.of_leaves.pop(name)]
-
-    def _see_class(self, cls: type) -> None:
-        """Notes a class of the user's that may have been met, its bases, and classes in it."""
-        for base in type.mro(cls):
-            module = str(base.__module__)
-            is_written_in_python = base.__flags__ & 1 << 9
-            if base in self._classes or not is_written_in_python or is_trusted(module) or is_of_python(module):
-                continue
-            self._classes.add(base)
-            self.reads.append(ClassPlace(base))
-            self._index.add_class(base)
-            for value in list(vars(base).values()):
-                if isinstance(value, type):
-                    self._see_class(value)
-
-    def _read_function(self, frame: types.FrameType, names: frozenset[str]) -> None:
-        """The variables of enclosing functions, and the default arguments."""
-        code = frame.f_code
-        for function, store in self._functions_of(frame):
-            self._read(store, code.co_name, code.co_name, frozenset())
-            variables = _Variables(function)
-            for name in code.co_freevars:
-                if name != "__class__":
-                    self._read(variables, name, f"{name}, a variable of an enclosing function", names)
-            for name in ("__defaults__", "__kwdefaults__"):
-                self._read(variables, name, f"a default argument of {code.co_name}", frozenset())
-
-    def _functions_of(self, frame: types.FrameType) -> list[tuple[types.FunctionType, Any]]:
-        """The functions with the code of a frame, each with what has it by its name, if that is known."""
-        code = frame.f_code
-        if not set(code.co_freevars) - {"__class__"}:  # there may be several, each with variables of its own
-            places: list[Any] = [frame.f_globals]
-            if code.co_argcount:
-                first = frame.f_locals.get(code.co_varnames[0])
-                places += map(_OfClass, type.mro(first if issubclass(type(first), type) else type(first)))
-            for place in places:
-                found = place.get(code.co_name)
-                found = getattr(found, "__func__", found)
-                if isinstance(found, types.FunctionType) and found.__code__ is code:
-                    return [(found, place)]
-            if code in self._index.functions:
-                return [(function, {}) for function in self._index.functions[code]]
-        return [(found, {}) for found in gc.get_referrers(code) if isinstance(found, types.FunctionType)]
-
-    def _read(self, store: Any, name: str, words: str, names: frozenset[str]) -> None:
-        """Notes a value; of Python modules, whose content is not their own, and functions what the names tell."""
-        value = store.get(name, MISSING)
-        key = store if isinstance(store, _OfClass) else id(store), name
-        if value is MISSING or key in self._known:
-            return
-        self._known.add(key)
-        if isinstance(value, functools._lru_cache_wrapper):
-            raise Refusal(f"its forward reads {words}, a function that keeps its results")
-        home = str(value.__module__) if isinstance(value, type) else "builtins"
-        if home != "builtins" and is_of_python(home) and not is_trusted(home):
-            raise Refusal(f"its forward uses {home}.{value.__name__}")
-        try:
-            place = Place(store, name, words, self._index.ids)
-        except Unwatchable as error:
-            raise Refusal(f"its forward reads {words}, {error}") from None
-        self.reads.append(place)
-        for cls in [*place.classes, *([value] if isinstance(value, type) else [])]:
-            self._see_class(cls)
-        is_module = isinstance(value, types.ModuleType)
-        if (is_module and not is_trusted(value.__name__)) or isinstance(value, types.FunctionType):
-            for attribute in sorted(names & vars(value).keys()):
-                self._read(vars(value), attribute, f"{name}.{attribute}", names)
 
 
 def _put_back(store: dict[str, Any], old: dict[str, Any]) -> list[str]:
@@ -477,17 +298,3 @@ class _RealTensors(TorchDispatchMode):
         if func in _READ_NUMBERS or _TAGS_OF_NUMBERS & set(func.tags):
             raise Refusal("its forward reads a tensor's numbers")
         return func(*args, **(kwargs or {}))
-
-
-# ---------------------------------------------------------------------------- functions of autograd's own kind
-
-
-class Applied:
-    """A call of a torch.autograd.Function, whose backward is the user's own."""
-
-    def __init__(self, function: type[torch.autograd.Function]) -> None:
-        self.function = function
-        self.__name__ = f"{function.__name__}.apply"
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function.apply(*args)

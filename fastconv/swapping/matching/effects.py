@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .. import ops
-from .fused import FusedAdd, FusedConv, FusedLRN, FusedSeparable
-from .tracing import has_hooks, runs_forward_of
+from ... import ops
+from ..calls.call import Call, result_of
+from ..tracing.modules import has_hooks, runs_forward_of
+
+ATTRIBUTES = ("inplace", "return_indices")  # of layers, on which effects depend
 
 
 class Effect(enum.Enum):
@@ -37,9 +39,11 @@ _MODULES = {
 _IDENTITIES = {nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout}
 _VIEW_MODULES = {nn.Flatten, *_IDENTITIES}
 
+CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _FUNCTIONS = {
+    *CONCATENATIONS,
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg),
-    *(torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.cat, torch.concat, torch.mean),
+    *(torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.mean),
     *(torch.relu, torch.sigmoid, torch.tanh, torch.clamp, torch.maximum, torch.minimum),
     *(F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.sigmoid, F.tanh),
     *(F.hardswish, F.hardsigmoid, F.conv2d, F.linear, F.batch_norm, F.local_response_norm),
@@ -91,23 +95,17 @@ class Effects:
             node = self._storage[node]
         return node
 
-    def is_written(self, node: fx.Node, first: fx.Node, last: fx.Node) -> bool:
+    def writes(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether the node may overwrite the value."""
+        return any(self.storage(target) is self.storage(value) for target in self._targets(node))
+
+    def is_written(self, value: fx.Node, first: fx.Node, last: fx.Node) -> bool:
         """Whether anything strictly between the two may overwrite the value."""
-        storage = self.storage(node)
-        return any(
-            self.storage(target) is storage
-            for between in self._nodes[self.order[first] + 1 : self.order[last]]
-            for target in self._writes(between)
-        )
+        return any(self.writes(node, value) for node in self._nodes[self.order[first] + 1 : self.order[last]])
 
     def is_ever_written(self, node: fx.Node) -> bool:
         """Whether anything after the node, the caller included, may overwrite its value."""
-        storage = self.storage(node)
-        return any(
-            self.storage(target) is storage
-            for later in self._nodes[self.order[node] + 1 :]
-            for target in (later.all_input_nodes if later.op == "output" else self._writes(later))
-        )
+        return any(self.writes(later, node) for later in self._nodes[self.order[node] + 1 :])
 
     def is_private(self, node: fx.Node) -> bool:
         """Whether the value is new memory that only one node reads: overwriting it or not makes no difference."""
@@ -117,10 +115,11 @@ class Effects:
         if isinstance(b, fx.Node):
             self._storage[self.storage(a)] = self.storage(b)
 
-    def _writes(self, node: fx.Node) -> Iterable[fx.Node]:
+    def _targets(self, node: fx.Node) -> Iterable[fx.Node]:
+        """What the node may overwrite; of the end of the forward, what the caller may."""
         if self.of[node] is Effect.IN_PLACE:
             return node.all_input_nodes[:1]
-        if self.of[node] is Effect.UNKNOWN and node.op != "output":
+        if self.of[node] is Effect.UNKNOWN:
             return node.all_input_nodes
         if self._updates_statistics(node):
             return [other for other in self._nodes if other.op == "get_attr"]
@@ -190,7 +189,7 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def _classify_function(node: fx.Node) -> Effect:
-    if isinstance(node.target, FusedConv | FusedSeparable | FusedAdd | FusedLRN):
+    if isinstance(node.target, Call) or node.target is result_of:
         return Effect.NEW
     if node.target is getattr:
         return _classify_name(node.args[1])
