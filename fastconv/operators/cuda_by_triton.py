@@ -28,12 +28,12 @@ def register(namespace: str, *, define: bool) -> None:
 
     `define` also defines the operators and completes them, as no library did.
     """
-    library = torch.library.Library(namespace, "FRAGMENT")
-    _kept.append(library)  # its registrations end with it
+    fragment = torch.library.Library(namespace, "FRAGMENT")
+    _kept.append(fragment)  # its registrations end with it
     for name, schema in SCHEMAS.items():
         if define:
-            library.define(name + schema)
-        library.impl(name, _kernel(name), "CUDA")
+            fragment.define(name + schema)
+        fragment.impl(name, _kernel(name), "CUDA")
     if define:
         registration.add_namespace(namespace)
 
