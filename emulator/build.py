@@ -8,6 +8,7 @@ The libraries lie in build/emulator. Only what changed is compiled, by ninja.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import importlib.util
 import os
@@ -144,4 +145,6 @@ class Emulator:
 
 
 if __name__ == "__main__":
-    print(Emulator(None if "--gcc" in sys.argv[1:] else find_clang()).build())
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gcc", action="store_true", help="without clang, hence blind to plain loads and stores")
+    print(Emulator(None if parser.parse_args().gcc else find_clang()).build())

@@ -6,6 +6,7 @@ python tests/support/cuda_objects.py --write    records it there
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.util
 import json
@@ -153,7 +154,9 @@ def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"record it in {RECORD.name} instead of comparing")
+    if parser.parse_args().write:
         # A line for each kernel
         text = json.dumps(measured(), indent=1)
         text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)

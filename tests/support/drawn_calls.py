@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,100 +115,141 @@ def make(backend: str, seed: int, number: int) -> Call:
 
 
 def _draw(backend: str, seed: int, number: int, rng: random.Random) -> Call | None:
-    small = backend in SMALL
     op = rng.choice(OPS)
     dtype = rng.choice(DTYPES)
     special = rng.choice(("none",) * 8 + SPECIAL)
     if dtype == torch.float64 and special == "flushed":  # the oracle would be, too
         special = "denormals"
-    sizes = (1, 2, 3, 4, 5) if small else (1, 1, 2, 3, 4, 5, 7, 8, 9, 12, 16)
+    sizes = (1, 2, 3, 4, 5) if backend in SMALL else (1, 1, 2, 3, 4, 5, 7, 8, 9, 12, 16)
     batch, channels = rng.choice((1, 1, 2, 3)), rng.choice(sizes)
-    height, width = rng.choice(sizes), rng.choice(sizes)
+    image = (batch, channels, rng.choice(sizes), rng.choice(sizes))
     if rng.random() < 0.04:
-        batch = 0
-    shapes: dict[str, Any]
-    options: dict[str, Any] = {}
+        image = (0, *image[1:])
     activation = rng.choice(ACTIVATIONS)
     result = None
-
-    def steps(low: int, high: int) -> Any:
-        return rng.choice((rng.randint(low, high), (rng.randint(low, high), rng.randint(low, high))))
-
     if op in CONV_OPS:
-        taps = rng.choice(((1, 1), (1, 1), (3, 3), (2, 2), (1, 3), (5, 4)))
-        filters = rng.choice(sizes)
-        shapes = {"input": (batch, channels, height, width)}
-        if op.startswith("depthwise"):
-            hidden = channels * rng.choice((1, 1, 1, 2, 3))
-            name = "depthwise_weight" if op == "depthwise_separable_conv2d" else "weight"
-            shapes[name] = (hidden, 1, *taps)
-        elif op in ("conv2d_relu", "conv2d_add_relu"):
-            groups = rng.choice([g for g in range(1, channels + 1) if channels % g == 0])
-            filters = groups * rng.choice((1, 2, 3))
-            options["groups"] = groups
-            shapes["weight"] = (filters, channels // groups, *taps)
-        elif op == "pointwise_conv2d":
-            shapes["weight"] = (filters, channels, 1, 1)
-        if op == "pointwise_conv2d":
-            options["stride"] = steps(1, 3)
-        elif op != "pointwise_conv2d_group":
-            options.update(
-                stride=steps(1, 3), padding=rng.choice((0, steps(0, 2), "same", "valid")), dilation=steps(1, 2)
-            )
-            if options["padding"] == "same":
-                options["stride"] = 1
-        if op == "pointwise_conv2d_group":
-            widths = [rng.choice(sizes) for _ in range(rng.randint(1, 5))]
-            shapes["weights"] = [(k, channels, 1, 1) for k in widths]
-            if rng.random() < 0.7:
-                shapes["biases"] = [(k,) if rng.random() < 0.7 else None for k in widths]
-        elif op == "depthwise_separable_conv2d":
-            shapes["pointwise_weight"] = (filters, hidden, 1, 1)
-            shapes["depthwise_bias"] = rng.choice((None, (hidden,)))
-            shapes["pointwise_bias"] = rng.choice((None, (filters,)))
-            options["depthwise_activation"], options["pointwise_activation"] = rng.choice(ACTIVATIONS), activation
-        else:
-            shapes["bias"] = rng.choice((None, (shapes["weight"][0],)))
-        if op != "depthwise_separable_conv2d":
-            options["activation"] = activation
-        probe = {
-            name: [torch.empty(s, device="meta") for s in shape]
-            if isinstance(shape, list)
-            else None
-            if shape is None
-            else torch.empty(shape, device="meta")
-            for name, shape in shapes.items()
-            if name != "biases" and not name.endswith("bias")
-        }
-        try:
-            (result, *_) = eager(op, {**probe, **options, **({"residual": None} if "residual" not in probe else {})})
-        except RuntimeError:
+        shapes, options = _convolution(op, image, sizes, activation, rng)
+        result = _result(op, shapes, options)
+        if result is None:
             return None  # a filter larger than the image
         if op == "conv2d_add_relu" or (op == "pointwise_conv2d" and rng.random() < 0.5):
             shapes["residual"] = tuple(result.shape)
-        unbatched = batch == 1 and rng.random() < 0.3
-    elif op == "add_relu":
-        dims = rng.randint(0, 5)
-        shape = tuple(rng.choice((0, *sizes[:5]) if rng.random() < 0.1 else sizes[:6]) for _ in range(dims))
-        if dims == 4 and rng.random() < 0.7:
-            shape = (batch, channels, height, width)
-        other = shape
-        if rng.random() < 0.2:
-            other = tuple(rng.choice((1, n)) for n in shape)[rng.randint(0, dims) :]
-        shapes, options, unbatched = {"input": shape, "other": other}, {"activation": activation}, False
+        unbatched = image[0] == 1 and rng.random() < 0.3
     else:
-        shape = (batch, channels, *[rng.choice(sizes[:5]) for _ in range(rng.choice((1, 2, 2, 2, 3)))])
-        options = {
-            "size": rng.choice((1, 2, 3, 5, 9)),
-            "alpha": rng.choice((1e-4, 0.5)),
-            "beta": rng.choice((0.75, 0.5, 1.0)),
-        }
-        options |= {"k": rng.choice((1.0, 2.0)), "activation": activation}
-        shapes, unbatched = {"input": shape}, False
-
+        draw = _sum if op == "add_relu" else _norm
+        shapes, options = draw(image, sizes, activation, rng)
+        unbatched = False
     autocast = rng.choice((torch.bfloat16, torch.float16)) if rng.random() < 0.08 else None
-    names = list(shapes)
-    poisoned = rng.choice(names)
+    arguments = _tensors(shapes, dtype, special, unbatched, rng)
+    call = Call(backend, seed, number, op, {**arguments, **options}, dtype, special, autocast)
+    if op in WITH_OUT and rng.random() < 0.15:
+        call.out_layout = rng.choice(("contiguous", "channels_last", "channels", "sliced"))
+    elif rng.random() < 0.6:
+        count = len(tensors(arguments))
+        call.wanted = sorted(rng.sample(range(count), rng.randint(1, count)))
+        call.grad_layout = rng.choice(LAYOUTS)
+    return None if result is not None and fault_of_torch(call, result) else call
+
+
+Shapes = dict[str, Any]  # of tensor arguments: a shape, a list of shapes, or None
+Options = dict[str, Any]
+
+
+def _convolution(
+    op: str, image: tuple[int, ...], sizes: Sequence[int], activation: str, rng: random.Random
+) -> tuple[Shapes, Options]:
+    """All but the residual, whose shape is that of the result."""
+    channels = image[1]
+    shapes: Shapes = {"input": image}
+    options: Options = {}
+    taps = rng.choice(((1, 1), (1, 1), (3, 3), (2, 2), (1, 3), (5, 4)))
+    filters = rng.choice(sizes)
+    hidden = 0
+    if op.startswith("depthwise"):
+        hidden = channels * rng.choice((1, 1, 1, 2, 3))
+        shapes["depthwise_weight" if op == "depthwise_separable_conv2d" else "weight"] = (hidden, 1, *taps)
+    elif op in ("conv2d_relu", "conv2d_add_relu"):
+        groups = rng.choice([g for g in range(1, channels + 1) if channels % g == 0])
+        filters = groups * rng.choice((1, 2, 3))
+        options["groups"] = groups
+        shapes["weight"] = (filters, channels // groups, *taps)
+    elif op == "pointwise_conv2d":
+        shapes["weight"] = (filters, channels, 1, 1)
+    options |= _geometry(op, rng)
+    if op == "pointwise_conv2d_group":
+        widths = [rng.choice(sizes) for _ in range(rng.randint(1, 5))]
+        shapes["weights"] = [(k, channels, 1, 1) for k in widths]
+        if rng.random() < 0.7:
+            shapes["biases"] = [(k,) if rng.random() < 0.7 else None for k in widths]
+    elif op == "depthwise_separable_conv2d":
+        shapes["pointwise_weight"] = (filters, hidden, 1, 1)
+        shapes["depthwise_bias"] = rng.choice((None, (hidden,)))
+        shapes["pointwise_bias"] = rng.choice((None, (filters,)))
+        options["depthwise_activation"], options["pointwise_activation"] = rng.choice(ACTIVATIONS), activation
+        return shapes, options
+    else:
+        shapes["bias"] = rng.choice((None, (shapes["weight"][0],)))
+    options["activation"] = activation
+    return shapes, options
+
+
+def _geometry(op: str, rng: random.Random) -> Options:
+    def steps(low: int, high: int) -> Any:
+        return rng.choice((rng.randint(low, high), (rng.randint(low, high), rng.randint(low, high))))
+
+    if op == "pointwise_conv2d":
+        return {"stride": steps(1, 3)}
+    if op == "pointwise_conv2d_group":
+        return {}
+    found = {
+        "stride": steps(1, 3),
+        "padding": rng.choice((0, steps(0, 2), "same", "valid")),
+        "dilation": steps(1, 2),
+    }
+    return {**found, "stride": 1} if found["padding"] == "same" else found
+
+
+def _result(op: str, shapes: Shapes, options: Options) -> Tensor | None:
+    """On the meta device, what eager returns; None where it raises."""
+
+    def meta(shape: Any) -> Any:
+        if isinstance(shape, list):
+            return [torch.empty(s, device="meta") for s in shape]
+        return None if shape is None else torch.empty(shape, device="meta")
+
+    probe = {name: meta(shape) for name, shape in shapes.items() if not name.endswith(("bias", "biases"))}
+    try:
+        return eager(op, {**probe, **options, "residual": None})[0]
+    except RuntimeError:
+        return None
+
+
+def _sum(image: tuple[int, ...], sizes: Sequence[int], activation: str, rng: random.Random) -> tuple[Shapes, Options]:
+    dims = rng.randint(0, 5)
+    shape = tuple(rng.choice((0, *sizes[:5]) if rng.random() < 0.1 else sizes[:6]) for _ in range(dims))
+    if dims == 4 and rng.random() < 0.7:
+        shape = image
+    other = shape
+    if rng.random() < 0.2:
+        other = tuple(rng.choice((1, n)) for n in shape)[rng.randint(0, dims) :]
+    return {"input": shape, "other": other}, {"activation": activation}
+
+
+def _norm(image: tuple[int, ...], sizes: Sequence[int], activation: str, rng: random.Random) -> tuple[Shapes, Options]:
+    shape = (*image[:2], *[rng.choice(sizes[:5]) for _ in range(rng.choice((1, 2, 2, 2, 3)))])
+    options = {
+        "size": rng.choice((1, 2, 3, 5, 9)),
+        "alpha": rng.choice((1e-4, 0.5)),
+        "beta": rng.choice((0.75, 0.5, 1.0)),
+        "k": rng.choice((1.0, 2.0)),
+        "activation": activation,
+    }
+    return {"input": shape}, options
+
+
+def _tensors(shapes: Shapes, dtype: torch.dtype, special: str, unbatched: bool, rng: random.Random) -> dict[str, Any]:
+    """In layouts of any kind; one of them has the special values."""
+    poisoned = rng.choice(list(shapes))
 
     def tensor(name: str, shape: tuple[int, ...] | None) -> Tensor | None:
         if shape is None:
@@ -220,22 +262,13 @@ def _draw(backend: str, seed: int, number: int, rng: random.Random) -> Call | No
         # zeros of the padding depends on which of torch's kernels it takes.
         if name == poisoned or special in ("denormals", "flushed"):
             value = special_values(special, dtype, value, rng) if "weight" not in name else value
-        if unbatched and name in ("input", "residual"):
-            return laid_out(value, rng.choice(LAYOUTS), rng).squeeze(0)
-        return laid_out(value, rng.choice(LAYOUTS), rng)
+        value = laid_out(value, rng.choice(LAYOUTS), rng)
+        return value.squeeze(0) if unbatched and name in ("input", "residual") else value
 
-    arguments = {
+    return {
         name: [tensor(name, s) for s in shape] if isinstance(shape, list) else tensor(name, shape)
         for name, shape in shapes.items()
     }
-    call = Call(backend, seed, number, op, {**arguments, **options}, dtype, special, autocast)
-    if op in WITH_OUT and rng.random() < 0.15:
-        call.out_layout = rng.choice(("contiguous", "channels_last", "channels", "sliced"))
-    elif rng.random() < 0.6:
-        count = len(tensors(arguments))
-        call.wanted = sorted(rng.sample(range(count), rng.randint(1, count)))
-        call.grad_layout = rng.choice(LAYOUTS)
-    return None if result is not None and fault_of_torch(call, result) else call
 
 
 def _meets_a_row(a: dict[str, Any], weight: Tensor, result: Tensor, pairs: list[tuple[int, int]]) -> bool:
