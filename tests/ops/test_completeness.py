@@ -55,11 +55,19 @@ def test_kernels(operator: str, key: str) -> None:
     assert has_kernel(operator, key) == (key != missing)
 
 
+def sources(folder: str, pattern: str) -> str:
+    return "".join(path.read_text() for path in sorted((ROOT / "csrc" / folder).rglob(pattern)))
+
+
+@pytest.mark.parametrize("key", ["cpu", "cuda"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_cuda_kernels(operator: str) -> None:
-    """Of the sources, as the library may have been built without a CUDA toolkit."""
-    glue = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cpp"))
-    assert f'm.impl("{operator}"' in glue
+def test_glue(operator: str, key: str) -> None:
+    """Of the sources, as the library may have been built without a CUDA toolkit: what implements the operator for any
+    backend is instantiated for this one."""
+    shared = re.split(r"^struct (?=\w+Operators\b)", sources("common", "*_operators.h"), flags=re.MULTILINE)
+    (family,) = (text for text in shared[1:] if f'm.impl("{operator}"' in text)
+    name = re.match(r"\w+", family)[0]
+    assert re.search(rf"\b{name}<[^;]*>::implement\(m\);", sources(key, "*.cpp"))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -81,6 +89,7 @@ def test_autocast(op: str, key: str) -> None:
 def test_every_layer(op: str) -> None:
     assert (PACKAGE / "ops" / f"{op}.py").is_file()
     assert (PACKAGE / "nn" / f"{op}.py").is_file()
+    assert (PACKAGE / "triton_kernels" / f"{op}.py").is_file()
     assert op.replace("_", "") in MODULES
     assert any(layer.verified for layer in layers_of(op))
     assert sum(case.op == op for case in CASES) >= 4
