@@ -8,6 +8,7 @@
 // writes into a tensor of the caller's: `out` is copied to.
 #include "cpu/conv2d.h"
 
+#include "common/aten.h"
 #include "common/conv2d_operators.h"
 #include "cpu/activation.h"
 
@@ -67,10 +68,9 @@ Tensor onednn_convolution(const Tensor& input, const Tensor& weight, const std::
                       std::nullopt);
 }
 
-Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                        const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation) {
-  Tensor output = call<Tensor>("aten::convolution", "", input, weight, bias, geometry.stride, geometry.padding,
-                               geometry.dilation, false, IntList{0, 0}, geometry.groups);
+Tensor without_onednn(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                      const std::optional<Tensor>& residual, const ConvGeometry& geometry, Activation activation) {
+  const Tensor output = aten_convolution(input, weight, bias, geometry);
   if (residual) {
     add_activation_inplace(output, *residual, activation);
   } else {
@@ -139,7 +139,7 @@ Tensor new_convolution(const Tensor& input, const Tensor& weight, const std::opt
   const ConvGeometry geometry = without_idle_dilation(weight, given);
   const bool in_fp32 = through_fp32(input, weight, size[2], size[3], geometry);
   if (input.numel() == 0 || !(onednn_computes(dtype) || in_fp32)) {
-    return aten_convolution(input, weight, bias, residual, geometry, activation);
+    return without_onednn(input, weight, bias, residual, geometry, activation);
   }
   constexpr ScalarType kFp32 = ScalarType::Float;
   // Rounding first lets the activation pass over half of the bytes; it changes neither sign nor
@@ -174,15 +174,11 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
     return {torch::stable::to(grad_input, dtype), torch::stable::to(grad_weight, dtype),
             torch::stable::to(grad_bias, dtype)};
   }
-  const std::array<bool, 3> convolved{mask[0], mask[1], false};
   const bool strict = dtype == ScalarType::Double && geometry.groups > 1 && has_channels_last_strides(weight);
   const Tensor image = strict ? with_whole_batch_stride(input) : input;
-  auto [grad_input, grad_weight, unused] = call<std::tuple<Tensor, Tensor, Tensor>>(
-      "aten::convolution_backward", "", grad_output, image, weight, std::optional<IntList>(), geometry.stride,
-      geometry.padding, geometry.dilation, false, IntList{0, 0}, geometry.groups,
-      torch::headeronly::HeaderOnlyArrayRef<bool>(convolved.data(), convolved.size()));
-  return {mask[0] ? grad_input : empty_gradient(input), mask[1] ? grad_weight : empty_gradient(input),
-          mask[2] ? sum_over_pixels(grad_output) : empty_gradient(input)};
+  auto [grad_input, grad_weight, no_bias] =
+      aten_convolution_backward(grad_output, image, weight, geometry, {mask[0], mask[1], false});
+  return {grad_input, grad_weight, mask[2] ? sum_over_pixels(grad_output) : no_bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor> activated_convolution_backward(const Tensor& grad_output,

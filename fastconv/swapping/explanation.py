@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..operators import kernels
 from . import regions
 from .patterns.convolution import is_convolution
 from .programs import Program
@@ -46,11 +47,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ran for one layer on the example inputs."""
+    """What ran for one layer on the example inputs.
+
+    Attributes:
+        choices: of CUDA kernels, printable: what was considered for each launch, and why the others were not taken.
+    """
 
     module: str
     shapes: str
     kernel: str
+    choices: tuple[kernels.Choice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,12 +193,15 @@ class _Recorder(fx.Interpreter):
         self.kernels: list[Kernel] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = super().call_function(target, args, kwargs)
+        with kernels.choices() as made:
+            output = super().call_function(target, args, kwargs)
         if target in self._calls:
+            ran = ", ".join(choice.chosen for choice in made if choice.chosen)
+            kernel = f"{target.kernel(args[0])}{': ' if ran else ''}{ran}"
             outputs = output if isinstance(output, tuple) else (output,)
             for layer, result in zip(self._calls[target].layers, outputs, strict=False):
                 shapes = f"{tuple(args[0].shape)} -> {tuple(result.shape)}"
-                self.kernels.append(Kernel(_path(layer), shapes, target.kernel(args[0])))
+                self.kernels.append(Kernel(_path(layer), shapes, kernel, tuple(made)))
         return output
 
 

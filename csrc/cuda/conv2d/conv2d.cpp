@@ -11,6 +11,7 @@
 
 #include <limits>
 
+#include "common/aten.h"
 #include "common/conv2d_operators.h"
 #include "common/layout.h"
 #include "common/pointwise_conv2d_group_operators.h"
@@ -218,8 +219,7 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
     return stored(output, out);
   }
   if (!has_kernels(input)) {
-    Tensor output = call<Tensor>("aten::convolution", "", input, weight, bias, geometry.stride, geometry.padding,
-                                 geometry.dilation, false, IntList{0, 0}, geometry.groups);
+    Tensor output = aten_convolution(input, weight, bias, geometry);
     if (residual) {
       add_activation_inplace(output, *residual, activation);
     } else {
@@ -241,12 +241,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
   if (!has_kernels(input)) {
     const Tensor grad =
         activation == Activation::kNone ? grad_output : activation_backward(grad_output, *output, activation);
-    auto [grad_input, grad_weight, grad_bias] = call<std::tuple<Tensor, Tensor, Tensor>>(
-        "aten::convolution_backward", "", grad, input, weight, std::optional<IntList>(IntList{weight.size(0)}),
-        geometry.stride, geometry.padding, geometry.dilation, false, IntList{0, 0}, geometry.groups,
-        torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
-    return {mask[0] ? grad_input : empty_gradient(input), mask[1] ? grad_weight : empty_gradient(input),
-            mask[2] ? grad_bias : empty_gradient(input)};
+    return aten_convolution_backward(grad, input, weight, geometry, mask);
   }
   std::vector<Tensor> outputs;
   if (output) outputs.push_back(*output);

@@ -2,6 +2,7 @@
 // but gradients in another layout than the output's.
 #include "cuda/depthwise_conv2d/depthwise_conv2d.h"
 
+#include "common/aten.h"
 #include "common/depthwise_operators.h"
 #include "common/layout.h"
 #include "cuda/depthwise_conv2d/plan.h"
@@ -54,8 +55,7 @@ Tensor depthwise_convolution(const Tensor& input, const Tensor& weight, const st
   DepthwiseConv2dParams params = depthwise_params(input, weight, output_size, geometry, activation);
   Device device(input);
   if (!depthwise_conv2d_takes(params, device.info())) {
-    const Tensor output = call<Tensor>("aten::convolution", "", input, weight, bias, geometry.stride, geometry.padding,
-                                       geometry.dilation, false, IntList{0, 0}, geometry.groups);
+    const Tensor output = aten_convolution(input, weight, bias, geometry);
     activation_inplace(output, activation);
     return activation == Activation::kRelu ? with_plain_strides(output) : output;
   }
@@ -87,12 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_convolution_backward(const Tensor& 
   Device device(input);
   if (!depthwise_conv2d_takes(params, device.info())) {
     const Tensor grad = masked ? activation_backward(grad_output, *output, activation) : grad_output;
-    auto [grad_input, grad_weight, grad_bias] = call<std::tuple<Tensor, Tensor, Tensor>>(
-        "aten::convolution_backward", "", grad, input, weight, std::optional<IntList>(IntList{weight.size(0)}),
-        geometry.stride, geometry.padding, geometry.dilation, false, IntList{0, 0}, geometry.groups,
-        torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
-    return {mask[0] ? grad_input : empty_gradient(input), mask[1] ? grad_weight : empty_gradient(input),
-            mask[2] ? grad_bias : empty_gradient(input)};
+    return aten_convolution_backward(grad, input, weight, geometry, mask);
   }
   const bool channels_last = output_is_channels_last(input, weight);
   const auto layout = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;

@@ -113,3 +113,14 @@ def test_nothing_is_noted_outside(backend: str) -> None:
     x = image(backend, 1, 8, 4, 4)
     fastconv.ops.add_relu(x, x)
     assert made(lambda: None) == []
+
+
+def test_explain_names_the_kernels(backend: str) -> None:
+    """Of the ops that a swapped model calls; why the others were not taken is in `choices`."""
+    layers = (torch.nn.Conv2d(8, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 1), torch.nn.LocalResponseNorm(5))
+    model = torch.nn.Sequential(*layers).eval().to(device_of(backend), torch.float16)
+    conv, _, lrn = fastconv.explain(model, image(backend, 1, 8, 8, 8)).kernels
+    assert conv.kernel.startswith(f"conv2d_relu float16, {backend}")
+    assert conv.kernel.endswith(f": {conv.choices[0].chosen}")
+    assert conv.choices[0].op == "conv2d_fprop"
+    assert lrn.kernel == f"local_response_norm float16, {backend}: local_response_norm_fprop_nhwc_vec"
