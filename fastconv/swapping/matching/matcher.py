@@ -39,14 +39,17 @@ class Match(abc.ABC):
     reason: str = field(default="", kw_only=True)
 
     from_the_end: ClassVar[bool] = False
-    takes: ClassVar[str]
+    takes: ClassVar[str] = "another pattern takes it"
     attributes: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     @abc.abstractmethod
     def at(cls, node: fx.Node, matcher: Matcher) -> Match | None:
-        """The match that this node leads to, if it does to any. A match that is to be part of it has all its nodes in
-        it. What the pattern should have had and may not is noted by `Matcher.skip`."""
+        """The match that this node leads to, if it does to any.
+
+        It may have all the nodes of another match, in whose place it then is. A layer that a user would expect in it,
+        and that cannot be, is noted by `Matcher.skip`.
+        """
 
     @abc.abstractmethod
     def call(self, fold: bool) -> Call | None:
@@ -116,7 +119,6 @@ class Matcher:
     """
 
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], fold: bool) -> None:
-        self.graph = graph
         self.fold = fold
         self.effects = Effects(graph, modules)
         self.matches: list[Match] = []
