@@ -123,7 +123,8 @@ def convolution_layout(input: Tensor, weight: Tensor, geometry: Geometry) -> tor
 
 
 def new_output(input: Tensor, weight: Tensor, geometry: Geometry, plain: bool = False) -> Tensor:
-    """An unwritten result in eager's layout; `plain` where a sum or a ReLU follows, see `activations.activate`."""
+    """An unwritten result in eager's layout; `plain` where a sum or a ReLU follows, see
+    `fastconv.operators.activations.activate`."""
     shape = output_shape(input.shape, weight.shape, geometry)
     layout = convolution_layout(input, weight, geometry)
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
