@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import fastconv
-from fastconv import nn, ops
+from fastconv import models, nn, ops
 from fastconv.measure.layers import layers_of
 from fastconv.operators.schemas import SCHEMAS, WITH_OUT
+from fastconv.swapping import patterns
 from support.cases import CASES, DTYPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +97,49 @@ def test_every_layer(op: str) -> None:
     readme = (ROOT / "README.md").read_text()
     assert f"`{op}`" in readme
     assert f"`{MODULES[op.replace('_', '')]}`" in readme
+
+
+def files(folder: str) -> list[str]:
+    """The public modules in a folder of the package."""
+    return sorted(path.stem for path in (PACKAGE / folder).glob("[!_]*.py"))
+
+
+def test_every_network_is_registered_where_it_is_defined() -> None:
+    with torch.device("meta"):
+        defining = {type(models.build(name)).__module__.rpartition(".")[2] for name in models.names()}
+    assert sorted(defining | {"registry"}) == files("models")
+
+
+def test_every_pattern_is_looked_for() -> None:
+    assert sorted(pattern.__module__.rpartition(".")[2] for pattern in patterns.PATTERNS) == files("swapping/patterns")
+
+
+def test_every_family_of_cuda_kernels_has_its_rooms() -> None:
+    """What its kernels take, how one is chosen, and for each architecture which of them are built."""
+    architectures = {path.parent for path in (ROOT / "csrc/cuda").rglob("*.cu")}
+    assert architectures
+    for folder in architectures:
+        assert re.fullmatch(r"sm\d+[af]?", folder.name), folder
+        assert (folder / "instances.cu").is_file(), folder
+        assert {"params.h", "plan.cpp", "plan.h"} <= {path.name for path in folder.parent.iterdir()}, folder
+        # Instructions have a room of their own, with twins for the emulator.
+        assert (ROOT / "csrc/cuda/ptx" / f"{folder.name}.cuh").is_file(), folder
+        assert (ROOT / "emulator/include/cuda/ptx" / f"{folder.name}.cuh").is_file(), folder
+
+
+TEXTS = {str(path.relative_to(ROOT)): path for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]}
+GENERATED = ("emulator/goldens", "build/", "table.md")  # by a GPU, a build, a sweep
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_files_that_texts_name_exist(text: Path) -> None:
+    """From the root, or from where the text is; `<op>` stands for any name."""
+    missing = []
+    for name in re.findall(r"`([\w./<>-]+/[\w./<>-]*|[\w.<>-]+\.(?:py|cpp|cuh?|h|md))`", text.read_text()):
+        pattern = re.sub(r"<\w+>", "*", name).rstrip("/")
+        if not name.startswith(GENERATED) and not any(any(folder.glob(pattern)) for folder in (ROOT, text.parent)):
+            missing.append(name)
+    assert missing == []
 
 
 @pytest.mark.parametrize("op", ops.__all__)
