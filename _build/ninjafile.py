@@ -9,7 +9,7 @@ import platform
 import re
 import shlex
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ninja.ninja_syntax import Writer
@@ -91,6 +91,15 @@ def gencode(arch: str) -> str:
     return f"-gencode=arch=compute_{number},code={code}"
 
 
+def _check_served(archs: Sequence[str]) -> None:
+    served = {arch for unit in cuda_units(archs) for arch in unit.archs}
+    for arch in archs:
+        if arch not in served:
+            raise fail(
+                f"FASTCONV_CUDA_ARCHS has {arch}, for which there are no kernels; name 80 or later, as {CUDA_ARCHS!r} does"
+            )
+
+
 def source_hash() -> str:
     digest = hashlib.sha256()
     for path in sorted(path for path in CSRC.rglob("*") if path.is_file()):
@@ -105,6 +114,7 @@ class Build:
         self.toolchain = toolchain
         self.cuda = wanted_cuda()
         self.archs = cuda_archs() if self.cuda else []
+        _check_served(self.archs)
         self.kernels = sorted((CSRC / "cpu/kernels").glob("*.cpp"))
         soabi = sysconfig.get_config_var("SOABI")
         self.folder = ROOT / "build" / f"{soabi}-torch{toolchain.torch.version}"

@@ -49,7 +49,8 @@ def cuda_units(archs: Sequence[str]) -> Iterator[CudaUnit]:
         path = source.relative_to(CSRC)
         macros = INSTANCES.get(path.as_posix(), {})
         for values in itertools.product(*macros.values()):
-            defines = [f"-DFASTCONV_ARCH={_architecture(source)[0]}"]
+            number, suffix = _architecture(source)
+            defines = [f"-DFASTCONV_ARCH={number}", f"-DFASTCONV_ARCH_ONLY={int(bool(suffix))}"]
             defines += [f"-D{name}={value}" for name, value in zip(macros, values, strict=True)]
             output = "-".join([path.with_suffix("").as_posix(), *values]) + ".cu.o"
             chosen = archs_for(source, archs)

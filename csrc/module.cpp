@@ -37,8 +37,7 @@ PYBIND11_MODULE(_C, m) {
         return py::module_::import("json").attr("loads")(json);
       },
       "Every CUDA kernel of this library, as a list of dicts (csrc/cuda/runtime/kernel_table.h); empty when built "
-      "without "
-      "CUDA.");
+      "without CUDA.");
 #ifdef FASTCONV_HAVE_CUDA
   m.def("force_kernel", &fastconv_cuda_force_kernel, py::arg("op"), py::arg("name").none(true),
         "Lets no CUDA kernel of `op` but this one run; None gives the choice back. 1 where there is no such kernel.");

@@ -1,6 +1,6 @@
 // Every operator of fastconv, on one screen. Python registers the rest of each one (fake, autograd,
-// autocast, vmap) in fastconv/ops/<op>.py; kernels are registered beside their code in cpu/<op>.cpp
-// and cuda/<op>.cpp.
+// autocast, vmap) in fastconv/ops/<op>.py; the glue in cpu/ and cuda/ registers what computes it
+// (common/<op>_operators.h).
 //
 // No argument has a default: torch drops defaulted arguments when it calls a kernel, and which ones
 // depends on the torch version. The public Python functions supply the defaults.

@@ -10,11 +10,7 @@ from typing import Any
 
 from .build import Emulator, find_clang
 
-__all__ = ["MULTIPROCESSORS", "SHARED_PER_BLOCK", "Emulator", "Library", "find_clang", "library", "load"]
-
-# Of the emulated GPU, unless a test asks for others: a small one, with the shared memory of compute capability 8.6
-MULTIPROCESSORS = 4
-SHARED_PER_BLOCK = 99 * 1024  # bytes
+__all__ = ["Emulator", "Library", "find_clang", "library", "load"]
 
 
 class Library:
@@ -35,12 +31,16 @@ class Library:
         self.functions.fastconv_emulator_seed(ctypes.c_uint64(seed))
 
     def multiprocessors(self, count: int) -> None:
-        """How many the choice among kernels finds; `MULTIPROCESSORS` at first."""
+        """How many the emulated GPU has; 4 at first, so that small tensors fill them."""
         self.functions.fastconv_emulator_multiprocessors(count)
 
     def shared_per_block(self, size: int) -> None:
-        """Bytes of shared memory that a block may have; `SHARED_PER_BLOCK` at first."""
+        """Bytes of shared memory that a block may have; 99 KiB at first, as compute capability 8.6 has it."""
         self.functions.fastconv_emulator_shared_per_block(size)
+
+    def reset_device(self) -> None:
+        """Makes the emulated GPU again what it was at first."""
+        self.functions.fastconv_emulator_reset_device()
 
     def statistics(self) -> dict[str, Any]:
         """Counts since the last reset; "launches" by kernel."""

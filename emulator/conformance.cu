@@ -1,5 +1,6 @@
-// Tiny kernels of one warp, one for each function of ptx.cuh and types.cuh: words in, words out. Built by nvcc and by
-// the emulator, they must say the same; conformance.py compares. This is what ties the emulator to hardware.
+// Tiny kernels of one warp, one for each function of ptx/sm80.cuh and runtime/types.cuh: words in, words out. Built by
+// nvcc and by the emulator, they must say the same; conformance.py compares. This is what ties the emulator to
+// hardware.
 #include <exception>
 #include <string>
 #include <vector>
@@ -266,7 +267,7 @@ API const char* conformance_run(int index, const uint32_t* in, uint32_t* out) {
   said.clear();
   try {
     const Case& one = cases().at(static_cast<size_t>(index));
-    const KernelInfo info{one.name, "conformance", 80, {0, 0, 0}, 0, 32, kSharedBytes, ""};
+    const KernelInfo info{one.name, "conformance", {80}, {0, 0, 0}, 0, 32, kSharedBytes, ""};
     const ConformanceMemory memory(in, one.in_words, out, one.out_words);
     launch(info, one.kernel, {{1}, {32}, kSharedBytes}, nullptr, Params{memory.in(), memory.out()});
     memory.fetch();

@@ -1,4 +1,4 @@
-"""Compares the emulator with a GPU, one function of ptx.cuh and types.cuh at a time.
+"""Compares the emulator with a GPU, one function of ptx/sm80.cuh and runtime/types.cuh at a time.
 
     python emulator/conformance.py                  what can be done here: compile, emulate, compare
     python emulator/conformance.py --require-gpu    fails where there is no GPU

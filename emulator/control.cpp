@@ -26,6 +26,8 @@ void fastconv_emulator_multiprocessors(int count) { control().device.multiproces
 
 void fastconv_emulator_shared_per_block(int bytes) { control().device.shared_per_block = bytes; }
 
+void fastconv_emulator_reset_device() { control().device = fastconv::emulator::Control{}.device; }
+
 int fastconv_emulator_checks_plain_accesses() {
 #ifdef FASTCONV_EMULATOR_HOOKS
   return 1;

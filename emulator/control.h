@@ -13,8 +13,9 @@ namespace fastconv::emulator {
 struct Control {
   std::mutex mutex;  // one launch at a time
   uint64_t seed = 1;
-  // Few multiprocessors, so that small tensors fill them; else the least that a GPU of compute capability 8.x has
-  cuda::DeviceInfo device{80, 4, 1536, 99 * 1024, 100 * 1024, 2 << 20};
+  // Compute capability 8.6, which has the least shared memory of those that the kernels are for; few multiprocessors,
+  // so that small tensors fill them
+  cuda::DeviceInfo device{86, 4, 1536, 99 * 1024, 100 * 1024, 2 << 20};
   std::map<std::string, uint64_t> launches;  // by kernel
   Statistics statistics;
 
@@ -30,6 +31,8 @@ Control& control();
 FASTCONV_EMULATOR_API void fastconv_emulator_seed(uint64_t seed);
 FASTCONV_EMULATOR_API void fastconv_emulator_multiprocessors(int count);
 FASTCONV_EMULATOR_API void fastconv_emulator_shared_per_block(int bytes);
+// Back to what it was at first
+FASTCONV_EMULATOR_API void fastconv_emulator_reset_device();
 // 1 when the kernels' plain loads and stores are seen
 FASTCONV_EMULATOR_API int fastconv_emulator_checks_plain_accesses();
 // Launches by kernel and other counts since the last reset, as JSON; valid until the next call

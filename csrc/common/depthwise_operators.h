@@ -7,7 +7,8 @@
 
 namespace fastconv {
 
-// `kConvolution` is Tensor(input, weight, bias, output_size, geometry, activation), as cpu/depthwise.h declares it.
+// `kConvolution` is Tensor(input, weight, bias, output_size, geometry, activation), as cpu/depthwise.h and
+// cuda/depthwise_conv2d/depthwise_conv2d.h declare it.
 template <auto kConvolution>
 struct DepthwiseOperators {
   static Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -40,7 +41,7 @@ inline bool separable_is_channels_last(const Tensor& input, const Tensor& depthw
 // `kForward` is Tensor(input, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, hidden_size,
 // geometry, inner, outer). The backward is made of parts: `kDepthwise` as above, which computes the depthwise result
 // again, and for each of the two convolutions the gradients of its input, weight and bias, (grad_output, output, input,
-// weight, geometry, activation, mask), as cuda/conv2d.h declares them.
+// weight, geometry, activation, mask), as cuda/conv2d/conv2d.h declares them.
 template <auto kForward, auto kDepthwise, auto kDepthwiseBackward, auto kPointwiseBackward>
 struct DepthwiseSeparableOperators {
   static Tensor depthwise_separable_conv2d(const Tensor& input, const Tensor& depthwise_weight,

@@ -13,8 +13,9 @@ struct GroupGradients {
 };
 
 // The functions of a backend:
-//   vector of Tensor kForward(input, weights, biases, output_sizes, activation, out); as many biases as weights, or
-//   none GroupGradients kBackward(grad_outputs, outputs, input, weights, activation, mask)
+//   vector of Tensor kForward(input, weights, biases, output_sizes, activation, out)
+//   GroupGradients kBackward(grad_outputs, outputs, input, weights, activation, mask)
+// There are as many biases as weights, or none.
 template <auto kForward, auto kBackward>
 struct PointwiseConv2dGroupOperators {
   static std::vector<Tensor> pointwise_conv2d_group(const std::optional<std::vector<Tensor>>& out, const Tensor& input,

@@ -67,12 +67,14 @@ class Choice:
         lines = [f"{self.op} on sm_{self.arch} with {self.multiprocessors} multiprocessors: {self.chosen or 'none'}"]
         for candidate in self.candidates:
             mark = "*" if candidate.kernel == self.chosen else " "
-            said = candidate.reason or f"score {candidate.score:.2f}"
+            said = candidate.reason or f"score {candidate.score:.3g}"
             lines.append(f"{mark} {candidate.kernel}: {said}")
         return "\n".join(lines)
 
 
 _libraries: dict[str, Library] = {}
+_forced: dict[tuple[str, str], str] = {}  # by backend and op
+_open: list[list[Choice]] = []  # the lists of the blocks in which choices are noted, the innermost last
 
 
 def add(backend: str, found: Library) -> None:
@@ -90,10 +92,10 @@ def table(backend: str = "cuda") -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def forced(op: str, kernel: str, backend: str = "cuda") -> Iterator[None]:
-    """Within the block, `op` runs this kernel or fails; both names as in `table`.
+    """Within the block, `op` runs this kernel or fails, where it runs one of its kernels; both names as in `table`.
 
     Raises:
-        ValueError: the op has no such kernel.
+        ValueError: the op has no such kernel to choose.
         RuntimeError: raised by the call inside whose tensors the kernel does not take; it says why.
     """
     if backend not in _libraries or _libraries[backend].force_kernel(op, kernel) != 0:
@@ -101,27 +103,42 @@ def forced(op: str, kernel: str, backend: str = "cuda") -> Iterator[None]:
         raise ValueError(
             f"fastconv: got kernel {kernel!r} of {op!r}, needed one of {', '.join(known) or 'those in kernels.table()'}"
         )
+    before = _forced.get((backend, op))
+    _forced[backend, op] = kernel
     try:
         yield
     finally:
-        _libraries[backend].force_kernel(op, None)
+        _libraries[backend].force_kernel(op, before)
+        if before is None:
+            del _forced[backend, op]
+        else:
+            _forced[backend, op] = before
 
 
 @contextlib.contextmanager
 def choices() -> Iterator[list[Choice]]:
     """Within the block, choices among kernels are noted; the list is filled at its end, in order."""
     made: list[Choice] = []
-    listening = list(_libraries.values())
-    for each in listening:
+    _collect()
+    _open.append(made)
+    for each in _libraries.values():
         each.record_choices(True)
     try:
         yield made
     finally:
-        for each in listening:
-            for choice in each.take_choices():
-                candidates = tuple(Candidate(**candidate) for candidate in choice.pop("candidates"))
+        _collect()
+        _open.pop()
+        for each in _libraries.values():
+            each.record_choices(bool(_open))
+
+
+def _collect() -> None:
+    """Gives what was noted since the last time to all blocks that are open."""
+    for each in _libraries.values():
+        for choice in each.take_choices():
+            candidates = tuple(Candidate(**candidate) for candidate in choice.pop("candidates"))
+            for made in _open:
                 made.append(Choice(**choice, candidates=candidates))
-            each.record_choices(False)
 
 
 if library.LOADED and library.has_cuda():

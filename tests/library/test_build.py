@@ -159,8 +159,17 @@ def test_a_folder_says_for_which_gpus(monkeypatch, tmp_path):
     assert set(instances.values()) == {("80+PTX", "90a", "120")}
     assert not any("sm90a" in name for name in built("80+PTX", "90", "100a"))
     defines = {unit.output: unit.defines for unit in sources.cuda_units(["90a"])}
-    assert defines["cuda/conv2d/sm90a/conv.cu.o"] == ("-DFASTCONV_ARCH=90",)
+    assert defines["cuda/conv2d/sm90a/conv.cu.o"] == ("-DFASTCONV_ARCH=90", "-DFASTCONV_ARCH_ONLY=1")
     assert "-DFASTCONV_PASS=kDgrad" in defines["cuda/conv2d/sm80/instances-kDgrad-kFloat16.cu.o"]
+
+
+def test_gpus_that_no_kernel_is_for(monkeypatch):
+    monkeypatch.setenv("FASTCONV_CUDA_ARCHS", "80+PTX 75")
+    monkeypatch.setattr(ninjafile, "wanted_cuda", lambda: toolchain.Cuda("nvcc", "13.0", Path(), Path()))
+    with pytest.raises(
+        SystemExit, match="FASTCONV_CUDA_ARCHS has 75, for which there are no kernels; name 80 or later"
+    ):
+        ninjafile.Build("0", toolchain.Toolchain(toolchain.Compiler(["c++"], ""), toolchain.Torch(TORCH, "2.14")))
 
 
 def test_gencode():

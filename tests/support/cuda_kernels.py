@@ -47,20 +47,19 @@ def through_mask(grad: Tensor, output: Tensor, activation: str) -> Tensor:
 
 
 @contextmanager
-def emulated_gpu(
-    multiprocessors: int = emulator.MULTIPROCESSORS, shared_per_block: int = emulator.SHARED_PER_BLOCK
-) -> Iterator[emulator.Library]:
+def emulated_gpu(multiprocessors: int | None = None, shared_per_block: int | None = None) -> Iterator[emulator.Library]:
     """Inside, ops run in the emulator, on a GPU of this size: small grids are spread over it. Launches count from 0."""
     library = emulated()
-    library.multiprocessors(multiprocessors)
-    library.shared_per_block(shared_per_block)
+    if multiprocessors is not None:
+        library.multiprocessors(multiprocessors)
+    if shared_per_block is not None:
+        library.shared_per_block(shared_per_block)
     library.reset_statistics()
     try:
         with on("cuda-emulated"):
             yield library
     finally:
-        library.multiprocessors(emulator.MULTIPROCESSORS)
-        library.shared_per_block(emulator.SHARED_PER_BLOCK)
+        library.reset_device()
 
 
 def check_same_bits_in_any_order(call: Callable[[], Sequence[Tensor]]) -> None:

@@ -65,7 +65,7 @@ def _readable(names: list[str]) -> dict[str, str]:
     plain = subprocess.run(["c++filt"], input="\n".join(names), stdout=subprocess.PIPE, text=True, check=True).stdout
     result = {}
     for name, text in zip(names, plain.splitlines(), strict=True):
-        text = re.sub(r"\(anonymous namespace\)::|fastconv::cuda::|^void ", "", text)
+        text = re.sub(r"\(anonymous namespace\)::|fastconv::cuda::(sm80::)?|^void ", "", text)
         # The parameters are the last parenthesis that is opened outside of <>.
         depth, end = 0, len(text)
         for i, letter in enumerate(text):

@@ -107,14 +107,9 @@ bool writes_wide(Pass pass, const ConvParams& p, int index, int run) {
 
 int tiles_of(int extent, int tile) { return static_cast<int>(ceil_div(extent, tile)); }
 
-struct Tiles {
-  int begin[kMaxBranches + 1];  // of each branch along the dimension that the branches share
-  int along_b, all;
-};
-
-Tiles count_tiles(Pass pass, const ConvParams& p, const KernelInfo& kernel) {
+ConvTiles count_tiles(Pass pass, const ConvParams& p, const KernelInfo& kernel) {
   const int tile_a = kernel.tile[0], tile_b = kernel.tile[1];
-  Tiles tiles{};
+  ConvTiles tiles{};
   int shared = 0;
   for (int i = 0; i < p.arg.branches; ++i) {
     tiles.begin[i] = shared;
@@ -133,10 +128,9 @@ LaunchShape shape_of(const ConvVariant& variant, const ConvParams& p, int tiles,
 }
 
 // What the launch of one GEMM needs beyond `parameters`.
-ConvPlan::Launch launch_of(const ConvVariant& variant, const ConvParams& params, int splits) {
+ConvPlan::Launch launch_of(const ConvVariant& variant, const ConvParams& params, const ConvTiles& tiles, int splits) {
   ConvPlan::Launch found{params, {}, {}};
   ConvParams& p = found.params;
-  const Tiles tiles = count_tiles(variant.pass, p, variant.info);
   std::copy(std::begin(tiles.begin), std::end(tiles.begin), p.tile_begin);
   p.tiles_b = tiles.along_b, p.by_tiles_b = Divider(tiles.along_b);
   p.splits = splits, p.by_splits = Divider(splits);
@@ -162,12 +156,13 @@ const char* ConvVariant::refusal(const ConvParams& p, const DeviceInfo&) const {
 }
 
 ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& device) const {
-  const int64_t tiles = count_tiles(pass, p, info).all, blocks = tiles * p.arg.groups;
+  ConvCandidate found;
+  found.tiles = count_tiles(pass, p, info);
+  const int64_t tiles = found.tiles.all, blocks = tiles * p.arg.groups;
   const int64_t deep = ceil_div(p.depth, info.tile[2]);
   // wgrad is deep and has few tiles: it gets blocks for two rounds, which evens them out.
   const int64_t wanted = int64_t{device.multiprocessors} * (pass == Pass::kWgrad ? 2 : 1);
   const int64_t most = std::min({wanted / std::max<int64_t>(blocks, 1), deep / kFewestTilesDeep, int64_t{kMostSplits}});
-  ConvCandidate found;
   if (most > 1) found.splits = static_cast<int>(ceil_div(deep, ceil_div(deep, most)));
   found.cost.shape = shape_of(*this, p, static_cast<int>(tiles), found.splits);
   found.cost.rate = rate;
@@ -187,7 +182,9 @@ ConvPlan plan_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo
   ConvPlan plan;
   plan.variant = variant;
   for (const ConvParams& gemm : gemms) {
-    plan.launches.push_back(launch_of(*variant, gemm, candidate.splits));
+    const bool is_first = &gemm == &gemms[0];
+    const ConvTiles tiles = is_first ? candidate.tiles : count_tiles(pass, gemm, variant->info);
+    plan.launches.push_back(launch_of(*variant, gemm, tiles, candidate.splits));
     if (candidate.splits > 1) {
       const int64_t parts = candidate.splits * int64_t{arguments.groups} * gemm.extent_a * (gemm.extent_b + 1);
       plan.workspace = std::max(plan.workspace, parts);

@@ -9,8 +9,15 @@
 
 namespace fastconv::cuda {
 
+// How the tiles of a GEMM are counted
+struct ConvTiles {
+  int begin[kMaxBranches + 1];  // of each branch along the dimension that the branches share
+  int along_b, all;
+};
+
 struct ConvCandidate {
   Cost cost;
+  ConvTiles tiles{};
   // Over how many blocks the depth of each tile is split. The parts are added in a fixed order by a second kernel, so
   // the result does not depend on timing.
   int splits = 1;

@@ -58,7 +58,9 @@ const char* DepthwiseVariant::refusal(const DepthwiseConv2dParams& p, const Devi
 
 // As many lanes of channels as leave shared memory for several blocks, and tiles for the others.
 DepthwiseCandidate DepthwiseVariant::candidate(const DepthwiseConv2dParams& params, const DeviceInfo& device) const {
-  const DepthwiseConv2dParams p = with_tiles(params, pass, filter > 0);
+  DepthwiseCandidate found;
+  found.params = with_tiles(params, pass, filter > 0);
+  DepthwiseConv2dParams& p = found.params;
   const int vector = vectors ? lane_channels(p.dtype) : 1;
   const int64_t lanes = (pass == Pass::kDgrad ? p.channels : out_channels(p)) / vector;
   const int64_t lane_bytes = pass == Pass::kWgrad ? 0 : filter_bytes(p, pass) * vector;
@@ -70,7 +72,6 @@ DepthwiseCandidate DepthwiseVariant::candidate(const DepthwiseConv2dParams& para
   // Warps without work would only wait at the barriers.
   const int64_t y = std::max<int64_t>(std::min(kThreads / x, ceil_div(p.tiles * x, 32) * 32 / x), 1);
 
-  DepthwiseCandidate found;
   LaunchShape& shape = found.cost.shape;
   shape.block = {static_cast<unsigned>(x), static_cast<unsigned>(y)};
   shape.grid.y = static_cast<unsigned>(channel_blocks);
@@ -79,9 +80,9 @@ DepthwiseCandidate DepthwiseVariant::candidate(const DepthwiseConv2dParams& para
     const int64_t wanted = ceil_div(int64_t{8} * device.multiprocessors, parts * channel_blocks);
     const int64_t fewest = ceil_div(p.tiles, int64_t{4} * y);  // a lane has at least 4 tiles
     const int64_t chunks = std::clamp<int64_t>(std::min(wanted, fewest), 1, 512);
-    found.tiles_per_chunk = static_cast<int>(ceil_div(p.tiles, chunks));
-    found.chunks = static_cast<int>(ceil_div(p.tiles, found.tiles_per_chunk));
-    shape.grid.x = static_cast<unsigned>(found.chunks * parts);
+    p.tiles_per_chunk = static_cast<int>(ceil_div(p.tiles, chunks));
+    p.chunks = static_cast<int>(ceil_div(p.tiles, p.tiles_per_chunk));
+    shape.grid.x = static_cast<unsigned>(p.chunks * parts);
     shape.shared_bytes = x * y * vector * compute_bytes(p);
   } else {
     // Enough to fill the device several times; then each works on several tiles with the filters it has loaded.
@@ -107,10 +108,9 @@ bool depthwise_conv2d_takes(const DepthwiseConv2dParams& p, const DeviceInfo& de
 DepthwisePlan plan_depthwise_conv2d(Pass pass, const DepthwiseConv2dParams& params, const DeviceInfo& device) {
   const auto [variant, candidate] = choose<DepthwiseVariant>(static_cast<int>(pass), params, device);
   if (!variant) throw std::runtime_error("fastconv: depthwise_conv2d has no CUDA kernel for this call");
-  DepthwisePlan plan{variant, with_tiles(params, pass, variant->filter > 0), candidate.cost.shape, {}, 0};
-  DepthwiseConv2dParams& p = plan.params;
+  DepthwisePlan plan{variant, candidate.params, candidate.cost.shape, {}, 0};
+  const DepthwiseConv2dParams& p = plan.params;
   if (pass == Pass::kWgrad) {
-    p.chunks = candidate.chunks, p.tiles_per_chunk = candidate.tiles_per_chunk;
     const int64_t rows = int64_t{p.filter_height} * p.filter_width + 1;  // the taps and the bias
     plan.workspace = p.chunks * rows * out_channels(p);
     plan.sums = {{static_cast<unsigned>(ceil_div(out_channels(p), kDepthwiseSumX) * rows)},

@@ -8,7 +8,7 @@ namespace fastconv::cuda {
 
 struct DepthwiseCandidate {
   Cost cost;
-  int chunks = 0, tiles_per_chunk = 0;  // wgrad
+  DepthwiseConv2dParams params;
 };
 
 struct DepthwiseVariant {
@@ -20,7 +20,7 @@ struct DepthwiseVariant {
 
   KernelInfo info;
   Pass pass;
-  bool vectors;  // of channels: `kLaneChannels` to a thread, else one
+  bool vectors;  // of channels: `lane_channels` to a thread, else one
   int filter;    // width of the filters whose rows stay in registers, 0 for any
   double rate;   // see Cost
   Run run;

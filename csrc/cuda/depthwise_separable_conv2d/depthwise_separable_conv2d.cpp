@@ -17,13 +17,6 @@ std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
-// Whether results can be written by 16 bytes
-bool writes_wide(const DepthwiseSeparableConv2dParams& p) {
-  const Strides& out = p.depthwise.out;
-  return out.c == 1 && p.out_channels % 8 == 0 && is_aligned(p.output) && out.n % 8 == 0 && out.h % 8 == 0 &&
-         out.w % 8 == 0;
-}
-
 // The output of the one kernel, or nothing where two are better
 std::optional<Tensor> fused(const Tensor& input, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
                             const std::optional<Tensor>& depthwise_bias, const std::optional<Tensor>& pointwise_bias,
@@ -31,8 +24,7 @@ std::optional<Tensor> fused(const Tensor& input, const Tensor& depthwise_weight,
                             Activation outer) {
   const bool channels_last = separable_is_channels_last(input, depthwise_weight, pointwise_weight, hidden_size, inner);
   const IntList size{hidden_size[0], pointwise_weight.size(0), hidden_size[2], hidden_size[3]};
-  const bool tf32 = allows_tf32(input);
-  if (!channels_last || !(is_low_precision(input.scalar_type()) || tf32) || input.numel() == 0) return std::nullopt;
+  if (input.numel() == 0) return std::nullopt;
   const Tensor filters = torch::stable::contiguous(depthwise_weight);
   const Tensor weight = torch::stable::contiguous(pointwise_weight);
   const std::optional<Tensor> bias1 = dense(depthwise_bias), bias2 = dense(pointwise_bias);
@@ -45,7 +37,8 @@ std::optional<Tensor> fused(const Tensor& input, const Tensor& depthwise_weight,
   params.weight = device.in(weight);
   params.out_channels = static_cast<int>(size[1]);
   params.activation = outer;
-  params.tf32 = tf32;
+  params.tf32 = allows_tf32(input);
+  params.channels_last = channels_last;
   SeparablePlan plan = plan_depthwise_separable_conv2d(params, device.info());
   if (!plan.variant) return std::nullopt;
   const Tensor output = empty_channels_last(input, size);
@@ -55,8 +48,7 @@ std::optional<Tensor> fused(const Tensor& input, const Tensor& depthwise_weight,
   planned.depthwise.out = image_strides(output);
   planned.bias = device.in(bias2);
   planned.output = device.out(output);
-  planned.wide = writes_wide(planned);
-  plan.variant->run(plan.variant->info, plan.shape, planned, device.stream());
+  launch_depthwise_separable_conv2d(plan, device.stream());
   return outer == Activation::kRelu ? with_plain_strides(output) : output;
 }
 

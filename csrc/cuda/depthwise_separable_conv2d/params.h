@@ -28,6 +28,7 @@ struct DepthwiseSeparableConv2dParams {
   int out_tiles;            // of out_channels, in all
   int out_tiles_per_block;  // those of a block
   bool wide;                // whether results can be written by 16 bytes
+  bool channels_last;       // whether the output is to be; kernels do not look at it
 };
 
 }  // namespace fastconv::cuda

@@ -9,7 +9,8 @@ namespace {
 
 using Params = DepthwiseSeparableConv2dParams;
 
-constexpr int kResident = 2;  // what the kernels' launch bounds promise
+constexpr int kResident = 2;                // what the kernels' launch bounds promise
+constexpr int64_t kSharedGoal = 96 * 1024;  // beyond, a block is alone on its multiprocessor; not measured
 
 int64_t padded_channels(const Params& p) {
   const int64_t depth = kSeparableDepthBytes / element_bytes(p.depthwise.dtype);
@@ -36,6 +37,7 @@ int64_t blocks_of(const DepthwiseConv2dParams& d, int pixels) { return ceil_div(
 
 // Each block reads all of the pointwise weight from L2: the more channels, the more pixels it takes to make up for it.
 const char* objection(const Params& p, int pixels, const DeviceInfo& device) {
+  if (shared_bytes(p, pixels) > kSharedGoal) return "two kernels are better than blocks of so much shared memory";
   const bool few = blocks_of(p.depthwise, 128) < device.multiprocessors;
   if (pixels == 128) {
     if (few) return "its blocks do not fill the device";
@@ -44,13 +46,21 @@ const char* objection(const Params& p, int pixels, const DeviceInfo& device) {
   return few || p.depthwise.channels <= 128 ? nullptr : "larger blocks or two kernels are better for so many channels";
 }
 
+// Whether results can be written by 16 bytes
+bool writes_wide(const Params& p) {
+  const Strides& out = p.depthwise.out;
+  return out.c == 1 && p.out_channels % 8 == 0 && is_aligned(p.output) && out.n % 8 == 0 && out.h % 8 == 0 &&
+         out.w % 8 == 0;
+}
+
 }  // namespace
 
 const char* SeparableVariant::refusal(const Params& p, const DeviceInfo& device) const {
   const DepthwiseConv2dParams& d = p.depthwise;
   const int bytes = element_bytes(d.dtype);
-  if (tf32 != (bytes == 4)) return "the tensors have another dtype";
+  if (bytes == 8 || tf32 != (bytes == 4)) return "the tensors have another dtype";
   if (tf32 && !p.tf32) return "TF32 is not allowed";
+  if (!p.channels_last) return "the output is not channels_last";
   if (d.multiplier != 1) return "a channel has several filters";
   if (d.channels * bytes % kSeparableChunkBytes != 0) return "the channels are not whole vectors of 16 bytes";
   if (d.in.c != 1) return "the channels do not lie side by side";
@@ -68,15 +78,24 @@ const char* SeparableVariant::refusal(const Params& p, const DeviceInfo& device)
   return fits ? nullptr : "the depthwise result does not fit into shared memory";
 }
 
-SeparableCandidate SeparableVariant::candidate(const Params& p, const DeviceInfo& device) const {
-  const int64_t blocks = blocks_of(p.depthwise, pixels), out_tiles = ceil_div(p.out_channels, kSeparableColumns);
-  const int64_t sharing = std::clamp<int64_t>(ceil_div(device.multiprocessors, blocks), 1, out_tiles);
+SeparableCandidate SeparableVariant::candidate(const Params& given, const DeviceInfo& device) const {
   SeparableCandidate found;
-  found.out_tiles_per_block = static_cast<int>(ceil_div(out_tiles, sharing));
-  const int64_t shares = ceil_div(out_tiles, found.out_tiles_per_block);
-  found.cost.shape = {{static_cast<unsigned>(blocks), static_cast<unsigned>(shares)},
-                      {static_cast<unsigned>(info.threads)},
-                      shared_bytes(p, pixels)};
+  found.params = given;
+  Params& p = found.params;
+  DepthwiseConv2dParams& d = p.depthwise;
+  d.row_tiles = static_cast<int>(ceil_div(d.out_width, kDepthwiseTile));
+  d.tiles = static_cast<int>(tiles_of(d));
+  d.rows_first = true;
+  p.padded_channels = static_cast<int>(padded_channels(p));
+  p.channels_at_once = static_cast<int>(channels_at_once(p));
+  p.out_tiles = static_cast<int>(ceil_div(p.out_channels, kSeparableColumns));
+  const int64_t blocks = blocks_of(d, pixels);
+  const int64_t sharing = std::clamp<int64_t>(ceil_div(device.multiprocessors, blocks), 1, p.out_tiles);
+  p.out_tiles_per_block = static_cast<int>(ceil_div(p.out_tiles, sharing));
+  found.cost.shape = {
+      {static_cast<unsigned>(blocks), static_cast<unsigned>(ceil_div(p.out_tiles, p.out_tiles_per_block))},
+      {static_cast<unsigned>(info.threads)},
+      shared_bytes(p, pixels)};
   found.cost.rate = rate;
   found.cost.resident = kResident;
   found.cost.objection = objection(p, pixels, device);
@@ -85,17 +104,12 @@ SeparableCandidate SeparableVariant::candidate(const Params& p, const DeviceInfo
 
 SeparablePlan plan_depthwise_separable_conv2d(const Params& params, const DeviceInfo& device) {
   const auto [variant, candidate] = choose<SeparableVariant>(0, params, device);
-  SeparablePlan plan{variant, params, candidate.cost.shape};
-  Params& p = plan.params;
-  DepthwiseConv2dParams& d = p.depthwise;
-  d.row_tiles = static_cast<int>(ceil_div(d.out_width, kDepthwiseTile));
-  d.tiles = static_cast<int>(tiles_of(d));
-  d.rows_first = true;
-  p.padded_channels = static_cast<int>(padded_channels(p));
-  p.channels_at_once = static_cast<int>(channels_at_once(p));
-  p.out_tiles = static_cast<int>(ceil_div(p.out_channels, kSeparableColumns));
-  p.out_tiles_per_block = candidate.out_tiles_per_block;
-  return plan;
+  return {variant, candidate.params, candidate.cost.shape};
+}
+
+void launch_depthwise_separable_conv2d(SeparablePlan& plan, Stream stream) {
+  plan.params.wide = writes_wide(plan.params);
+  plan.variant->run(plan.variant->info, plan.shape, plan.params, stream);
 }
 
 }  // namespace fastconv::cuda

@@ -8,7 +8,7 @@ namespace fastconv::cuda {
 
 struct SeparableCandidate {
   Cost cost;
-  int out_tiles_per_block = 0;
+  DepthwiseSeparableConv2dParams params;
 };
 
 struct SeparableVariant {
@@ -35,5 +35,7 @@ struct SeparablePlan {
 
 // Needs the sizes, the input and the pointwise weight. Throws when a kernel was forced that cannot run the call.
 SeparablePlan plan_depthwise_separable_conv2d(const DepthwiseSeparableConv2dParams& params, const DeviceInfo& device);
+// Needs the other pointers, and the output's strides, in the plan's parameters.
+void launch_depthwise_separable_conv2d(SeparablePlan& plan, Stream stream);
 
 }  // namespace fastconv::cuda

@@ -6,9 +6,6 @@
 
 namespace fastconv::cuda {
 
-// The kernels' name of a tensor's dtype, float64 included
-DType element_type(const Tensor& tensor);
-
 // grad_output where the activation let `output` through, else 0, in the layout of `output`
 Tensor activation_backward(const Tensor& grad_output, const Tensor& output, Activation activation);
 

@@ -27,4 +27,13 @@ struct LocalResponseNormParams {
   int channels_per_block;  // planes; the plan fills this in
 };
 
+// Whether the window is that of the kernels that know its size
+inline bool has_known_window(const LocalResponseNormParams& p) {
+  return p.before == kLrnWindow / 2 && p.after == kLrnWindow / 2;
+}
+
+// Pixels of a thread that walks along planes, for vectors of `width`: a backward one with windows of 8 would run out of
+// registers.
+constexpr int lrn_planes_width(bool backward, int width) { return backward && width > 4 ? 4 : width; }
+
 }  // namespace fastconv::cuda

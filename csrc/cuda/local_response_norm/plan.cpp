@@ -11,8 +11,6 @@ using Params = LocalResponseNormParams;
 constexpr int kThreads = kLrnThreads;
 constexpr int kSharedGoal = 48 * 1024;  // for several blocks on a multiprocessor
 
-bool has_known_window(const Params& p) { return p.before == kLrnWindow / 2 && p.after == kLrnWindow / 2; }
-
 // Rows: channels of a tile in vectors of `width`, and pixels of a block
 Extent rows_block(const Params& p, int width) {
   const int64_t vectors = p.channels / width;
@@ -30,12 +28,6 @@ int64_t rows_shared_bytes(const Params& p, int width, bool backward) {
 
 int width_of(const LrnVariant& variant, const Params& p) {
   return variant.vector_bytes > 0 ? variant.vector_bytes / element_bytes(p.dtype) : 1;
-}
-
-// Of planes a backward thread with windows of 8 elements would run out of registers.
-int planes_width(const LrnVariant& variant, const Params& p) {
-  const int width = width_of(variant, p);
-  return variant.backward ? std::min(width, 4) : width;
 }
 
 }  // namespace
@@ -68,7 +60,7 @@ LrnCandidate LrnVariant::candidate(const Params& p, const DeviceInfo& device) co
     shape.shared_bytes = rows_shared_bytes(p, width, backward);
     found.cost.resident = backward ? 3 : 4;
   } else if (walk == LrnWalk::kPlanes) {
-    const int64_t blocks = ceil_div(p.outer * (p.inner / planes_width(*this, p)), kThreads);
+    const int64_t blocks = ceil_div(p.outer * (p.inner / lrn_planes_width(backward, width_of(*this, p))), kThreads);
     // Cut along the channels until the blocks fill the device; a cut costs reading a halo.
     constexpr int kLeast = 16;
     const int64_t cuts =

@@ -1,7 +1,9 @@
 #include "cuda/runtime/choice.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <charconv>
 #include <climits>
 #include <map>
 #include <mutex>
@@ -27,6 +29,12 @@ std::map<std::string, const char*>& forced() {
 std::string& recorded() {
   static auto& text = *new std::string;
   return text;
+}
+
+// Not by std::to_string, which writes what the locale says.
+std::string as_json(double value) {
+  std::array<char, 32> text{};
+  return {text.data(), std::to_chars(text.begin(), text.end(), value).ptr};
 }
 
 }  // namespace
@@ -62,7 +70,7 @@ void ChoiceRecord::consider(const KernelInfo& kernel, const char* reason, double
   if (!listening_) return;
   candidates_ += candidates_.empty() ? "" : ", ";
   candidates_ += "{\"kernel\": " + quoted(kernel.name) + ", \"reason\": " + quoted(reason ? reason : "") +
-                 ", \"score\": " + std::to_string(score) + "}";
+                 ", \"score\": " + as_json(score) + "}";
 }
 
 const char* forced_kernel(const char* op) {
@@ -81,14 +89,11 @@ void refuse_forced(const KernelInfo& kernel, const char* refusal) {
 
 int fastconv_cuda_force_kernel(const char* op, const char* name) {
   using namespace fastconv::cuda;
-  const char* known = nullptr;
-  for (const KernelInfo* kernel : kernel_table()) {
-    if (name && std::string(op) == kernel->op && kernel->name == name) known = kernel->name.c_str();
-  }
+  const KernelInfo* known = name ? find_variant(op, name) : nullptr;
   if (name && !known) return 1;
   const std::lock_guard<std::mutex> lock(mutex);
   if (known) {
-    forced()[op] = known;
+    forced()[op] = known->name.c_str();
   } else {
     forced().erase(op);
   }

@@ -69,7 +69,7 @@ std::deque<Variant>& variants(int family) {
 template <class Variant>
 struct Register {
   Register(int family, std::initializer_list<Variant> list) {
-    for (const Variant& variant : list) list_kernel(variants<Variant>(family).emplace_back(variant).info);
+    for (const Variant& variant : list) list_kernel(variants<Variant>(family).emplace_back(variant).info, true);
   }
 };
 
@@ -89,7 +89,8 @@ Chosen<Variant> choose(int family, const Call& call, const DeviceInfo& device) {
   double best_score = 0;
   for (const Variant& variant : variants<Variant>(family)) {
     const bool is_forced = forced && variant.info.name == forced;
-    const char* refusal = device.arch < variant.info.arch ? "for later GPUs" : variant.refusal(call, device);
+    const char* refusal = "it is for other GPUs";
+    if (variant.info.arch.runs_on(device.arch)) refusal = variant.refusal(call, device);
     if (refusal) {
       record.consider(variant.info, refusal, 0);
       if (is_forced) refuse_forced(variant.info, refusal);
@@ -110,7 +111,7 @@ Chosen<Variant> choose(int family, const Call& call, const DeviceInfo& device) {
 }  // namespace fastconv::cuda
 
 extern "C" {
-// name null: back to the free choice. Returns 0, or 1 when `op` has no kernel of that name.
+// name null: back to the free choice. Returns 0, or 1 when `op` has no kernel of that name to choose.
 __attribute__((visibility("default"))) int fastconv_cuda_force_kernel(const char* op, const char* name);
 // Whether choices are noted from now on, by all threads; forgets those that were.
 __attribute__((visibility("default"))) void fastconv_cuda_record_choices(int on);

@@ -56,7 +56,7 @@ class Device {
   Stream stream_ = nullptr;
 };
 
-// float32, bfloat16 or float16, else an exception that names `op`
-DType cuda_dtype(const char* op, const Tensor& tensor);
+// The kernels' name of a tensor's dtype
+DType element_type(const Tensor& tensor);
 
 }  // namespace fastconv::cuda

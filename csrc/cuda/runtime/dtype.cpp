@@ -2,7 +2,7 @@
 
 namespace fastconv::cuda {
 
-DType cuda_dtype(const char* op, const Tensor& tensor) {
+DType element_type(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -10,9 +10,10 @@ DType cuda_dtype(const char* op, const Tensor& tensor) {
       return DType::kBFloat16;
     case ScalarType::Half:
       return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, op, ": got input of dtype ", torch::headeronly::toString(tensor.scalar_type()),
-                      ", needed float32, bfloat16 or float16 on CUDA; convert it, or use backend=\"reference\"");
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:  // the checks let no other through
+      STD_TORCH_CHECK(false, "fastconv: no CUDA kernel for dtype ", torch::headeronly::toString(tensor.scalar_type()));
   }
 }
 

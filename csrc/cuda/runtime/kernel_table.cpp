@@ -8,8 +8,13 @@
 namespace fastconv::cuda {
 namespace {
 
-std::vector<const KernelInfo*>& listed() {
-  static auto& kernels = *new std::vector<const KernelInfo*>;
+struct Listed {
+  const KernelInfo* kernel;
+  bool is_chosen;
+};
+
+std::vector<Listed>& listed() {
+  static auto& kernels = *new std::vector<Listed>;
   return kernels;
 }
 
@@ -19,17 +24,25 @@ std::string as_json(const KernelInfo& kernel) {
   };
   const std::string tile =
       std::to_string(kernel.tile[0]) + ", " + std::to_string(kernel.tile[1]) + ", " + std::to_string(kernel.tile[2]);
-  return "{\"name\": " + quoted(kernel.name) + ", \"op\": " + quoted(kernel.op) + number("arch", kernel.arch) +
+  return "{\"name\": " + quoted(kernel.name) + ", \"op\": " + quoted(kernel.op) + number("arch", kernel.arch.number) +
          ", \"tile\": [" + tile + "]" + number("stages", kernel.stages) + number("threads", kernel.threads) +
          number("shared_bytes", kernel.shared_bytes) + ", \"needs\": " + quoted(kernel.needs) + "}";
 }
 
 }  // namespace
 
-void list_kernel(const KernelInfo& kernel) { listed().push_back(&kernel); }
+void list_kernel(const KernelInfo& kernel, bool is_chosen) { listed().push_back({&kernel, is_chosen}); }
+
+const KernelInfo* find_variant(const std::string& op, const std::string& name) {
+  for (const auto& [kernel, is_chosen] : listed()) {
+    if (is_chosen && op == kernel->op && name == kernel->name) return kernel;
+  }
+  return nullptr;
+}
 
 std::vector<const KernelInfo*> kernel_table() {
-  std::vector<const KernelInfo*> table = listed();
+  std::vector<const KernelInfo*> table;
+  for (const Listed& one : listed()) table.push_back(one.kernel);
   std::stable_sort(table.begin(), table.end(),
                    [](const KernelInfo* a, const KernelInfo* b) { return std::strcmp(a->op, b->op) < 0; });
   return table;

@@ -4,12 +4,14 @@
 #include <string>
 #include <vector>
 
+#include "cuda/runtime/arch.h"
+
 namespace fastconv::cuda {
 
 struct KernelInfo {
   std::string name;   // <op>_<pass>_<what discriminates>; a launch is reported and counted under it
   const char* op;     // those among which a choice is made have the same
-  int arch;           // 80: runs on sm_80 and later
+  Arch arch;          // of the folder that it is built in
   int tile[3];        // what a block owns, M x N x K for GEMMs; 0 where it means nothing
   int stages;         // depth of the asynchronous pipeline, 0 without one
   int threads;        // of a block, at most
@@ -17,12 +19,16 @@ struct KernelInfo {
   const char* needs;  // what it asks of its tensors, in words; "" when nothing
 };
 
-// Adds a kernel, which is never moved or destroyed.
-void list_kernel(const KernelInfo& kernel);
+// Adds a kernel, which is never moved or destroyed. `is_chosen`: whether it is a variant among which a choice is made,
+// and which can be forced.
+void list_kernel(const KernelInfo& kernel, bool is_chosen);
+
+// Among the variants of `op`, the kernel of this name; null where there is none.
+const KernelInfo* find_variant(const std::string& op, const std::string& name);
 
 // A kernel that is no variant of a choice, at namespace scope of its file
 struct ListedKernel {
-  explicit ListedKernel(const KernelInfo& kernel) : info(kernel) { list_kernel(info); }
+  explicit ListedKernel(const KernelInfo& kernel) : info(kernel) { list_kernel(info, false); }
   const KernelInfo info;
 };
 

@@ -103,6 +103,56 @@ def test_shared_memory_is_the_devices() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
+def test_blocks_of_much_shared_memory_give_way_to_two_kernels() -> None:
+    """640 channels fit where a block may have what an A100's has, but leave no room for a second block."""
+    x, taps = image("cuda-emulated", 1, 640, 4, 8), torch.randn(640, 1, 3, 3).half()
+    pointwise = image("cuda-emulated", 16, 640, 1, 1)
+    with emulated_gpu(shared_per_block=163 * 1024):
+        first, *others = made(ops.depthwise_separable_conv2d, x, taps, pointwise, padding=1)
+    assert first.chosen == ""
+    assert reasons(first)["depthwise_separable_conv2d_fprop_nhwc_64_3x"] == (
+        "two kernels are better than blocks of so much shared memory"
+    )
+    assert [choice.op for choice in others] == ["depthwise_conv2d_fprop", "conv2d_fprop"]
+
+
+def test_small_grids_keep_the_faster_kernel() -> None:
+    """Slower kernels have more blocks, and fill more of a large device; the rates make up for that."""
+    with emulated_gpu(multiprocessors=108):
+        (choice,) = made(ops.local_response_norm, image("cuda-emulated", 1, 96, 27, 27), 5)
+        assert choice.chosen == "local_response_norm_fprop_nhwc_vec"
+        x, taps = image("cuda-emulated", 1, 64, 9, 9), torch.randn(64, 1, 3, 3).half().requires_grad_()
+        with kernels.choices() as found:
+            output = ops.depthwise_conv2d(x, taps, padding=1)
+            torch.autograd.grad(output, taps, torch.ones_like(output))
+    assert [choice.chosen for choice in found] == ["depthwise_conv2d_fprop_nhwc_3x", "depthwise_conv2d_wgrad_nhwc_3x"]
+
+
+def test_names_are_unique(backend: str) -> None:
+    names = [entry["name"] for entry in kernel_table(backend)]
+    assert len(set(names)) == len(names)
+
+
+def test_blocks_within_blocks(backend: str) -> None:
+    """Each list has what was chosen within its block; what was forced outside is so again after a block within."""
+    x = image(backend, 1, 8, 4, 4)
+    op, kinds = "add_relu_fprop", ("add_relu_fprop_vec1", "add_relu_fprop_vec16")
+    with kernels.choices() as outer, kernels.forced(op, kinds[0], backend):
+        ops.add_relu(x, x)
+        with kernels.choices() as inner, kernels.forced(op, kinds[1], backend):
+            ops.add_relu(x, x)
+        ops.add_relu(x, x)
+    assert [choice.chosen for choice in outer] == [kinds[0], kinds[1], kinds[0]]
+    assert [choice.chosen for choice in inner] == [kinds[1]]
+    assert made(ops.add_relu, x, x)[0].chosen == kinds[1]
+
+
+def test_a_kernel_without_a_choice_cannot_be_forced(backend: str) -> None:
+    name = "conv2d_fprop_fp32_reduce_sm80"
+    with pytest.raises(ValueError, match=f"got kernel '{name}' of 'conv2d_reduce'"):
+        kernels.forced("conv2d_reduce", name, backend).__enter__()
+
+
 def test_an_unknown_kernel_cannot_be_forced(backend: str) -> None:
     message = "got kernel 'nothing' of 'conv2d_wgrad', needed one of conv2d_wgrad_fp16_128x128_sm80, "
     with pytest.raises(ValueError, match=message), kernels.forced("conv2d_wgrad", "nothing", backend):

@@ -4,7 +4,7 @@
 
 #include "cuda/conv2d/sm80/sources.cuh"
 
-namespace fastconv::cuda {
+namespace fastconv::cuda::inline sm80 {
 
 // Where row `a` of a branch's result lies: channel 0 of a pixel, or a filter's gradient.
 template <Pass kPass>
@@ -84,4 +84,4 @@ FASTCONV_DEVICE float* bias_part(const ConvParams& p, int split, int group, int 
   return p.workspace + (p.splits * rows * p.extent_b + split * rows + int64_t{group} * p.extent_a + a);
 }
 
-}  // namespace fastconv::cuda
+}  // namespace fastconv::cuda::inline sm80

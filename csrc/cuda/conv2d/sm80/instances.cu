@@ -24,7 +24,7 @@ template <class Math>
 using Gather = ConvConfig<T, Math, 64, 64, 2, 2, 3, 1>;
 
 std::string name_of(const char* type, const char* what) {
-  return std::string(ConvVariant::kOps[kFamily]) + "_" + type + "_" + what + "_sm" + std::to_string(FASTCONV_ARCH);
+  return std::string(ConvVariant::kOps[kFamily]) + "_" + type + "_" + what + "_sm" + std::to_string(kArch.number);
 }
 
 void reduce(const KernelInfo& info, const LaunchShape& shape, const ConvParams& params, Stream stream) {
@@ -32,7 +32,7 @@ void reduce(const KernelInfo& info, const LaunchShape& shape, const ConvParams& 
 }
 
 const ListedKernel reduction(
-    {name_of(kType, "reduce"), "conv2d_reduce", FASTCONV_ARCH, {0, 0, 0}, 0, kReduceThreads, 0, "a split depth"});
+    {name_of(kType, "reduce"), "conv2d_reduce", kArch, {0, 0, 0}, 0, kReduceThreads, 0, "a split depth"});
 
 template <class C, bool kMasked>
 ConvVariant variant(const char* type, const char* what, double rate) {
@@ -42,7 +42,7 @@ ConvVariant variant(const char* type, const char* what, double rate) {
                           : "channels_last, channels of a group in multiples of 16 bytes";
   return {{name_of(type, what),
            ConvVariant::kOps[kFamily],
-           FASTCONV_ARCH,
+           kArch,
            {C::kTileA, C::kTileB, C::kTileDepth},
            C::kStages,
            C::kThreads,

@@ -8,7 +8,7 @@
 //
 // No matrix is ever built. The parts, in the order in which an element meets them:
 //
-//   ../params.h     the GEMM's extents and the constants of its index arithmetic
+//   ../params.h      the GEMM's extents and the constants of its index arithmetic
 //   sources.cuh      where an element of A or B lies in the tensors, or that it is padding
 //   tiles.cuh        tiles of A and B in shared memory, and their loaders
 //   math.cuh         ldmatrix and mma.sync (16-bit types, TF32) or fused multiply-adds (float32)
@@ -25,7 +25,7 @@
 #include "cuda/conv2d/sm80/tiles.cuh"
 #include "cuda/runtime/launch.cuh"
 
-namespace fastconv::cuda {
+namespace fastconv::cuda::inline sm80 {
 
 // Which tile of which GEMM a block computes
 struct Place {
@@ -251,4 +251,4 @@ conv2d_reduce_kernel(const __grid_constant__ ConvParams p) {
   }
 }
 
-}  // namespace fastconv::cuda
+}  // namespace fastconv::cuda::inline sm80

@@ -4,7 +4,7 @@
 
 #include "cuda/ptx/sm80.cuh"
 
-namespace fastconv::cuda {
+namespace fastconv::cuda::inline sm80 {
 
 // What a thread holds of a warp's part of C: with g = lane / 4 and t = lane % 4, element e of the 16x8 block (i, j) is
 // row 16 i + g + 8 (e / 2), column 8 j + 2 t + e % 2.
@@ -115,4 +115,4 @@ struct FloatMath {
   }
 };
 
-}  // namespace fastconv::cuda
+}  // namespace fastconv::cuda::inline sm80

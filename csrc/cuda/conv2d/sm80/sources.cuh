@@ -7,7 +7,7 @@
 #include "cuda/conv2d/params.h"
 #include "cuda/runtime/types.cuh"
 
-namespace fastconv::cuda {
+namespace fastconv::cuda::inline sm80 {
 
 // n / by for 0 <= n < 2^31
 FASTCONV_DEVICE int quotient(const Divider& by, int n) {
@@ -223,4 +223,4 @@ struct FiltersByPixels {
   }
 };
 
-}  // namespace fastconv::cuda
+}  // namespace fastconv::cuda::inline sm80

@@ -3,7 +3,7 @@
 
 #include "cuda/ptx/sm80.cuh"
 
-namespace fastconv::cuda {
+namespace fastconv::cuda::inline sm80 {
 
 // kExtent x kDepth elements in shared memory, one of the two dimensions contiguous. Within a row the 16-byte chunks
 // are permuted such that neither ldmatrix nor the fragment loads of float32 meet in a bank.
@@ -113,4 +113,4 @@ struct Loader {
   }
 };
 
-}  // namespace fastconv::cuda
+}  // namespace fastconv::cuda::inline sm80

@@ -38,7 +38,7 @@ void run(const KernelInfo& info, const LaunchShape& shape, const LaunchShape& su
 template <template <class, int, int, int> class Kernel, bool kVectors, int kFilter>
 DepthwiseVariant variant(Pass pass, const char* what, double rate, const char* needs) {
   const char* const op = DepthwiseVariant::kOps[static_cast<int>(pass)];
-  return {{std::string(op) + "_" + what, op, FASTCONV_ARCH, {0, 0, 0}, 0, kDepthwiseThreads, -1, needs},
+  return {{std::string(op) + "_" + what, op, kArch, {0, 0, 0}, 0, kDepthwiseThreads, -1, needs},
           pass,
           kVectors,
           kFilter,
@@ -53,17 +53,17 @@ constexpr const char* kBothNeed =
     "channels side by side in whole vectors of 4 (float64: 2), aligned to these, one filter for each, a filter of this "
     "width without dilation, stride 1 or 2 along the row";
 
-// Rates: so far apart that a kernel for vectors is taken wherever it can run, even where its fewer lanes fill less of
-// the device.
+// Rates: farther apart than the grids of two kernels can be (5 times as many blocks for any filter in wgrad, 4 times as
+// many lanes without vectors), so that the first that can run is taken, however little of the device it fills.
 template <template <class, int, int, int> class Kernel>
 Register<DepthwiseVariant> kernels_of(Pass pass) {
   return {
       static_cast<int>(pass),
       {variant<Kernel, true, 3>(pass, "nhwc_3x", 1, kBothNeed), variant<Kernel, true, 5>(pass, "nhwc_5x", 1, kBothNeed),
-       variant<Kernel, true, 0>(pass, "nhwc", 0.5, kVectorNeeds),
-       variant<Kernel, false, 3>(pass, "any_3x", 0.05, kFilterNeeds),
-       variant<Kernel, false, 5>(pass, "any_5x", 0.05, kFilterNeeds),
-       variant<Kernel, false, 0>(pass, "any", 0.025, "")}};
+       variant<Kernel, true, 0>(pass, "nhwc", 0.1, kVectorNeeds),
+       variant<Kernel, false, 3>(pass, "any_3x", 0.02, kFilterNeeds),
+       variant<Kernel, false, 5>(pass, "any_5x", 0.02, kFilterNeeds),
+       variant<Kernel, false, 0>(pass, "any", 0.002, "")}};
 }
 
 const Register<DepthwiseVariant> registered[] = {kernels_of<Fprop>(Pass::kFprop), kernels_of<Dgrad>(Pass::kDgrad),

@@ -23,7 +23,7 @@
 
 #include "cuda/depthwise_conv2d/sm80/tile.cuh"
 
-namespace fastconv::cuda::depthwise {
+namespace fastconv::cuda::inline sm80::depthwise {
 
 constexpr int kThreads = kDepthwiseThreads;
 
@@ -287,4 +287,4 @@ wgrad_sum(const DepthwiseConv2dParams p) {
   }
 }
 
-}  // namespace fastconv::cuda::depthwise
+}  // namespace fastconv::cuda::inline sm80::depthwise

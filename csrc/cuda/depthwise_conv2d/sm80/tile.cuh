@@ -5,7 +5,7 @@
 #include "cuda/depthwise_conv2d/params.h"
 #include "cuda/runtime/scalar.cuh"
 
-namespace fastconv::cuda::depthwise {
+namespace fastconv::cuda::inline sm80::depthwise {
 
 constexpr int kTile = kDepthwiseTile;
 template <class T>
@@ -100,4 +100,4 @@ FASTCONV_DEVICE void convolve_tile(const DepthwiseConv2dParams& p, const T* inpu
   }
 }
 
-}  // namespace fastconv::cuda::depthwise
+}  // namespace fastconv::cuda::inline sm80::depthwise

@@ -41,14 +41,7 @@ SeparableVariant variant(const char* what, double rate) {
   constexpr const char* kOp = SeparableVariant::kOps[0];
   constexpr int kDepthOf = kTf32 ? kDepth<float> : kDepth<Half>;
   const char* needs = kTf32 ? (kFilter > 0 ? kTf32FilterNeeds : kTf32Needs) : (kFilter > 0 ? kFilterNeeds : kNeeds);
-  return {{std::string(kOp) + "_nhwc_" + what,
-           kOp,
-           FASTCONV_ARCH,
-           {kPixels, kColumns, kDepthOf},
-           kStages,
-           kThreads,
-           -1,
-           needs},
+  return {{std::string(kOp) + "_nhwc_" + what, kOp, kArch, {kPixels, kColumns, kDepthOf}, kStages, kThreads, -1, needs},
           kTf32,
           kPixels,
           kFilter,
@@ -56,8 +49,8 @@ SeparableVariant variant(const char* what, double rate) {
           &run<kTf32, kPixels, kFilter>};
 }
 
-// Rates: 128 pixels read the pointwise weight half as often as 64. Where both can run, the number of pixels and
-// channels decides before the rate does (`objection` in plan.cpp).
+// Rates: 128 pixels read the pointwise weight half as often as 64, which counts where `objection` in plan.cpp leaves
+// both: up to 128 channels, on a device that blocks of 128 pixels fill. There the larger block is meant to win.
 const Register<SeparableVariant> registered(0, {variant<false, 128, 3>("128_3x", 1), variant<false, 128, 0>("128", 0.5),
                                                 variant<false, 64, 3>("64_3x", 0.5), variant<false, 64, 0>("64", 0.2),
                                                 variant<true, 128, 3>("tf32_128_3x", 1),

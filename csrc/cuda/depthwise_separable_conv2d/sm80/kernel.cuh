@@ -23,7 +23,7 @@
 #include "cuda/depthwise_separable_conv2d/params.h"
 #include "cuda/ptx/sm80.cuh"
 
-namespace fastconv::cuda::depthwise_separable {
+namespace fastconv::cuda::inline sm80::depthwise_separable {
 
 using namespace depthwise;
 
@@ -290,4 +290,4 @@ fprop_nhwc(const DepthwiseSeparableConv2dParams p) {
   ptx::cp_async_wait<0>();
 }
 
-}  // namespace fastconv::cuda::depthwise_separable
+}  // namespace fastconv::cuda::inline sm80::depthwise_separable

@@ -26,10 +26,7 @@ void run_strided(const KernelInfo& info, const LaunchShape& shape, const Element
 ElementwiseVariant variant(Elementwise operation, ElementwiseAccess access, const char* what, double rate,
                            ElementwiseVariant::Run run, const char* needs) {
   const char* const op = ElementwiseVariant::kOps[static_cast<int>(operation)];
-  return {{std::string(op) + "_" + what, op, FASTCONV_ARCH, {0, 0, 0}, 0, kElementwiseThreads, 0, needs},
-          access,
-          rate,
-          run};
+  return {{std::string(op) + "_" + what, op, kArch, {0, 0, 0}, 0, kElementwiseThreads, 0, needs}, access, rate, run};
 }
 
 template <Elementwise kOperation>

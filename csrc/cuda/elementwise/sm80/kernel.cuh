@@ -4,9 +4,8 @@
 //   mask      dx = dy where activation let y through, else 0
 //   activate  y = activation(x)
 //
-//   flat     the tensors lie in memory alike. A thread owns kElementwiseUnroll vectors of 16 bytes, a block's apart, so
-//   that a
-//            warp's accesses are whole lines. vec1 does without alignment.
+//   flat     the tensors lie in memory alike. A thread owns kElementwiseUnroll vectors of 16 bytes, a block's apart,
+//            so that a warp's accesses are whole lines. vec1 does without alignment.
 //   strided  the output is dense, the others have strides. A thread owns one element; where the innermost dimensions
 //            differ, the caches make up for what the strides waste.
 //
@@ -16,7 +15,7 @@
 #include "cuda/elementwise/params.h"
 #include "cuda/runtime/scalar.cuh"
 
-namespace fastconv::cuda {
+namespace fastconv::cuda::inline sm80 {
 
 template <Elementwise kOperation, class T>
 FASTCONV_DEVICE T apply(T a, T b, Activation activation) {
@@ -78,4 +77,4 @@ elementwise_strided(const ElementwiseParams p) {
   static_cast<T*>(p.output)[i] = apply<kOperation>(input[a], other[b], p.activation);
 }
 
-}  // namespace fastconv::cuda
+}  // namespace fastconv::cuda::inline sm80

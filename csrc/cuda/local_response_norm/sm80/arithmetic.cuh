@@ -19,7 +19,7 @@
 #include "cuda/local_response_norm/params.h"
 #include "cuda/runtime/scalar.cuh"
 
-namespace fastconv::cuda::lrn {
+namespace fastconv::cuda::inline sm80::lrn {
 
 constexpr int kThreads = kLrnThreads;
 constexpr int kWindow = kLrnWindow;
@@ -63,4 +63,4 @@ FASTCONV_DEVICE A over_power(A v, A d, const Coefficients<A>& of) {
   }
 }
 
-}  // namespace fastconv::cuda::lrn
+}  // namespace fastconv::cuda::inline sm80::lrn

@@ -1,6 +1,4 @@
 // The kernels of local response normalisation, for all types.
-#include <algorithm>
-
 #include "cuda/local_response_norm/plan.h"
 #include "cuda/local_response_norm/sm80/planes.cuh"
 #include "cuda/local_response_norm/sm80/rows.cuh"
@@ -13,7 +11,7 @@ using namespace lrn;
 
 template <bool kBackward, bool kVectors>
 void run_rows(const KernelInfo& info, const LaunchShape& shape, const LocalResponseNormParams& p, Stream stream) {
-  const bool known = p.before == kWindow / 2 && p.after == kWindow / 2;
+  const bool known = has_known_window(p);
   for_element_type(p.dtype, [&](auto element) {
     using T = typename decltype(element)::Type;
     constexpr int kWidth = kVectors ? kVector<T> : 1;
@@ -31,7 +29,7 @@ void run_planes(const KernelInfo& info, const LaunchShape& shape, const LocalRes
     using T = typename decltype(element)::Type;
     constexpr int kWidth = kVectors ? kVector<T> : 1;
     if constexpr (kBackward) {
-      launch(info, &dgrad_planes<T, std::min(kWidth, 4)>, shape, stream, p);  // as planes_width in plan.cpp
+      launch(info, &dgrad_planes<T, lrn_planes_width(true, kWidth)>, shape, stream, p);
     } else {
       launch(info, &fprop_planes<T, kWidth>, shape, stream, p);
     }
@@ -55,7 +53,7 @@ LrnVariant variant(bool backward, LrnWalk walk, bool vectors, const char* what, 
                    const char* needs) {
   const char* const op = LrnVariant::kOps[backward];
   const int shared_bytes = walk == LrnWalk::kRows ? -1 : 0;
-  return {{std::string(op) + "_" + what, op, FASTCONV_ARCH, {0, 0, 0}, 0, kThreads, shared_bytes, needs},
+  return {{std::string(op) + "_" + what, op, kArch, {0, 0, 0}, 0, kThreads, shared_bytes, needs},
           backward,
           walk,
           vectors ? 16 : 0,
@@ -68,16 +66,17 @@ constexpr const char* kRows = "channels side by side, a size whose halo fits int
 constexpr const char* kPlanesVector = "size 5, whole vectors of 16 bytes of pixels, 16-byte aligned";
 constexpr const char* kWideBackward = "a workspace of the tensor's size in float32 (float64)";
 
-// Rates: so far apart that vectors are taken wherever they can be, even where fewer threads fill less of the device.
+// Rates: farther apart than the grids of two kernels can be (16 times as many blocks without vectors), so that vectors
+// are taken wherever they can be, however little of the device they fill.
 template <bool kBackward>
 Register<LrnVariant> kernels() {
-  return {
-      kBackward,
-      {variant(kBackward, LrnWalk::kRows, true, "nhwc_vec", 1, &run_rows<kBackward, true>, kRowsVector),
-       variant(kBackward, LrnWalk::kRows, false, "nhwc", 0.1, &run_rows<kBackward, false>, kRows),
-       variant(kBackward, LrnWalk::kPlanes, true, "nchw_vec", 1, &run_planes<kBackward, true>, kPlanesVector),
-       variant(kBackward, LrnWalk::kPlanes, false, "nchw", 0.1, &run_planes<kBackward, false>, "size 5"),
-       variant(kBackward, LrnWalk::kWide, false, "wide", 0.001, &run_wide<kBackward>, kBackward ? kWideBackward : "")}};
+  return {kBackward,
+          {variant(kBackward, LrnWalk::kRows, true, "nhwc_vec", 1, &run_rows<kBackward, true>, kRowsVector),
+           variant(kBackward, LrnWalk::kRows, false, "nhwc", 0.02, &run_rows<kBackward, false>, kRows),
+           variant(kBackward, LrnWalk::kPlanes, true, "nchw_vec", 1, &run_planes<kBackward, true>, kPlanesVector),
+           variant(kBackward, LrnWalk::kPlanes, false, "nchw", 0.02, &run_planes<kBackward, false>, "size 5"),
+           variant(kBackward, LrnWalk::kWide, false, "wide", 0.0005, &run_wide<kBackward>,
+                   kBackward ? kWideBackward : "")}};
 }
 
 const Register<LrnVariant> registered[] = {kernels<false>(), kernels<true>()};

@@ -4,7 +4,7 @@
 
 #include "cuda/local_response_norm/sm80/arithmetic.cuh"
 
-namespace fastconv::cuda::lrn {
+namespace fastconv::cuda::inline sm80::lrn {
 
 template <class T, int kWidth>
 struct PlanePosition {
@@ -146,4 +146,4 @@ dgrad_planes(const LocalResponseNormParams p) {
   }
 }
 
-}  // namespace fastconv::cuda::lrn
+}  // namespace fastconv::cuda::inline sm80::lrn

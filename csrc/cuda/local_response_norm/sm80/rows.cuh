@@ -5,7 +5,7 @@
 
 #include "cuda/local_response_norm/sm80/arithmetic.cuh"
 
-namespace fastconv::cuda::lrn {
+namespace fastconv::cuda::inline sm80::lrn {
 
 // Where word i of a row is kept
 FASTCONV_HOST_DEVICE int slot(int i) { return i + i / 32; }
@@ -152,4 +152,4 @@ dgrad_rows(const LocalResponseNormParams p) {
   store_narrow(static_cast<T*>(p.output) + start + at.first + offset, own);
 }
 
-}  // namespace fastconv::cuda::lrn
+}  // namespace fastconv::cuda::inline sm80::lrn

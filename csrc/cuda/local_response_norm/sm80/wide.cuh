@@ -4,7 +4,7 @@
 
 #include "cuda/local_response_norm/sm80/arithmetic.cuh"
 
-namespace fastconv::cuda::lrn {
+namespace fastconv::cuda::inline sm80::lrn {
 
 // Where an element lies and which channel's it is
 struct WidePosition {
@@ -77,4 +77,4 @@ dgrad_wide_sums(const LocalResponseNormParams p) {
   static_cast<T*>(p.output)[at.index] = narrow<T>(gradient(q, wide_x<T>(p, at), sum, of));
 }
 
-}  // namespace fastconv::cuda::lrn
+}  // namespace fastconv::cuda::inline sm80::lrn

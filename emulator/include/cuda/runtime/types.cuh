@@ -1,4 +1,4 @@
-// The twin of csrc/cuda/types.cuh for a host compiler, with what the CUDA headers declare besides.
+// The twin of csrc/cuda/runtime/types.cuh for a host compiler, with what the CUDA headers declare besides.
 #pragma once
 
 #include <bit>
