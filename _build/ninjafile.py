@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ninja.ninja_syntax import Writer
 
-from .sources import CSRC, ROOT, cuda_families, cuda_sources, cuda_units
+from .sources import CSRC, CUDA_ARCHS, ROOT, cuda_families, cuda_sources, cuda_units
 from .toolchain import (
     MINIMUM_TORCH,
     Cuda,
@@ -41,7 +41,6 @@ CPU_CAPABILITIES = {
     "avx2": AVX2,
     "avx512": [*AVX512, "-mprefer-vector-width=512"],
 }
-CUDA_ARCHS = "80+PTX 90a"
 CUDA = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-warn-spills", f"-I{CSRC}"]
 
 CPP_JOB_BYTES = 1_000_000_000

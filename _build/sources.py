@@ -15,6 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 
+# The GPUs that a library is built for, unless FASTCONV_CUDA_ARCHS names others
+CUDA_ARCHS = "80+PTX 90a"
+
 # Sources of many kernels, built once for each combination of these macros' values.
 INSTANCES: dict[str, dict[str, Sequence[str]]] = {
     "cuda/conv2d/sm80/instances.cu": {
@@ -32,6 +35,11 @@ class CudaUnit:
     output: str  # relative to the folder of the build
     defines: tuple[str, ...]
     archs: tuple[str, ...]  # of those that the build is for, as FASTCONV_CUDA_ARCHS has them
+
+
+def default_archs() -> list[str]:
+    """Like ["80", "90a"]"""
+    return [arch.partition("+")[0] for arch in CUDA_ARCHS.split()]
 
 
 def cuda_sources() -> list[Path]:

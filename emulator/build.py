@@ -63,7 +63,7 @@ class Emulator:
     def __init__(self, clang: str | None, ucontext: bool = False) -> None:
         tools = import_build()
         torch = tools.toolchain.find_torch()
-        self._units = list(tools.sources.cuda_units(["80", "90a"]))
+        self._units = list(tools.sources.cuda_units(tools.sources.default_archs()))
         self.clang = clang
         self.compiler = shlex.join(tools.toolchain.find_compiler().command)
         self.folder = ROOT / "build" / "emulator" / (("clang" if clang else "gcc") + ("-ucontext" if ucontext else ""))

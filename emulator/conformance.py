@@ -30,7 +30,7 @@ import emulator
 from emulator.build import CSRC, HERE, ROOT, find_clang, import_build
 
 GOLDENS = HERE / "goldens"
-ARCHS = ["80", "90a"]
+ARCHS = import_build().sources.default_archs()
 # A kernel that leaves a word alone shows.
 UNWRITTEN = 0xA5A5A5A5
 # Of rounded results: float32 sums of at most 17 terms, powf and rsqrtf

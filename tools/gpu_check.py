@@ -98,7 +98,8 @@ def _proofs(files: Path) -> list[list[Step]]:
     conformance = [PYTHON, "emulator/conformance.py"]
     info, machine = [PYTHON, "-m", "fastconv", "info"], [PYTHON, "tools/machine.py"]
     kernels = [f"tests/kernels/cuda/test_cuda_{name}.py" for name in ("conv2d", "depthwise", "elementwise")]
-    rooms = ("kernels/cuda/test_cuda_device", "ops/test_op_numerics", "kernels/test_kernel_networks")
+    rooms = ("kernels/cuda/test_cuda_device", "kernels/cuda/test_choices")
+    rooms += ("ops/test_op_numerics", "kernels/test_kernel_networks")
     networks = [f"tests/{name}.py" for name in rooms]
     triton = ["tests/kernels/triton"]
     on_cuda = ["--only-backend", "cuda", "-m", ""]
@@ -144,14 +145,14 @@ def _timings(files: Path) -> list[list[Step]]:
     return [
         [step]
         for step in (
-            _timed("ops-cuda", files, "--backend cuda", "forward and channels_last and not compile", 80),
+            _timed("ops-cuda", files, "--backend cuda", "forward and channels_last and not compile", 90),
             _networks("networks-cuda", files, "--backend cuda --batches 1 64 --no-compile", 70),
-            _timed("ops-triton", files, "--backend triton", "forward and fastconv and channels_last", 80),
-            _timed("ops-cuda-backward", files, "--backend cuda", "backward and channels_last and not compile", 80),
+            _timed("ops-triton", files, "--backend triton", "forward and fastconv and channels_last", 90),
+            _timed("ops-cuda-backward", files, "--backend cuda", "backward and channels_last and not compile", 90),
             _networks("networks-triton", files, "--backend triton --batches 1 64 --no-compile", 70),
-            _timed("ops-cuda-1", files, "--backend cuda --batch 1", "forward and channels_last and not compile", 60),
+            _timed("ops-cuda-1", files, "--backend cuda --batch 1", "forward and channels_last and not compile", 70),
             _networks("networks-compile", files, "--backend cuda --batches 64", 90),
-            _timed("ops-compile", files, "--backend cuda", "forward and compile", 150),
+            _timed("ops-compile", files, "--backend cuda", "forward and compile", 160),
         )
     ]
 

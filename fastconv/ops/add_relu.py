@@ -74,8 +74,8 @@ def _fake(input: Tensor, other: Tensor, activation: str) -> Tensor:
 def _new_sum(input: Tensor, other: Tensor) -> Tensor:
     """What ``input + other`` allocates for two tensors of one shape.
 
-    torch's own fake kernels differ from the real ones where one operand is expanded. csrc/cuda/add_relu.cpp has the
-    same.
+    torch's own fake kernels differ from the real ones where one operand is expanded. csrc/cuda/elementwise/add_relu.cpp
+    has the same.
     """
     if input.is_contiguous() and other.is_contiguous():
         return torch.empty_like(input, memory_format=torch.contiguous_format)

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch._prims_common import suggest_memory_format
 
 from .calls.call import Call
-from .calls.convolution import output_shape
+from .calls.convolution import shape_of_output
 from .matching.effects import Effect, Effects
 
 _KINDS_KEPT = 32
@@ -206,4 +206,4 @@ def _convolved(conv: nn.Conv2d, input: Tensor) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
     layouts = suggest_memory_format(input), suggest_memory_format(conv.weight)
     layout = torch.channels_last if torch.channels_last in layouts else torch.contiguous_format
-    return torch.empty(output_shape(conv, input), dtype=dtype, memory_format=layout).zero_()
+    return torch.empty(shape_of_output(conv, input), dtype=dtype, memory_format=layout).zero_()

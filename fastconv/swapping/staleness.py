@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..operators import backends, library
+from . import patterns
 from .calls.call import Prepared
-from .patterns import attributes
 from .tracing.contents import ClassPlace, Place
 from .tracing.modules import BOOKKEEPING, REGION, has_hooks, hooks_of, is_leaf, is_region
 from .tracing.reading import Reads
@@ -33,7 +33,8 @@ class Watch:
         inlined = [m for m in modules if m is root or not is_leaf(m)]
         leaves = [m for m in modules if m is not root and is_leaf(m)]
         self._attributes = [(vars(m), name) for m in inlined for name in vars(m) if name not in BOOKKEEPING]
-        self._attributes += [(vars(m), name) for m in leaves for name in attributes() if name in vars(m)]
+        of_layers = patterns.attributes()
+        self._attributes += [(vars(m), name) for m in leaves for name in of_layers if name in vars(m)]
         scripted = torch.jit.ScriptModule
         # Of a ModuleList, too, whose content forwards go through.
         self._children = [m._modules for m in modules if not isinstance(m, scripted)]

@@ -1,4 +1,4 @@
-"""What users type, written down: a name that is missing here was taken from them."""
+"""What users type, written down here: whatever of it the package lacks was taken from them."""
 
 import argparse
 import importlib
@@ -86,6 +86,11 @@ def test_names_and_parameters(room: Any, names: dict[str, str]) -> None:
         function = getattr(room, name)
         found = list(inspect.signature(function).parameters)
         assert has_parameters(function, parameters), f"{room.__name__}.{name} has {found}, needed {parameters.split()}"
+
+
+@pytest.mark.parametrize(("room", "names"), [(ops, OPS), (nn, NN), (models, MODELS)], ids=["ops", "nn", "models"])
+def test_new_names_are_written_down(room: Any, names: dict[str, str]) -> None:
+    assert sorted(room.__all__) == sorted(names)
 
 
 def test_the_rooms() -> None:

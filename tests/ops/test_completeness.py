@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib
-import importlib.util
 import inspect
-import pkgutil
 import re
 from pathlib import Path
 
@@ -18,7 +16,10 @@ from fastconv import models, nn, ops
 from fastconv.measure.layers import layers_of
 from fastconv.operators.schemas import SCHEMAS, WITH_OUT
 from fastconv.swapping import patterns
+from support import drawn_calls
+from support.bad_calls import TABLE
 from support.cases import CASES, DTYPES
+from support.names import MISSING, cannot_be_imported, get, modules
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(fastconv.__file__).parent
@@ -94,8 +95,12 @@ def test_every_layer(op: str) -> None:
     assert op.replace("_", "") in MODULES
     assert any(layer.verified for layer in layers_of(op))
     assert sum(case.op == op for case in CASES) >= 4
+    assert any(bad.op == op for bad in TABLE)
+    assert op in drawn_calls.OPS
+    assert f"\ndef {op}(" in (ROOT / "benchmarks" / "eager.py").read_text()
+    for text in ("README.md", "CHANGELOG.md", "csrc/README.md"):
+        assert f"`{op}`" in (ROOT / text).read_text(), text
     readme = (ROOT / "README.md").read_text()
-    assert f"`{op}`" in readme
     assert f"`{MODULES[op.replace('_', '')]}`" in readme
 
 
@@ -128,6 +133,8 @@ def test_every_family_of_cuda_kernels_has_its_rooms() -> None:
 
 
 TEXTS = {str(path.relative_to(ROOT)): path for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]}
+# The package may be installed elsewhere than the texts are.
+FOLDERS = {ROOT, PACKAGE.parent}
 GENERATED = ("emulator/goldens", "build/", "table.md")  # by a GPU, a build, a sweep
 
 
@@ -137,7 +144,7 @@ def test_files_that_texts_name_exist(text: Path) -> None:
     missing = []
     for name in re.findall(r"`([\w./<>-]+/[\w./<>-]*|[\w.<>-]+\.(?:py|cpp|cuh?|h|md))`", text.read_text()):
         pattern = re.sub(r"<\w+>", "*", name).rstrip("/")
-        if not name.startswith(GENERATED) and not any(any(folder.glob(pattern)) for folder in (ROOT, text.parent)):
+        if not name.startswith(GENERATED) and not any(any(folder.glob(pattern)) for folder in FOLDERS | {text.parent}):
             missing.append(name)
     assert missing == []
 
@@ -165,34 +172,15 @@ def test_modules_are_found_by_their_names() -> None:
 
     Only an op's or a network's own file may go by the name of its function, which is all that others need of it.
     """
-    for module in pkgutil.walk_packages(fastconv.__path__, "fastconv."):
-        package, _, name = module.name.rpartition(".")
-        if (
-            name != "__main__"
-            and not _needs_triton(module.name)
-            and package not in ("fastconv.ops", "fastconv.triton_kernels", "fastconv.models")
-        ):
-            assert inspect.ismodule(_named(module.name)), module.name
+    for name in modules():
+        importlib.import_module(name)
+        package, _, last = name.rpartition(".")
+        if last != "__main__" and package not in ("fastconv.ops", "fastconv.triton_kernels", "fastconv.models"):
+            assert inspect.ismodule(functools.reduce(getattr, name.split(".")[1:], fastconv)), name
 
 
 def test_names_in_texts_can_be_looked_up() -> None:
     texts = [*PACKAGE.rglob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
     for path in texts:
         for name in re.findall(r"\bfastconv(?:\.[A-Za-z_]\w*)+", path.read_text()):
-            assert _needs_triton(name) or _named(name) is not None, f"{path}: {name}"
-
-
-def _needs_triton(name: str) -> bool:
-    """Whether the name is of the kernels that cannot be imported here."""
-    return name.startswith("fastconv.triton_kernels") and importlib.util.find_spec("triton") is None
-
-
-def _named(name: str) -> object:
-    """What a dotted name stands for, importing modules on the way; None if there is no such thing."""
-    found: object = fastconv
-    for i, part in enumerate(name.split(".")[1:], 2):
-        if not hasattr(found, part) and inspect.ismodule(found):
-            with contextlib.suppress(ImportError):
-                importlib.import_module(".".join(name.split(".")[:i]))
-        found = getattr(found, part, None)
-    return found
+            assert cannot_be_imported(name) or get(name) is not MISSING, f"{path}: {name}"

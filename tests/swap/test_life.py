@@ -148,7 +148,9 @@ def test_weights_are_packed_as_each_batch_wants_them(monkeypatch):
     model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)).eval()
     fast = swap(model)
     used = []
-    monkeypatch.setattr(onednn, "conv2d", lambda *args, old=onednn.conv2d: used.append(args[1]) or old(*args))
+    monkeypatch.setattr(
+        onednn, "packed_conv2d", lambda *args, old=onednn.packed_conv2d: used.append(args[1]) or old(*args)
+    )
     pack = torch.ops.mkldnn._reorder_convolution_weight
     with torch.no_grad():
         for batch in (1, 2, 8, 1, 8):

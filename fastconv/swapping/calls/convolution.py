@@ -70,7 +70,7 @@ class FusedConv(Call):
         if not (
             isinstance(residual, Tensor)
             and residual.dtype == input.dtype
-            and residual.shape == output_shape(conv, input)
+            and residual.shape == shape_of_output(conv, input)
         ):  # a broadcast or promoting addition
             return add_activation(F.conv2d(input, weight, bias, *geometry), residual, activation)
         if is_pointwise(conv):
@@ -115,8 +115,8 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
     return conv.groups == conv.in_channels > 1
 
 
-def output_shape(conv: nn.Conv2d, input: Tensor) -> tuple[int, ...]:
-    """The shape of conv(input)."""
+def shape_of_output(conv: nn.Conv2d, input: Tensor) -> tuple[int, ...]:
+    """The shape of conv(input), with or without a batch, for any padding."""
     size = []
     for i, pixels in enumerate(input.shape[-2:]):
         span = conv.dilation[i] * (conv.kernel_size[i] - 1)

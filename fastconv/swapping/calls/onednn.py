@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...operators import backends
-from .convolution import FusedConv, fold, output_shape
+from .convolution import FusedConv, fold, shape_of_output
 
 _PACKS_KEPT = 4  # formats; a pack is as large as the weight
 _SHAPES_KEPT = 32
 # Below this many products aten's own choice of a kernel is followed: oneDNN's calls cost more than its kernels save.
 _FEW_PRODUCTS = 500_000
 
-conv2d = torch.ops.mkldnn._convolution_pointwise.default
-conv2d_add = torch.ops.mkldnn._convolution_pointwise.binary
+packed_conv2d = torch.ops.mkldnn._convolution_pointwise.default
+packed_conv2d_add = torch.ops.mkldnn._convolution_pointwise.binary
 _NO_SCALARS: list[float] = []
 _ACTIVATIONS = {
     "none": lambda output: output,
@@ -115,10 +115,12 @@ class OneDNN:
             if dtype is not compute:
                 residual = residual.to(compute)
             residual = residual.contiguous(memory_format=torch.channels_last)
-            output = conv2d_add(input, residual, packed, self._bias, *geometry, "add", 1.0, None, _NO_SCALARS, None)
+            output = packed_conv2d_add(
+                input, residual, packed, self._bias, *geometry, "add", 1.0, None, _NO_SCALARS, None
+            )
             residual = None
         else:
-            output = conv2d(input, packed, self._bias, *geometry, "none", _NO_SCALARS, None)
+            output = packed_conv2d(input, packed, self._bias, *geometry, "none", _NO_SCALARS, None)
         if output.dtype is not dtype:
             output = output.to(dtype)
         if residual is not None:
@@ -153,7 +155,7 @@ class OneDNN:
     def _meet(self, input: Tensor) -> tuple[Tensor | None, tuple[int, ...], bool]:
         """The packed weight for inputs of this shape, None where aten is faster; the output's shape; whether oneDNN
         fails for them."""
-        shape = output_shape(self._source.conv, input)
+        shape = shape_of_output(self._source.conv, input)
         fails = self._fails(input, shape)
         with self._lock:
             packed = self._pack(input) if not fails and self._pays(input, shape) else None

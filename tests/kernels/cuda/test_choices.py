@@ -11,11 +11,9 @@ from torch import Tensor
 import fastconv
 from fastconv import ops
 from fastconv.operators import kernels
-from support.cases import Case, named, run, tensors
+from support.cases import FIRST, Case, run, tensors
 from support.cuda_kernels import emulated_gpu
 from support.kernel_backends import device_of, kernel_table
-
-FIRST = {op: named(op)[0] for op in ops.__all__}
 
 
 def made(function: Any, *args: Any, **named: Any) -> list[kernels.Choice]:
@@ -25,7 +23,7 @@ def made(function: Any, *args: Any, **named: Any) -> list[kernels.Choice]:
 
 
 @pytest.mark.parametrize("case", FIRST.values(), ids=FIRST)
-def test_every_kernel_of_every_op_is_considered(case: Case, backend: str) -> None:
+def test_all_kernels_are_considered(case: Case, backend: str) -> None:
     """Forward and backward: each kernel of the table has a score or a reason, and the best score runs."""
     arguments = case.arguments(requires_grad=True, device=device_of(backend))
 
