@@ -23,7 +23,8 @@ FAMILIES = {
     "conv2d": ("conv2d_relu", "conv2d_add_relu", "pointwise_conv2d", "pointwise_conv2d_group"),
     "depthwise": ("depthwise_conv2d", "depthwise_separable_conv2d"),
     "activation": ("add_relu",),
-    "elementwise": ("add_relu", "local_response_norm"),
+    "elementwise": ("add_relu",),
+    "test_cuda_elementwise": ("add_relu", "local_response_norm"),
 }
 LAYERS: dict[str, Callable[[tuple[str, ...]], bool]] = {
     "common": lambda parts: parts[0] == "csrc" and parts[1] not in ("cpu", "cuda"),
