@@ -325,7 +325,7 @@ def small_cuda(source: Path, copy: Path) -> Path:
             namespace fastconv::cuda {
             namespace {
             FASTCONV_KERNEL(32, 1) double_it(float* x) { x[threadIdx.x] *= 2; }
-            const ListedKernel kernel({"double_it_sm" + std::to_string(FASTCONV_ARCH), "double_it", FASTCONV_ARCH,
+            const ListedKernel kernel({"double_it_sm" + std::to_string(kArch.number), "double_it", kArch,
                                        {0, 0, 0}, 0, 32, 0, ""});
             }
             void LAUNCH(float* x, Stream stream) { launch(kernel.info, double_it, {{1}, {32}}, stream, x); }
