@@ -7,7 +7,6 @@ import copy
 import io
 import pickle
 import random
-import statistics
 import time
 import warnings
 from collections import Counter
@@ -19,6 +18,7 @@ from torch import fx, nn
 
 import fastconv
 import synthetic
+from fastconv.measure import timing
 from fastconv.swapping.explanation import traced_parts
 from fastconv.swapping.patterns.convolution import is_convolution
 from fastconv.swapping.regions import programs_of
@@ -50,7 +50,6 @@ from swap_steps import change_weights, compare_step
 from zoo import Subject, Unusable, build, in_layout
 
 LAYOUTS = ("contiguous", "channels_last")
-_TIMED_RUNS = 5
 
 
 def examine(name: str, *, quick: bool = False, announce: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -381,16 +380,18 @@ def _what(reader: fx.Node, node: fx.Node, modules: dict[str, nn.Module]) -> str:
 
 
 def _measure(report: Report, subject: Subject, fast: nn.Module) -> None:
-    """Medians of interleaved runs; rough, as other processes may run."""
+    """Medians of a few runs that take turns; rough, as other processes may run."""
     model, args = copy.deepcopy(subject.model), subject.calls[0]
+
+    def call(network: nn.Module) -> Callable[[], Any]:
+        return lambda: run_model(network, copy.deepcopy(args), subject.settings)
+
     run_eager(model, copy.deepcopy(args), subject.settings)
-    seconds: dict[str, list[float]] = {"eager_ms": [], "swapped_ms": []}
-    for _ in range(1 + _TIMED_RUNS):
-        for name, network in (("eager_ms", model), ("swapped_ms", fast)):
-            given = copy.deepcopy(args)
-            start = time.perf_counter()
-            run_model(network, given, subject.settings)
-            seconds[name].append(time.perf_counter() - start)
-    for name, values in seconds.items():
-        report.facts[name] = round(1e3 * statistics.median(values[1:]), 2)
+    calls = {"eager_ms": call(model), "swapped_ms": call(fast)}
+    for warm_up in calls.values():
+        warm_up()
+    results = {name: timing.Result() for name in calls}
+    timing.take_turns(calls, results, allowance=0)
+    for name, result in results.items():
+        report.facts[name] = round(1e3 * result.median, 2)
     report.facts["input"] = skeleton(args)

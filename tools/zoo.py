@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import synthetic
+from fastconv.measure import networks
 
 LIST = Path(__file__).with_name("zoo.txt")
 _LARGEST = 60_000_000  # parameters
@@ -155,17 +156,8 @@ def _torchvision(name: str, key: str) -> Subject:
 
 
 def _torchvision_model(key: str) -> nn.Module:
-    import torchvision
-
-    builder = torchvision.models.get_model_builder(key)
-    options: dict[str, Any] = {"weights": None}
-    if "segmentation" in builder.__module__ or "detection" in builder.__module__:
-        options["weights_backbone"] = None
-    if key.startswith(("fcn", "deeplab")):
-        options["aux_loss"] = True
-    if key in ("googlenet", "inception_v3"):
-        options["init_weights"] = True
-    return builder(**options)
+    has_second_head = key.startswith(("fcn", "deeplab"))
+    return networks.torchvision_model(key, **({"aux_loss": True} if has_second_head else {}))
 
 
 def _images(channels: int, candidates: list[tuple[tuple[int, ...], ...]]) -> Iterator[list[tuple[Any, ...]]]:

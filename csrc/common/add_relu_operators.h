@@ -12,17 +12,13 @@ template <auto kSum, auto kActivationBackward>
 struct AddReluOperators {
   static Tensor add_relu(const Tensor& input, const Tensor& other, std::string activation) {
     constexpr auto kOp = "fastconv::add_relu";
-    check_floating(kOp, input);
-    check_like_input(kOp, input, "other", other);
-    check_same_shape(kOp, input, "other", other);
+    check(kOp, input, "other", other);
     return kSum(input, other, parse_activation(kOp, activation));
   }
 
   static Tensor add_relu_backward(const Tensor& grad_output, const Tensor& output, std::string activation) {
     constexpr auto kOp = "fastconv::add_relu_backward";
-    check_floating(kOp, output);
-    check_like_input(kOp, output, "grad_output", grad_output);
-    check_same_shape(kOp, output, "grad_output", grad_output);
+    check(kOp, output, "grad_output", grad_output);
     return kActivationBackward(grad_output, output, parse_activation(kOp, activation));
   }
 
@@ -30,6 +26,13 @@ struct AddReluOperators {
   static void implement(Library& m) {
     m.impl("add_relu", TORCH_BOX(&add_relu));
     m.impl("add_relu_backward", TORCH_BOX(&add_relu_backward));
+  }
+
+ private:
+  static void check(const char* op, const Tensor& input, const char* name, const Tensor& other) {
+    check_floating(op, input);
+    check_like_input(op, input, name, other);
+    check_same_shape(op, input, name, other);
   }
 };
 

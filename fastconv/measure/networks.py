@@ -64,19 +64,24 @@ def _ours(plain: str) -> tuple[nn.Module, Shape]:
     return models.build(plain), models.input_shape(plain)[1:]
 
 
-def _torchvision(plain: str) -> tuple[nn.Module, Shape]:
-    package = _imported("torchvision")
-    _require("torchvision", plain, package.models.list_models())
-    builder = package.models.get_model_builder(plain)
+def torchvision_model(plain: str, **more: Any) -> nn.Module:
+    """One of torchvision's with random weights, in training mode; nothing is downloaded. `more` goes to its builder."""
+    builder = _imported("torchvision").models.get_model_builder(plain)
     options: dict[str, Any] = {"weights": None}
     if "weights_backbone" in inspect.signature(builder).parameters:
         options["weights_backbone"] = None  # the default is a download
     if plain in ("googlenet", "inception_v3"):
         options["init_weights"] = True  # the default, which warns that it will be another one
+    return builder(**options, **more)
+
+
+def _torchvision(plain: str) -> tuple[nn.Module, Shape]:
+    package = _imported("torchvision")
+    _require("torchvision", plain, package.models.list_models())
     preset = _preset(package, plain)
     if preset in ("VideoClassification", "OpticalFlow"):
         raise ValueError(f"network 'torchvision:{plain}' takes no images, which is all that is tried here")
-    model = builder(**options)
+    model = torchvision_model(plain)
     side = getattr(model, "image_size", None) or _side(package, plain)
     return model, (3, side, side)
 

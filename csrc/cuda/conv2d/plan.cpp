@@ -174,7 +174,6 @@ ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& devi
 ConvPlan plan_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo& device) {
   const std::vector<ConvParams> gemms = parameters(pass, arguments);
   const auto [variant, candidate] = choose<ConvVariant>(static_cast<int>(pass), gemms[0], device);
-  if (!variant) throw std::runtime_error("fastconv: conv2d has no CUDA kernel for this call");
   if (int64_t{arguments.groups} * candidate.splits > 65535) {
     throw std::runtime_error("fastconv: got " + std::to_string(arguments.groups) +
                              " groups, needed at most 65535 for the CUDA kernels");

@@ -1,7 +1,6 @@
 #include "cuda/depthwise_conv2d/plan.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 namespace fastconv::cuda {
 namespace {
@@ -107,7 +106,6 @@ bool depthwise_conv2d_takes(const DepthwiseConv2dParams& p, const DeviceInfo& de
 
 DepthwisePlan plan_depthwise_conv2d(Pass pass, const DepthwiseConv2dParams& params, const DeviceInfo& device) {
   const auto [variant, candidate] = choose<DepthwiseVariant>(static_cast<int>(pass), params, device);
-  if (!variant) throw std::runtime_error("fastconv: depthwise_conv2d has no CUDA kernel for this call");
   DepthwisePlan plan{variant, candidate.params, candidate.cost.shape, {}, 0};
   const DepthwiseConv2dParams& p = plan.params;
   if (pass == Pass::kWgrad) {

@@ -103,7 +103,7 @@ SeparableCandidate SeparableVariant::candidate(const Params& given, const Device
 }
 
 SeparablePlan plan_depthwise_separable_conv2d(const Params& params, const DeviceInfo& device) {
-  const auto [variant, candidate] = choose<SeparableVariant>(0, params, device);
+  const auto [variant, candidate] = choose_if_any<SeparableVariant>(0, params, device);
   return {variant, candidate.params, candidate.cost.shape};
 }
 

@@ -85,6 +85,10 @@ void refuse_forced(const KernelInfo& kernel, const char* refusal) {
   throw std::runtime_error("fastconv: kernel " + kernel.name + " was forced, but " + needs + " (" + refusal + ")");
 }
 
+void refuse_call(const char* op) {
+  throw std::runtime_error(std::string("fastconv: ") + op + " has no CUDA kernel for this call");
+}
+
 }  // namespace fastconv::cuda
 
 int fastconv_cuda_force_kernel(const char* op, const char* name) {

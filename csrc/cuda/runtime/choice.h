@@ -57,6 +57,7 @@ const char* forced_kernel(const char* op);
 
 // A launch that is forced to a kernel which cannot run the call fails; it does not choose another.
 [[noreturn]] void refuse_forced(const KernelInfo& kernel, const char* refusal);
+[[noreturn]] void refuse_call(const char* op);
 
 // The variants of a family, in the order in which they were registered.
 template <class Variant>
@@ -75,13 +76,14 @@ struct Register {
 
 template <class Variant>
 struct Chosen {
-  const Variant* variant = nullptr;  // null when none can run the call, or none should
+  const Variant* variant = nullptr;
   typename Variant::Candidate plan{};
 };
 
-// The variant of the best score, of equals the one that was registered first; or the one that was forced.
+// The variant of the best score, of equals the one that was registered first; or the one that was forced. Null when
+// none can run the call, or none should.
 template <class Variant, class Call>
-Chosen<Variant> choose(int family, const Call& call, const DeviceInfo& device) {
+Chosen<Variant> choose_if_any(int family, const Call& call, const DeviceInfo& device) {
   const char* const op = Variant::kOps[family];
   const char* const forced = forced_kernel(op);
   ChoiceRecord record(op, device);
@@ -105,6 +107,14 @@ Chosen<Variant> choose(int family, const Call& call, const DeviceInfo& device) {
     }
   }
   if (best.variant) record.choose(best.variant->info);
+  return best;
+}
+
+// The same, for calls that nothing else can run: throws when there is no variant.
+template <class Variant, class Call>
+Chosen<Variant> choose(int family, const Call& call, const DeviceInfo& device) {
+  const Chosen<Variant> best = choose_if_any<Variant>(family, call, device);
+  if (!best.variant) refuse_call(Variant::kOps[family]);
   return best;
 }
 
