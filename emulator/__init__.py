@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Library:
         self.functions.fastconv_emulator_reset_device()
 
     def statistics(self) -> dict[str, Any]:
-        """Counts since the last reset; "launches" by kernel."""
+        """Counts since the last reset; "launches" and "instructions" by kernel."""
         return json.loads(self.functions.fastconv_emulator_statistics())
 
     def reset_statistics(self) -> None:
@@ -59,6 +60,40 @@ class Library:
 
     def force_kernel(self, op: str, name: str | None) -> int:
         return self.functions.fastconv_cuda_force_kernel(op.encode(), None if name is None else name.encode())
+
+    def find_kernel(self, op: str, name: str) -> int:
+        return self.functions.fastconv_cuda_find_kernel(op.encode(), name.encode())
+
+    def prefer_kernels(self, kernels: Sequence[int]) -> None:
+        self.functions.fastconv_cuda_prefer_kernels((ctypes.c_int * len(kernels))(*kernels), len(kernels))
+
+    def end_preference(self) -> None:
+        self.functions.fastconv_cuda_end_preference()
+
+    def disable_kernels(self, names: Sequence[str]) -> None:
+        encoded = [name.encode() for name in names]
+        self.functions.fastconv_cuda_disable_kernels((ctypes.c_char_p * len(encoded))(*encoded), len(encoded))
+
+    def conformance_cases(self) -> list[dict[str, Any]]:
+        return self._json("fastconv_cuda_conformance_cases")
+
+    def conformance_run(self, index: int, given: int, out: int, stream: int) -> None:
+        case = self.conformance_cases()[index]
+        functions = self.functions
+        functions.fastconv_cuda_conformance_run.restype = ctypes.c_char_p
+        for name, address, words in ((b"in", given, case["in_words"]), (b"out", out, case["out_words"])):
+            writable = int(name == b"out")
+            functions.fastconv_emulator_name_memory(
+                name, ctypes.c_void_p(address), ctypes.c_uint64(4 * words), writable
+            )
+        try:
+            said = functions.fastconv_cuda_conformance_run(
+                index, ctypes.c_void_p(given), ctypes.c_void_p(out), ctypes.c_void_p(stream)
+            )
+        finally:
+            functions.fastconv_emulator_forget_memory()
+        if said:
+            raise RuntimeError(said.decode())
 
     def record_choices(self, on: bool) -> None:
         self.functions.fastconv_cuda_record_choices(int(on))

@@ -37,6 +37,7 @@ struct Report {
 
 struct Statistics {
   uint64_t blocks = 0, switches = 0, mma = 0, ldmatrix = 0, ldmatrix_conflicts = 0, cp_async = 0;
+  cuda::Instructions instructions = 0;
 };
 
 struct Copy {

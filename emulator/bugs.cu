@@ -257,7 +257,7 @@ void name(const char* name, const void* begin, int64_t bytes, bool writable, int
 template <int kBug>
 void run_gemm(const GemmParams& p) {
   constexpr int kShared = kStages * kStageBytes + 16;
-  static const KernelInfo info{"gemm", "bugs", {80}, {kTile, kTile, kTileK}, kStages, kThreads, -1, ""};
+  static const KernelInfo info{"gemm", "bugs", {80}, {kTile, kTile, kTileK}, kStages, kThreads, -1, "", uses::kNothing};
   const LaunchShape shape{{static_cast<unsigned>(ceil_div(p.m, kTile)), static_cast<unsigned>(ceil_div(p.n, kTile))},
                           {kBug == kTooManyThreads ? 160u : unsigned{kThreads}},
                           kBug == kSharedMemoryTooSmall ? kShared - 32 - kOperandBytes : kShared};
@@ -266,7 +266,7 @@ void run_gemm(const GemmParams& p) {
 
 template <int kBug>
 void run_exchange(const ExchangeParams& p) {
-  static const KernelInfo info{"exchange", "bugs", {80}, {0, 0, 0}, 0, 64, 66 * 4, ""};
+  static const KernelInfo info{"exchange", "bugs", {80}, {0, 0, 0}, 0, 64, 66 * 4, "", uses::kNothing};
   launch(info, &exchange<kBug>, {{4}, {64}, 66 * 4}, nullptr, p);
 }
 

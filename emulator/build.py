@@ -109,7 +109,6 @@ class Emulator:
             )
             for source in sorted(HERE.glob("*.cu")):
                 objects = [f"tests/{source.stem}.cu.o", *runtime]
-                objects += [f"tests/{path.stem}.o" for path in HERE.glob(f"{source.stem}_*.cpp")]
                 ninja.build(f"lib{source.stem}.so", "link", objects, variables={"libraries": "-ldl"})
 
     def _objects(self) -> Iterator[tuple[Path, str, str, list[str]]]:
@@ -126,8 +125,6 @@ class Emulator:
             yield unit.source, unit.output, "kernel", [*self.kernel_flags, *unit.defines]
         for source in sorted(HERE.glob("*.cu")):
             yield source, f"tests/{source.name}.o", "kernel", self.kernel_flags
-            for host in sorted(HERE.glob(f"{source.stem}_*.cpp")):
-                yield host, f"tests/{host.stem}.o", "cpp", [*self.flags, "-O1"]
 
     def build(self, name: str = "fastconv_emulated", quiet: bool = False) -> Path:
         """The path of a library, up to date. Waits for another process that builds."""

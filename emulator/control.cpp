@@ -1,5 +1,7 @@
 #include "control.h"
 
+#include "memory.h"
+
 namespace fastconv::emulator {
 
 void Control::add(const Statistics& more) {
@@ -36,6 +38,13 @@ int fastconv_emulator_checks_plain_accesses() {
 #endif
 }
 
+void fastconv_emulator_name_memory(const char* name, const void* begin, uint64_t bytes, int writable) {
+  const auto at = reinterpret_cast<uintptr_t>(begin);
+  fastconv::emulator::global_ranges().push_back({at, at + bytes, writable != 0, 1, 1, name, {}});
+}
+
+void fastconv_emulator_forget_memory() { fastconv::emulator::global_ranges().clear(); }
+
 const char* fastconv_emulator_statistics() {
   static std::string json;
   const std::lock_guard<std::mutex> lock(control().mutex);
@@ -43,6 +52,10 @@ const char* fastconv_emulator_statistics() {
   json = "{\"launches\": {";
   for (const auto& [kernel, count] : control().launches) {
     json += (json.back() == '{' ? "\"" : ", \"") + kernel + "\": " + std::to_string(count);
+  }
+  json += "}, \"instructions\": {";
+  for (const auto& [kernel, instructions] : control().instructions) {
+    json += (json.back() == '{' ? "\"" : ", \"") + kernel + "\": " + fastconv::cuda::names_as_json(instructions);
   }
   json += "}, \"blocks\": " + std::to_string(counts.blocks) + ", \"switches\": " + std::to_string(counts.switches) +
           ", \"mma\": " + std::to_string(counts.mma) + ", \"ldmatrix\": " + std::to_string(counts.ldmatrix) +
@@ -54,5 +67,6 @@ const char* fastconv_emulator_statistics() {
 void fastconv_emulator_reset_statistics() {
   const std::lock_guard<std::mutex> lock(control().mutex);
   control().launches.clear();
+  control().instructions.clear();
   control().statistics = {};
 }

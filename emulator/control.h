@@ -16,8 +16,9 @@ struct Control {
   // Compute capability 8.6, which has the least shared memory of those that the kernels are for; few multiprocessors,
   // so that small tensors fill them
   cuda::DeviceInfo device{86, 4, 1536, 99 * 1024, 100 * 1024, 2 << 20};
-  std::map<std::string, uint64_t> launches;  // by kernel
-  Statistics statistics;
+  std::map<std::string, uint64_t> launches;                // by kernel
+  Statistics statistics;                                   // of all kernels together
+  std::map<std::string, cuda::Instructions> instructions;  // by kernel
 
   void add(const Statistics& more);
 };
@@ -35,6 +36,10 @@ FASTCONV_EMULATOR_API void fastconv_emulator_shared_per_block(int bytes);
 FASTCONV_EMULATOR_API void fastconv_emulator_reset_device();
 // 1 when the kernels' plain loads and stores are seen
 FASTCONV_EMULATOR_API int fastconv_emulator_checks_plain_accesses();
-// Launches by kernel and other counts since the last reset, as JSON; valid until the next call
+// Until they are forgotten, this thread's launches may touch these bytes, besides what tensors of an op are.
+FASTCONV_EMULATOR_API void fastconv_emulator_name_memory(const char* name, const void* begin, uint64_t bytes,
+                                                         int writable);
+FASTCONV_EMULATOR_API void fastconv_emulator_forget_memory();
+// Launches and instructions by kernel and other counts since the last reset, as JSON; valid until the next call
 FASTCONV_EMULATOR_API const char* fastconv_emulator_statistics();
 FASTCONV_EMULATOR_API void fastconv_emulator_reset_statistics();

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <source_location>
 
+#include "cuda/runtime/instructions.h"
+
 struct uint3 {
   unsigned x, y, z;
 };
@@ -28,6 +30,9 @@ struct Pair {
 struct Quad {
   uint32_t v[4];
 };
+
+// Counts that the kernel that runs uses them; load, mma and their like do so themselves.
+void note(cuda::Instructions instructions);
 
 // The same for one thread from its begin to its end, whatever other threads do in between.
 [[gnu::const]] uint3 thread_index();

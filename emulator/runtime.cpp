@@ -24,6 +24,10 @@ Block& block() { return *current_block(); }
 
 }  // namespace
 
+void note(cuda::Instructions instructions) {
+  if (Block* b = current_block()) b->statistics.instructions |= instructions;
+}
+
 uint3 thread_index() { return block().self().index; }
 uint3 block_index() { return block().index; }
 dim3 block_size() { return block().block; }
@@ -32,6 +36,7 @@ void* shared_memory() { return block().shared; }
 
 uint32_t shared_address(const void* pointer, Where where) {
   Block& b = block();
+  note(cuda::uses::kSmemAddress);
   const auto offset = static_cast<const unsigned char*>(pointer) - b.shared;
   if (!b.is_shared(reinterpret_cast<uintptr_t>(pointer))) {
     b.give_up("out of bounds", where, "the address of something that is not in shared memory is asked for");
@@ -50,6 +55,7 @@ void sync_warp(uint32_t mask, Where where) {
 
 uint32_t shuffle(Shuffle kind, uint32_t mask, uint32_t value, int operand, int width, Where where) {
   Block& b = block();
+  note(cuda::uses::kShuffle);
   if (width < 1 || width > 32 || (width & (width - 1))) b.give_up("misuse", where, "a shuffle of an odd width");
   const int lane = b.self().lane;
   const int first = lane & ~(width - 1);
@@ -82,6 +88,7 @@ uint32_t shuffle(Shuffle kind, uint32_t mask, uint32_t value, int operand, int w
 }
 
 uint32_t ballot(uint32_t mask, bool predicate, Where where) {
+  note(cuda::uses::kShuffle);
   Contribution mine{};
   mine.d.v[0] = predicate;
   return block()
@@ -101,6 +108,7 @@ uint32_t ballot(uint32_t mask, bool predicate, Where where) {
 // ---- loads, stores, copies
 
 Quad load(const void* source, int bytes, Where where) {
+  note(cuda::uses::kLoadStore);
   if (Block* b = current_block()) b->access(source, static_cast<size_t>(bytes), false, true, where);
   Quad value{};
   std::memcpy(&value, source, static_cast<size_t>(bytes));
@@ -108,11 +116,13 @@ Quad load(const void* source, int bytes, Where where) {
 }
 
 void store(void* destination, Quad value, int bytes, Where where) {
+  note(cuda::uses::kLoadStore);
   if (Block* b = current_block()) b->access(destination, static_cast<size_t>(bytes), true, true, where);
   std::memcpy(destination, &value, static_cast<size_t>(bytes));
 }
 
 void cp_async(int bytes, uint32_t destination, const void* source, bool predicate, Where where) {
+  note(cuda::uses::kCpAsync);
   block().cp_async({source, destination, static_cast<uint8_t>(bytes), predicate, where});
 }
 
@@ -211,6 +221,7 @@ void run_mma(Block& b, const Collective& all) {
 }  // namespace
 
 Quad ldmatrix(int matrices, bool transposed, uint32_t address, Where where) {
+  note(cuda::uses::kLdmatrix);
   Contribution mine{};
   mine.d.v[0] = address;
   if (matrices == 4) {
@@ -222,6 +233,8 @@ Quad ldmatrix(int matrices, bool transposed, uint32_t address, Where where) {
 }
 
 Quad mma(Mma kind, Quad d, Quad a, Pair b, Where where) {
+  constexpr cuda::Instructions kInstructions[] = {cuda::uses::kMmaHalf, cuda::uses::kMmaBFloat16, cuda::uses::kMmaTf32};
+  note(kInstructions[static_cast<int>(kind)]);
   const Contribution mine{d, a, b};
   switch (kind) {
     case Mma::kHalf:
@@ -322,6 +335,7 @@ void launch(const cuda::KernelInfo& info, void (*call)(void*, const void*), void
     at = backwards ? (at + blocks - 1) % blocks : (at + 1) % blocks;
   }
   state.add(running.statistics);
+  state.instructions[info.name] |= running.statistics.instructions;
   if (!running.reports.empty()) throw std::runtime_error(summary(info.name, running.reports));
 }
 

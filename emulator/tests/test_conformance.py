@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,28 +14,46 @@ pytest.importorskip("ninja", reason="the emulator is built by ninja")
 import emulator
 from emulator import conformance
 from emulator.build import HERE, find_clang, import_build
+from emulator.conformance import EMULATED
+from fastconv.operators import kernels
+from fastconv.qualification import conformance_cases
+
+CPU = torch.device("cpu")
+
+
+class Program:
+    """The cases in the emulator."""
+
+    def __init__(self) -> None:
+        self.cases = conformance.cases(EMULATED)
+
+    def run_words(self, name: str, given: np.ndarray) -> np.ndarray:
+        """A case on an input of one's own."""
+        assert given.dtype == np.uint32
+        return np.array(conformance_cases.run(EMULATED, self.cases[name], given.tolist(), CPU), np.uint32)
 
 
 @pytest.fixture(scope="module")
 def program():
-    return conformance.emulated()
+    return Program()
 
 
 @pytest.fixture(scope="module")
-def output(program):
-    return {name: np.array(words, np.uint32) for name, words in emulated_words(program).items()}
-
-
-def emulated_words(program) -> dict[str, list[int]]:
+def words(program):
     """Of the cases that run here: without clang those with plain stores to shared memory do not."""
-    words, problems = program.run()
+    found, problems = conformance.emulate()
     assert problems == [] or find_clang() is None
-    return words
+    return found
+
+
+@pytest.fixture(scope="module")
+def output(words):
+    return {name: np.array(output, np.uint32) for name, output in words.items()}
 
 
 def given(program, name: str) -> np.ndarray:
-    case = next(case for case in program.cases if case["name"] == name)
-    return conformance.words(case["input"], case["in_words"])
+    case = program.cases[name]
+    return np.array(conformance_cases.words(case.input, case.in_words), np.uint32)
 
 
 def as_dtype(words: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -126,7 +143,7 @@ def test_shuffles(program, output):
 
 def test_every_word_is_written(output):
     """By chance none of them is the mark, inputs being what they are."""
-    unwritten = [name for name, words in output.items() if (words == conformance.UNWRITTEN).any()]
+    unwritten = [name for name, words in output.items() if (words == conformance_cases.UNWRITTEN).any()]
     assert unwritten == []
 
 
@@ -201,65 +218,97 @@ def test_low_bits_of_tf32_operands_do_not_count(program, output):
     assert (program.run_words("mma_m16n8k8_tf32", cleared) == output["mma_m16n8k8_tf32, low bits set"]).all()
 
 
+# ---- what a user's GPU is compared with
+
+
+def test_every_instruction_has_a_case(program):
+    """And a kernel that uses it."""
+    tried = {instruction for case in program.cases.values() for instruction in case.uses}
+    used = {instruction for kernel in kernels.table(EMULATED) for instruction in kernel["uses"]}
+    assert tried == used
+
+
+def test_each_case_tries_what_it_says(program, words):
+    library = emulator.library()
+    for name in words:
+        library.reset_statistics()
+        conformance.run(EMULATED, name)
+        assert set(program.cases[name].uses) <= set(library.statistics()["instructions"][name]), name
+
+
+def test_the_expected_words_are_those_of_the_emulator(program, words):
+    expected = conformance_cases.expected()
+    assert list(expected) == list(program.cases), "python emulator/conformance.py --expected"
+    differences = [conformance_cases.difference(program.cases[name], words[name], expected[name]) for name in words]
+    assert not any(differences), "python emulator/conformance.py --expected"
+
+
+def test_other_words_are_not_the_expected_ones(program, words):
+    """One bit of one word, in each case; where the last bits are the hardware's own, a higher one."""
+    expected = conformance_cases.expected()
+    for name, right in words.items():
+        case = program.cases[name]
+        wrong = list(right)
+        wrong[len(wrong) // 3] ^= 1 << 30 if case.exact else 1 << 12
+        said = conformance_cases.difference(case, wrong, expected[name])
+        assert said.startswith(f"{name}: "), name
+        if not case.exact:
+            assert f"1 of {len(wrong)} words, word {len(wrong) // 3}: " in said
+            wrong[len(wrong) // 3] = right[len(wrong) // 3] ^ 1
+            assert conformance_cases.difference(case, wrong, expected[name]) == ""
+
+
+def test_a_nan_has_any_bits(program, words):
+    case, output = program.cases["activate relu"], words["activate relu"]
+    assert 0x7FC00000 in output
+    other = [0xFFC00001 if word == 0x7FC00000 else word for word in output]
+    assert conformance_cases.difference(case, other, conformance_cases.expected()[case.name]) == ""
+    assert conformance_cases.compared(case, other, output) == ""
+
+
 # ---- the comparison with a GPU
 
 
-def test_compare_finds_a_difference(program):
-    words = emulated_words(program)
-    assert conformance.compare(program.cases, words, words) == []
+def test_compare_finds_a_difference(words):
+    assert conformance.compare(words, words) == []
     other = dict(words)
     other["cp_async<16>"] = [words["cp_async<16>"][0] ^ 1, *words["cp_async<16>"][1:]]
     other["powf"] = (np.array(words["powf"], np.uint32).view(np.float32) * np.float32(1.001)).view(np.uint32).tolist()
     del other["shuffles"]
-    problems = conformance.compare(program.cases, words, other)
+    problems = conformance.compare(words, other)
     assert [problem.partition(":")[0] for problem in problems] == ["cp_async<16>", "powf", "shuffles"]
     assert "1 of 128 words, word 0" in problems[0]
 
 
-@pytest.mark.slow
-def test_the_program_compiles_for_gpus():
-    if import_build().toolchain.find_cuda() is None:
-        pytest.skip("there is no nvcc on this machine")
-    library = conformance.compile_for_gpu()
-    cuobjdump = shutil.which("cuobjdump")
-    if cuobjdump:
-        listed = subprocess.run([cuobjdump, "-lelf", library], stdout=subprocess.PIPE, text=True, check=True).stdout
-        assert all(f"sm_{arch}" in listed for arch in conformance.ARCHS)
-
-
-def test_recorded_words_of_gpus(program):
+def test_recorded_words_of_gpus(words):
     files = sorted(conformance.GOLDENS.glob("*.json"))
     if not files:
         pytest.skip("no GPU has run the conformance program yet (emulator/conformance.py --record)")
-    words = emulated_words(program)
     for file in files:
-        assert conformance.compare(program.cases, words, json.loads(file.read_text())["cases"]) == [], file.name
+        assert conformance.compare(words, json.loads(file.read_text())["cases"]) == [], file.name
 
 
-def test_each_case_asks_the_gpu_by_itself(program, tmp_path, monkeypatch):
+def test_each_case_asks_the_gpu_by_itself(program, words, tmp_path, monkeypatch):
     """One that ends its process costs the others nothing. The emulator stands in for the GPU."""
+    some = ["shuffles", "to_tf32", "activate relu"]
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\ntest "$3" = shuffles && kill -9 $$\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setattr(conformance.sys, "executable", str(python))
-    words, problems = program.run()
-    found, failed = conformance.ask_gpu(emulator.load("conformance").path)
-    assert found == {name: output for name, output in words.items() if name != "shuffles"}
-    names = [line.partition(":")[0] for line in problems]
-    assert sorted(line.partition(":")[0] for line in failed) == sorted(["shuffles", *names])
-    assert "shuffles: it ended with status -9" in failed
+    monkeypatch.setattr(conformance, "cases", lambda _: {name: program.cases[name] for name in some})
+    found, failed = conformance.ask_gpu(EMULATED)
+    assert found == {name: words[name] for name in some[1:]}
+    assert failed == ["shuffles: it ended with status -9"]
 
 
-def test_what_differs_on_a_gpu_is_said_once(program, tmp_path, monkeypatch, capsys):
+def test_what_differs_on_a_gpu_is_said_once(words, tmp_path, monkeypatch, capsys):
     """What it has just recorded is not compared a second time; what another GPU recorded, is."""
-    words = emulated_words(program)
     changed = words | {"shuffles": [word ^ 1 for word in words["shuffles"]]}
     missing = changed.pop("to_tf32")
     (tmp_path / "other.json").write_text(json.dumps({"cases": words | {"to_tf32": [word + 1 for word in missing]}}))
     monkeypatch.setattr(conformance, "GOLDENS", tmp_path)
-    monkeypatch.setattr(conformance, "compile_for_gpu", lambda: tmp_path)
-    monkeypatch.setattr(conformance, "ask_gpu", lambda _: (changed, ["to_tf32: it hangs"]))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(conformance, "ask_gpu", lambda: (changed, ["to_tf32: it hangs"]))
+    monkeypatch.setattr(conformance.backends, "problem", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(sys, "argv", ["conformance.py", "--record"])
     assert conformance.main() == 1

@@ -1,4 +1,4 @@
-"""The CUDA kernels: which there are, which was chosen for a call and why not the others, and how to force one.
+"""The CUDA kernels: which there are, which was chosen for a call and why not the others, how to force or prefer one.
 
 >>> from fastconv.operators import kernels
 >>> with kernels.choices() as made:
@@ -7,13 +7,15 @@
 >>> with kernels.forced("conv2d_fprop", "conv2d_fprop_fp16_64x64_sm80"):
 ...     y = fastconv.ops.conv2d_relu(x, w, b, backend="cuda")
 
-Both hold for the whole process, all threads included: they are for looking and for testing.
+Both hold for the whole process, all threads included: they are for looking and for testing. `preferred` is for what was
+measured: it holds for the thread alone, and gives way where a kernel cannot run.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,8 +27,14 @@ class Library(Protocol):
 
     def kernel_table(self) -> list[dict[str, Any]]: ...
     def force_kernel(self, op: str, name: str | None) -> int: ...
+    def find_kernel(self, op: str, name: str) -> int: ...
+    def prefer_kernels(self, kernels: Sequence[int]) -> None: ...
+    def end_preference(self) -> None: ...
     def record_choices(self, on: bool) -> None: ...
     def take_choices(self) -> list[dict[str, Any]]: ...
+    def disable_kernels(self, names: Sequence[str]) -> None: ...
+    def conformance_cases(self) -> list[dict[str, Any]]: ...
+    def conformance_run(self, index: int, given: int, out: int, stream: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Choice:
     """What was considered for one launch.
 
     Attributes:
+        backend: whose library chose.
         op: whose kernels they are, as in `table`: of a convolution one pass.
         arch: of the device, 80 for compute capability 8.0.
         multiprocessors: of the device.
@@ -57,6 +66,7 @@ class Choice:
         candidates: all of the op's kernels.
     """
 
+    backend: str
     op: str
     arch: int
     multiprocessors: int
@@ -74,20 +84,44 @@ class Choice:
 
 _libraries: dict[str, Library] = {}
 _forced: dict[tuple[str, str], str] = {}  # by backend and op
+_disabled: tuple[str, ...] = ()
 _open: list[list[Choice]] = []  # the lists of the blocks in which choices are noted, the innermost last
 
 
 def add(backend: str, found: Library) -> None:
     """Makes the kernels of a backend known."""
     _libraries[backend] = found
+    if _disabled:
+        found.disable_kernels(_disabled)
+    _preference.cache_clear()
+
+
+def library_of(backend: str) -> Library | None:
+    """The library with the backend's CUDA kernels; None where it has none."""
+    return _libraries.get(backend)
 
 
 def table(backend: str = "cuda") -> list[dict[str, Any]]:
-    """Every kernel: its name, op, arch, tile, stages, threads, shared_bytes, and what it needs of its tensors.
+    """Every kernel: its name, op, arch, tile, stages, threads, shared_bytes, what it needs of its tensors, and the
+    instructions that it uses, by their names in csrc/cuda/runtime/instructions.h.
 
     Empty where the library was built without CUDA.
     """
     return _libraries[backend].kernel_table() if backend in _libraries else []
+
+
+def disable(names: Iterable[str]) -> None:
+    """Lets no call of this process run these kernels; replaces what was disabled before.
+
+    For kernels whose instructions are known to be wrong on a GPU of this machine. A call that only such a kernel could
+    run fails, as one that forces it does. Names that no kernel has are passed over.
+    """
+    global _disabled
+    found = tuple(sorted(names))
+    if found != _disabled:
+        _disabled = found
+        for each in _libraries.values():
+            each.disable_kernels(found)
 
 
 @contextlib.contextmanager
@@ -115,6 +149,44 @@ def forced(op: str, kernel: str, backend: str = "cuda") -> Iterator[None]:
             _forced[backend, op] = before
 
 
+class _Preference:
+    def __init__(self, library: Library, kernels: tuple[int, ...]) -> None:
+        self._library, self._kernels = library, kernels
+
+    def __enter__(self) -> None:
+        self._library.prefer_kernels(self._kernels)
+
+    def __exit__(self, *exception: object) -> None:
+        self._library.end_preference()
+
+
+@functools.lru_cache(maxsize=4096)
+def _preference(backend: str, names: tuple[tuple[str, str], ...]) -> _Preference:
+    """Finding kernels by their names takes longer than all the rest."""
+    library = _libraries[backend]
+    return _Preference(library, tuple(library.find_kernel(op, kernel) for op, kernel in names))
+
+
+def preferred(names: Mapping[str, str], backend: str = "cuda") -> contextlib.AbstractContextManager[None]:
+    """Within the block, calls that this thread makes run these kernels, by op, where they can; names as in `table`.
+
+    Where a kernel cannot run the call the choice is free, as without the block; so it is where the op has no kernel of
+    that name, as a table of measurements may be older than the library. What is forced goes before what is preferred.
+    Of blocks within blocks the innermost counts, op by op. What is returned can be entered any number of times, by
+    several threads at once. autograd runs the backward of CUDA tensors on a thread of its own, which prefers nothing:
+    there the block belongs around the call of the backward operator.
+
+    Raises:
+        ValueError: the backend has no CUDA kernels.
+    """
+    if backend not in _libraries:
+        raise ValueError(
+            f"fastconv: got backend {backend!r}, needed one with CUDA kernels "
+            f"({', '.join(_libraries) or 'this build has none'})"
+        )
+    return _preference(backend, tuple(names.items()))
+
+
 @contextlib.contextmanager
 def choices() -> Iterator[list[Choice]]:
     """Within the block, choices among kernels are noted; the list is filled at its end, in order."""
@@ -134,11 +206,11 @@ def choices() -> Iterator[list[Choice]]:
 
 def _collect() -> None:
     """Gives what was noted since the last time to all blocks that are open."""
-    for each in _libraries.values():
+    for backend, each in _libraries.items():
         for choice in each.take_choices():
             candidates = tuple(Candidate(**candidate) for candidate in choice.pop("candidates"))
             for made in _open:
-                made.append(Choice(**choice, candidates=candidates))
+                made.append(Choice(backend, **choice, candidates=candidates))
 
 
 if library.LOADED and library.has_cuda():

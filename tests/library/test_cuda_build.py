@@ -41,6 +41,9 @@ def wanted(name: str) -> set[str]:
     """HMMA is what became of mma, LDSM of ldmatrix, LDGSTS of cp.async."""
     if name.startswith("depthwise_separable::fprop_nhwc"):
         return {"HMMA", "LDSM", "LDGSTS"}
+    if name.startswith("conformance::run<"):
+        tried = {"CpAsync": "LDGSTS", "Ldmatrix": "LDSM", "Mma": "HMMA"}
+        return {word for case, word in tried.items() if f"conformance::{case}" in name}
     if not name.startswith("conv2d_kernel"):
         return set()
     # cp.async copies no less than 4 bytes, so a gather of 16-bit elements cannot use it.

@@ -1,6 +1,6 @@
 // Instructions of sm_80 that C++ has no word for, as typed functions; this folder has the library's only inline
-// assembly. emulator/include/cuda/ptx/sm80.cuh is the twin for a host compiler; emulator/conformance.cu compares the
-// two.
+// assembly. emulator/include/cuda/ptx/sm80.cuh is the twin for a host compiler; the cases of cuda/conformance compare
+// the two.
 //
 // Shared memory is addressed by 32-bit addresses of the shared window (smem_address). ldmatrix and mma are collectives
 // of a full warp.

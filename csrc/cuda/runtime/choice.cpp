@@ -5,9 +5,12 @@
 #include <atomic>
 #include <charconv>
 #include <climits>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <utility>
+#include <vector>
 
 #include "cuda/runtime/json.h"
 
@@ -26,9 +29,18 @@ std::map<std::string, const char*>& forced() {
   return table;
 }
 
+// The kernels that no call may run. Those that a call may still look through are kept.
+std::atomic<const std::vector<const KernelInfo*>*> disabled_now = nullptr;
+
 std::string& recorded() {
   static auto& text = *new std::string;
   return text;
+}
+
+// What a thread prefers, the innermost last; a null begins what one call added.
+std::vector<const KernelInfo*>& preferred() {
+  thread_local std::vector<const KernelInfo*> kernels;
+  return kernels;
 }
 
 // Not by std::to_string, which writes what the locale says.
@@ -80,13 +92,34 @@ const char* forced_kernel(const char* op) {
   return found == forced().end() ? nullptr : found->second;
 }
 
+const KernelInfo* preferred_kernel(const char* op) {
+  const auto& kernels = preferred();
+  for (auto kernel = kernels.rbegin(); kernel != kernels.rend(); ++kernel) {
+    if (*kernel && std::strcmp((*kernel)->op, op) == 0) return *kernel;
+  }
+  return nullptr;
+}
+
+const char* disabled(const KernelInfo& kernel) {
+  const auto* const all = disabled_now.load();
+  const bool is_one = all && std::find(all->begin(), all->end(), &kernel) != all->end();
+  return is_one ? "disabled: its instruction differs on this GPU" : nullptr;
+}
+
 void refuse_forced(const KernelInfo& kernel, const char* refusal) {
-  const std::string needs = *kernel.needs ? std::string("needs ") + kernel.needs : "cannot run this call";
+  const bool may_run = *kernel.needs && !disabled(kernel);
+  const std::string needs = may_run ? std::string("needs ") + kernel.needs : "cannot run this call";
   throw std::runtime_error("fastconv: kernel " + kernel.name + " was forced, but " + needs + " (" + refusal + ")");
 }
 
 void refuse_call(const char* op) {
-  throw std::runtime_error(std::string("fastconv: ") + op + " has no CUDA kernel for this call");
+  const auto kernels = kernel_table();
+  const auto count = std::count_if(kernels.begin(), kernels.end(), [op](const KernelInfo* kernel) {
+    return std::strcmp(kernel->op, op) == 0 && disabled(*kernel);
+  });
+  const std::string why =
+      count ? ": " + std::to_string(count) + " of them are disabled, an instruction differs on this GPU" : "";
+  throw std::runtime_error(std::string("fastconv: ") + op + " has no CUDA kernel for this call" + why);
 }
 
 }  // namespace fastconv::cuda
@@ -103,6 +136,38 @@ int fastconv_cuda_force_kernel(const char* op, const char* name) {
   }
   forced_count = static_cast<int>(forced().size());
   return 0;
+}
+
+int fastconv_cuda_find_kernel(const char* op, const char* name) { return fastconv::cuda::variant_number(op, name); }
+
+void fastconv_cuda_prefer_kernels(const int* kernels, int count) {
+  using namespace fastconv::cuda;
+  preferred().push_back(nullptr);
+  for (int i = 0; i < count; ++i) {
+    if (const KernelInfo* kernel = variant_of_number(kernels[i])) preferred().push_back(kernel);
+  }
+}
+
+void fastconv_cuda_end_preference() {
+  using namespace fastconv::cuda;
+  while (!preferred().empty()) {
+    const KernelInfo* last = preferred().back();
+    preferred().pop_back();
+    if (!last) return;
+  }
+}
+
+void fastconv_cuda_disable_kernels(const char* const* names, int count) {
+  using namespace fastconv::cuda;
+  static auto& kept = *new std::deque<std::vector<const KernelInfo*>>;
+  std::vector<const KernelInfo*> found;
+  for (const KernelInfo* kernel : kernel_table()) {
+    if (std::find(names, names + count, kernel->name) != names + count) found.push_back(kernel);
+  }
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto* const now = disabled_now.load();
+  if (found == (now ? *now : std::vector<const KernelInfo*>{})) return;
+  disabled_now = &kept.emplace_back(std::move(found));
 }
 
 void fastconv_cuda_record_choices(int on) {

@@ -14,6 +14,7 @@
 #include <array>
 #include <deque>
 #include <initializer_list>
+#include <limits>
 #include <string>
 
 #include "cuda/runtime/device_info.h"
@@ -55,6 +56,12 @@ class ChoiceRecord {
 // The name of the kernel that was forced upon `op`, or null when the choice is free.
 const char* forced_kernel(const char* op);
 
+// The kernel of `op` that this thread prefers, or null.
+const KernelInfo* preferred_kernel(const char* op);
+
+// Why no call may run the kernel, by `fastconv_cuda_disable_kernels`; null if it may.
+const char* disabled(const KernelInfo& kernel);
+
 // A launch that is forced to a kernel which cannot run the call fails; it does not choose another.
 [[noreturn]] void refuse_forced(const KernelInfo& kernel, const char* refusal);
 [[noreturn]] void refuse_call(const char* op);
@@ -80,19 +87,21 @@ struct Chosen {
   typename Variant::Candidate plan{};
 };
 
-// The variant of the best score, of equals the one that was registered first; or the one that was forced. Null when
-// none can run the call, or none should.
+// The one that was forced; else the one that this thread prefers, if it can run the call; else that of the best score,
+// of equals the one that was registered first. Null when none can run the call, or none should.
 template <class Variant, class Call>
 Chosen<Variant> choose_if_any(int family, const Call& call, const DeviceInfo& device) {
   const char* const op = Variant::kOps[family];
   const char* const forced = forced_kernel(op);
+  const KernelInfo* const preferred = preferred_kernel(op);
   ChoiceRecord record(op, device);
   Chosen<Variant> best;
   double best_score = 0;
   for (const Variant& variant : variants<Variant>(family)) {
     const bool is_forced = forced && variant.info.name == forced;
     const char* refusal = "it is for other GPUs";
-    if (variant.info.arch.runs_on(device.arch)) refusal = variant.refusal(call, device);
+    if (variant.info.arch.runs_on(device.arch)) refusal = disabled(variant.info);
+    if (!refusal) refusal = variant.refusal(call, device);
     if (refusal) {
       record.consider(variant.info, refusal, 0);
       if (is_forced) refuse_forced(variant.info, refusal);
@@ -101,9 +110,10 @@ Chosen<Variant> choose_if_any(int family, const Call& call, const DeviceInfo& de
     typename Variant::Candidate candidate = variant.candidate(call, device);
     const double points = score(candidate.cost, device);
     record.consider(variant.info, candidate.cost.objection, points);
-    if (forced ? is_forced : points > best_score) {
+    const double rank = &variant.info == preferred ? std::numeric_limits<double>::infinity() : points;
+    if (forced ? is_forced : rank > best_score) {
       best = {&variant, candidate};
-      best_score = points;
+      best_score = rank;
     }
   }
   if (best.variant) record.choose(best.variant->info);
@@ -123,6 +133,17 @@ Chosen<Variant> choose(int family, const Call& call, const DeviceInfo& device) {
 extern "C" {
 // name null: back to the free choice. Returns 0, or 1 when `op` has no kernel of that name to choose.
 __attribute__((visibility("default"))) int fastconv_cuda_force_kernel(const char* op, const char* name);
+// What `fastconv_cuda_prefer_kernels` takes for the kernel of this name among which `op` chooses; -1 where there is
+// none.
+__attribute__((visibility("default"))) int fastconv_cuda_find_kernel(const char* op, const char* name);
+// Adds to what this thread prefers: each kernel is taken wherever it can run the call and none is forced. Of two of an
+// op the later one counts. Numbers that `fastconv_cuda_find_kernel` did not return are passed over.
+__attribute__((visibility("default"))) void fastconv_cuda_prefer_kernels(const int* kernels, int count);
+// Takes back what this thread's last call of `fastconv_cuda_prefer_kernels` added that was not taken back yet.
+__attribute__((visibility("default"))) void fastconv_cuda_end_preference();
+// No call of any thread runs these kernels any more, of whatever op; replaces what was disabled before. Names that no
+// kernel has are passed over.
+__attribute__((visibility("default"))) void fastconv_cuda_disable_kernels(const char* const* names, int count);
 // Whether choices are noted from now on, by all threads; forgets those that were.
 __attribute__((visibility("default"))) void fastconv_cuda_record_choices(int on);
 // The choices that were noted, as JSON, a list of {"op", "arch", "multiprocessors", "chosen", "candidates"}, of which

@@ -26,7 +26,8 @@ std::string as_json(const KernelInfo& kernel) {
       std::to_string(kernel.tile[0]) + ", " + std::to_string(kernel.tile[1]) + ", " + std::to_string(kernel.tile[2]);
   return "{\"name\": " + quoted(kernel.name) + ", \"op\": " + quoted(kernel.op) + number("arch", kernel.arch.number) +
          ", \"tile\": [" + tile + "]" + number("stages", kernel.stages) + number("threads", kernel.threads) +
-         number("shared_bytes", kernel.shared_bytes) + ", \"needs\": " + quoted(kernel.needs) + "}";
+         number("shared_bytes", kernel.shared_bytes) + ", \"needs\": " + quoted(kernel.needs) +
+         ", \"uses\": " + names_as_json(kernel.uses) + "}";
 }
 
 }  // namespace
@@ -34,10 +35,19 @@ std::string as_json(const KernelInfo& kernel) {
 void list_kernel(const KernelInfo& kernel, bool is_chosen) { listed().push_back({&kernel, is_chosen}); }
 
 const KernelInfo* find_variant(const std::string& op, const std::string& name) {
-  for (const auto& [kernel, is_chosen] : listed()) {
-    if (is_chosen && op == kernel->op && name == kernel->name) return kernel;
-  }
-  return nullptr;
+  return variant_of_number(variant_number(op, name));
+}
+
+int variant_number(const std::string& op, const std::string& name) {
+  const auto found = std::find_if(listed().begin(), listed().end(), [&](const Listed& one) {
+    return one.is_chosen && op == one.kernel->op && name == one.kernel->name;
+  });
+  return found == listed().end() ? -1 : static_cast<int>(found - listed().begin());
+}
+
+const KernelInfo* variant_of_number(int number) {
+  if (number < 0 || number >= static_cast<int>(listed().size()) || !listed()[number].is_chosen) return nullptr;
+  return listed()[number].kernel;
 }
 
 std::vector<const KernelInfo*> kernel_table() {

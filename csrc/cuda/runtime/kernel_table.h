@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cuda/runtime/arch.h"
+#include "cuda/runtime/instructions.h"
 
 namespace fastconv::cuda {
 
@@ -17,6 +18,7 @@ struct KernelInfo {
   int threads;        // of a block, at most
   int shared_bytes;   // dynamic shared memory of a block; -1 where the launch decides
   const char* needs;  // what it asks of its tensors, in words; "" when nothing
+  Instructions uses;  // for some call, by what its launches run
 };
 
 // Adds a kernel, which is never moved or destroyed. `is_chosen`: whether it is a variant among which a choice is made,
@@ -25,6 +27,12 @@ void list_kernel(const KernelInfo& kernel, bool is_chosen);
 
 // Among the variants of `op`, the kernel of this name; null where there is none.
 const KernelInfo* find_variant(const std::string& op, const std::string& name);
+
+// Its number, which is quicker to look up; -1 where there is none.
+int variant_number(const std::string& op, const std::string& name);
+
+// Null where no variant has this number.
+const KernelInfo* variant_of_number(int number);
 
 // A kernel that is no variant of a choice, at namespace scope of its file
 struct ListedKernel {

@@ -1,6 +1,7 @@
 """What keeps one bad kernel on a GPU from spoiling a run of the tests: see conftest.py, and kernel_backends.py."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -67,6 +68,25 @@ def test_workers_are_replaced(tmp_path: Path) -> None:
     assert "2 failed, 3 passed" in printed
     for i in (1, 3):
         assert f"FAILED test_some.py::test[{i}] - worker" in printed
+
+
+@pytest.mark.parametrize("workers", [(), pytest.param(("-n", "2"), marks=pytest.mark.slow)], ids=str)
+def test_a_table_of_outcomes(workers: tuple[str, ...], tmp_path: Path) -> None:
+    """Each test has its line as soon as it ran; where workers are replaced, one that ended its worker, too."""
+    if workers and importlib.util.find_spec("xdist") is None:
+        pytest.skip("pytest-xdist is not installed")
+    file = tmp_path / "outcomes.jsonl"
+    run(tmp_path, f"--outcomes={file}", *workers)
+    rows = {row["test"]: row for row in map(json.loads, file.read_text().splitlines())}
+    found = {test.removeprefix("test_some.py::"): row["outcome"] for test, row in rows.items()}
+    bad = rows["test_some.py::test[1]"]
+    if workers:
+        assert found == {f"test[{i}]": "error" if i in (1, 3) else "ok" for i in range(5)}
+        assert "crashed while running" in bad["problem"]
+    else:
+        assert found == {"test[0]": "ok", "test[1]": "error"}
+        assert bad["problem"] == "RuntimeError: CUDA error: an illegal memory access"
+    assert all(row["seconds"] >= 0 for row in rows.values())
 
 
 def test_only_the_named_backend_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

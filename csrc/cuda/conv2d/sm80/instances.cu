@@ -31,8 +31,21 @@ void reduce(const KernelInfo& info, const LaunchShape& shape, const ConvParams& 
   launch(info, &conv2d_reduce_kernel<kPass, T>, shape, stream, params);
 }
 
-const ListedKernel reduction(
-    {name_of(kType, "reduce"), "conv2d_reduce", kArch, {0, 0, 0}, 0, kReduceThreads, 0, "a split depth"});
+// Of what finishes a sum
+constexpr Instructions kEpilogueUses =
+    (kBackward ? uses::kNothing : uses::kActivate) | (kDType == DType::kFloat32   ? uses::kNothing
+                                                      : kDType == DType::kFloat16 ? uses::kConvertHalf
+                                                                                  : uses::kConvertBFloat16);
+
+const ListedKernel reduction({name_of(kType, "reduce"),
+                              "conv2d_reduce",
+                              kArch,
+                              {0, 0, 0},
+                              0,
+                              kReduceThreads,
+                              0,
+                              "a split depth",
+                              kEpilogueUses});
 
 template <class C, bool kMasked>
 ConvVariant variant(const char* type, const char* what, double rate) {
@@ -47,7 +60,9 @@ ConvVariant variant(const char* type, const char* what, double rate) {
            C::kStages,
            C::kThreads,
            C::kSharedBytes,
-           needs},
+           needs,
+           kEpilogueUses | uses::kLoadStore | C::Math::kUses | (kMasked ? uses::kPassesGradient : uses::kNothing) |
+               (conv2d_copies<C> ? uses::kSmemAddress | uses::kCpAsync : uses::kNothing)},
           kPass,
           kDType,
           std::is_same_v<typename C::Math, Tf32Math>,

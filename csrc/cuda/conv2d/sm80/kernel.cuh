@@ -99,6 +99,10 @@ FASTCONV_DEVICE Place place(const ConvParams& p) {
 
 // --------------------------------------------------------------------------------------------------- kernels
 
+// Whether its tiles come by asynchronous copies, which take no less than 4 bytes
+template <class C>
+constexpr bool conv2d_copies = C::kVector * sizeof(typename C::T) >= 4;
+
 template <Pass kPass, class C, bool kMasked>
 FASTCONV_KERNEL(C::kThreads, 1)
 conv2d_kernel(const __grid_constant__ ConvParams p) {
@@ -106,7 +110,7 @@ conv2d_kernel(const __grid_constant__ ConvParams p) {
   using Ops = Operands<kPass, T>;
   using TileA = Tile<T, C::kTileA, C::kTileDepth, Ops::kDepthContiguousA>;
   using TileB = Tile<T, C::kTileB, C::kTileDepth, Ops::kDepthContiguousB>;
-  constexpr bool kAsync = C::kVector * sizeof(T) >= 4;
+  constexpr bool kAsync = conv2d_copies<C>;
   using LoaderA = Loader<T, typename Ops::A, TileA, C::kVector, C::kThreads, kMasked || !kAsync, kMasked>;
   using LoaderB = Loader<T, typename Ops::B, TileB, C::kVector, C::kThreads, !kAsync, false>;
   constexpr int kBlocksA = C::kWarpA / 16, kBlocksB = C::kWarpB / 8;

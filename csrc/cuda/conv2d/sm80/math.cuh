@@ -2,7 +2,10 @@
 // 16-bit types and TF32, by fused multiply-adds for float32 as it is.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/ptx/sm80.cuh"
+#include "cuda/runtime/instructions.h"
 
 namespace fastconv::cuda::inline sm80 {
 
@@ -17,6 +20,8 @@ struct Accumulator {
 template <class T>
 struct HalfMath {
   static constexpr int kStep = 16;
+  static constexpr Instructions kUses =
+      uses::kSmemAddress | uses::kLdmatrix | (std::is_same_v<T, Half> ? uses::kMmaHalf : uses::kMmaBFloat16);
   template <class TileA, class TileB, int kA, int kB>
   FASTCONV_DEVICE static void step(Accumulator<kA, kB>& c, const unsigned char* a, const unsigned char* b, int first_a,
                                    int first_b, int depth) {
@@ -60,6 +65,7 @@ FASTCONV_DEVICE float float_at(const unsigned char* tile, int offset) {
 // float32 on the tensor cores
 struct Tf32Math {
   static constexpr int kStep = 8;
+  static constexpr Instructions kUses = uses::kToTf32 | uses::kMmaTf32;
   template <class TileA, class TileB, int kA, int kB>
   FASTCONV_DEVICE static void step(Accumulator<kA, kB>& c, const unsigned char* a, const unsigned char* b, int first_a,
                                    int first_b, int depth) {
@@ -89,6 +95,7 @@ struct Tf32Math {
 // float32 as it is
 struct FloatMath {
   static constexpr int kStep = 1;
+  static constexpr Instructions kUses = uses::kNothing;
   template <class TileA, class TileB, int kA, int kB>
   FASTCONV_DEVICE static void step(Accumulator<kA, kB>& c, const unsigned char* a, const unsigned char* b, int first_a,
                                    int first_b, int depth) {

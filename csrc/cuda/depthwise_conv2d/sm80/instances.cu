@@ -35,10 +35,14 @@ void run(const KernelInfo& info, const LaunchShape& shape, const LaunchShape& su
   });
 }
 
+constexpr Instructions uses_of(Pass pass) {
+  return uses::kConvert | uses::kLoadStore | (pass == Pass::kFprop ? uses::kActivate : uses::kPassesGradient);
+}
+
 template <template <class, int, int, int> class Kernel, bool kVectors, int kFilter>
 DepthwiseVariant variant(Pass pass, const char* what, double rate, const char* needs) {
   const char* const op = DepthwiseVariant::kOps[static_cast<int>(pass)];
-  return {{std::string(op) + "_" + what, op, kArch, {0, 0, 0}, 0, kDepthwiseThreads, -1, needs},
+  return {{std::string(op) + "_" + what, op, kArch, {0, 0, 0}, 0, kDepthwiseThreads, -1, needs, uses_of(pass)},
           pass,
           kVectors,
           kFilter,

@@ -36,12 +36,25 @@ constexpr const char* kTf32FilterNeeds =
     "float32 in TF32, channels a multiple of 4 and side by side, one filter 3 wide for each, no dilation, stride 1 or "
     "2";
 
+template <bool kTf32>
+constexpr Instructions uses_of =
+    uses::kSmemAddress | uses::kCpAsync | uses::kLdmatrix | uses::kActivate | uses::kLoadStore |
+    (kTf32 ? uses::kToTf32 | uses::kMmaTf32 : uses::kConvert | uses::kMmaHalf | uses::kMmaBFloat16 | uses::kShuffle);
+
 template <bool kTf32, int kPixels, int kFilter>
 SeparableVariant variant(const char* what, double rate) {
   constexpr const char* kOp = SeparableVariant::kOps[0];
   constexpr int kDepthOf = kTf32 ? kDepth<float> : kDepth<Half>;
   const char* needs = kTf32 ? (kFilter > 0 ? kTf32FilterNeeds : kTf32Needs) : (kFilter > 0 ? kFilterNeeds : kNeeds);
-  return {{std::string(kOp) + "_nhwc_" + what, kOp, kArch, {kPixels, kColumns, kDepthOf}, kStages, kThreads, -1, needs},
+  return {{std::string(kOp) + "_nhwc_" + what,
+           kOp,
+           kArch,
+           {kPixels, kColumns, kDepthOf},
+           kStages,
+           kThreads,
+           -1,
+           needs,
+           uses_of<kTf32>},
           kTf32,
           kPixels,
           kFilter,

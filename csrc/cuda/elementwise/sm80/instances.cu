@@ -26,7 +26,11 @@ void run_strided(const KernelInfo& info, const LaunchShape& shape, const Element
 ElementwiseVariant variant(Elementwise operation, ElementwiseAccess access, const char* what, double rate,
                            ElementwiseVariant::Run run, const char* needs) {
   const char* const op = ElementwiseVariant::kOps[static_cast<int>(operation)];
-  return {{std::string(op) + "_" + what, op, kArch, {0, 0, 0}, 0, kElementwiseThreads, 0, needs}, access, rate, run};
+  const Instructions uses = uses::kConvert |
+                            (operation == Elementwise::kMask ? uses::kPassesGradient : uses::kActivate) |
+                            (access == ElementwiseAccess::kStrided ? uses::kNothing : uses::kLoadStore);
+  return {
+      {std::string(op) + "_" + what, op, kArch, {0, 0, 0}, 0, kElementwiseThreads, 0, needs, uses}, access, rate, run};
 }
 
 template <Elementwise kOperation>

@@ -52,8 +52,11 @@ void run_wide(const KernelInfo& info, const LaunchShape& shape, const LocalRespo
 LrnVariant variant(bool backward, LrnWalk walk, bool vectors, const char* what, double rate, LrnVariant::Run run,
                    const char* needs) {
   const char* const op = LrnVariant::kOps[backward];
+  const Instructions uses = uses::kConvert | uses::kActivate | uses::kRsqrt | uses::kPower |
+                            (backward ? uses::kPassesGradient : uses::kNothing) |
+                            (walk == LrnWalk::kWide ? uses::kNothing : uses::kLoadStore);
   const int shared_bytes = walk == LrnWalk::kRows ? -1 : 0;
-  return {{std::string(op) + "_" + what, op, kArch, {0, 0, 0}, 0, kThreads, shared_bytes, needs},
+  return {{std::string(op) + "_" + what, op, kArch, {0, 0, 0}, 0, kThreads, shared_bytes, needs, uses},
           backward,
           walk,
           vectors ? 16 : 0,

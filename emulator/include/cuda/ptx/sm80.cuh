@@ -72,6 +72,7 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
 }
 
 inline uint32_t to_tf32(float v) {
+  emulator::note(uses::kToTf32);
   const uint32_t bits = std::bit_cast<uint32_t>(v);
   if ((bits & 0x7f800000) == 0x7f800000) return v != v ? 0x7fffffff : bits;
   return (bits + 0x1000) & ~uint32_t{0x1fff};

@@ -83,7 +83,10 @@ inline int __popc(unsigned v) { return std::popcount(v); }
 inline int __clz(int v) { return std::countl_zero(static_cast<unsigned>(v)); }
 inline int __ffs(int v) { return v ? std::countr_zero(static_cast<unsigned>(v)) + 1 : 0; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
-inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
+inline float rsqrtf(float v) {
+  fastconv::emulator::note(fastconv::cuda::uses::kRsqrt);
+  return 1.0f / std::sqrt(v);
+}
 inline float __expf(float v) { return std::exp(v); }
 inline float __logf(float v) { return std::log(v); }
 inline float __log2f(float v) { return std::log2(v); }
@@ -115,6 +118,7 @@ struct BFloat16 {
 
 inline float to_float(float v) { return v; }
 inline float to_float(Half v) {
+  emulator::note(uses::kConvertHalf);
 #ifdef __F16C__
   return _cvtsh_ss(v.bits);
 #else
@@ -125,11 +129,15 @@ inline float to_float(Half v) {
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(std::bit_cast<float>(rest) * 0x1p112f));
 #endif
 }
-inline float to_float(BFloat16 v) { return std::bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
+inline float to_float(BFloat16 v) {
+  emulator::note(uses::kConvertBFloat16);
+  return std::bit_cast<float>(static_cast<uint32_t>(v.bits) << 16);
+}
 
 namespace detail {
 
 inline uint16_t half_bits(float v) {
+  emulator::note(uses::kConvertHalf);
   if (v != v) return 0x7fff;
 #ifdef __F16C__
   return static_cast<uint16_t>(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT));
@@ -148,6 +156,7 @@ inline uint16_t half_bits(float v) {
 }
 
 inline uint16_t bfloat16_bits(float v) {
+  emulator::note(uses::kConvertBFloat16);
   if (v != v) return 0x7fff;
   const uint32_t bits = std::bit_cast<uint32_t>(v);
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -200,13 +209,21 @@ inline void store(T* destination, const Vec<T, N>& vec, emulator::Where where = 
   emulator::store(destination, bits, sizeof(vec), where);
 }
 
+// Found before that of the global namespace
+inline float powf(float v, float w) {
+  emulator::note(uses::kPower);
+  return std::pow(v, w);
+}
+
 inline float activate(float v, Activation activation) {
+  emulator::note(uses::kActivate);
   if (activation == Activation::kNone) return v;
   v = v < 0.0f ? 0.0f : v;
   return activation == Activation::kRelu6 && v > 6.0f ? 6.0f : v;
 }
 
 inline bool passes_gradient(float output, Activation activation) {
+  emulator::note(uses::kPassesGradient);
   if (activation == Activation::kNone) return true;
   return !(output <= 0.0f) && !(activation == Activation::kRelu6 && output >= 6.0f);
 }

@@ -1,0 +1,52 @@
+// The functions of ptx/ and runtime/types.cuh that hardware might do otherwise than the emulator: every kernel of the
+// table says which it uses, and every case of conformance/ which it tries.
+#pragma once
+
+#include <cstdint>
+#include <iterator>
+#include <string>
+
+namespace fastconv::cuda {
+
+// A set: some of `uses`, joined by |.
+using Instructions = uint32_t;
+
+namespace uses {
+constexpr Instructions kNothing = 0;
+constexpr Instructions kSmemAddress = 1 << 0;
+constexpr Instructions kCpAsync = 1 << 1;  // with its groups and waits
+constexpr Instructions kLdmatrix = 1 << 2;
+constexpr Instructions kMmaHalf = 1 << 3;
+constexpr Instructions kMmaBFloat16 = 1 << 4;
+constexpr Instructions kMmaTf32 = 1 << 5;
+constexpr Instructions kToTf32 = 1 << 6;
+constexpr Instructions kConvertHalf = 1 << 7;
+constexpr Instructions kConvertBFloat16 = 1 << 8;
+constexpr Instructions kActivate = 1 << 9;
+constexpr Instructions kPassesGradient = 1 << 10;
+constexpr Instructions kRsqrt = 1 << 11;
+constexpr Instructions kPower = 1 << 12;
+constexpr Instructions kLoadStore = 1 << 13;
+constexpr Instructions kShuffle = 1 << 14;
+
+// Of a kernel whose variant serves all types
+constexpr Instructions kConvert = kConvertHalf | kConvertBFloat16;
+}  // namespace uses
+
+// In the order of their bits
+inline constexpr const char* kInstructionNames[] = {
+    "smem_address",     "cp_async", "ldmatrix",    "mma_m16n8k16_f16", "mma_m16n8k16_bf16",
+    "mma_m16n8k8_tf32", "to_tf32",  "convert_f16", "convert_bf16",     "activate",
+    "passes_gradient",  "rsqrtf",   "powf",        "load_store",       "shuffle",
+};
+
+// A list of their names
+inline std::string names_as_json(Instructions instructions) {
+  std::string text;
+  for (size_t bit = 0; bit < std::size(kInstructionNames); ++bit) {
+    if (instructions >> bit & 1) text += (text.empty() ? "\"" : ", \"") + std::string(kInstructionNames[bit]) + "\"";
+  }
+  return "[" + text + "]";
+}
+
+}  // namespace fastconv::cuda
