@@ -7,18 +7,14 @@ by memory: tiles are long in the direction in which the tensors lie.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ..operators.convolution import FusedConvolution, Geometry
 from . import launch, table
 from ._device import activate, index, narrow, pixel, widen
 from ._reduce import room_for_parts, sum_parts
-from .samples import Maker, Sample, sample
 
 # Up to this many taps (5x5) the loop over them is written out, which lets their loads overlap.
 UNROLLED_TAPS = 25
@@ -263,51 +259,3 @@ def wgrad(grad: Tensor, input: Tensor, grad_weight: Tensor, geometry: Geometry) 
     )  # fmt: skip
     if parts > 1:
         sum_parts(sums, parts, grad_weight)
-
-
-# ------------------------------------------------------------------------------------------ samples
-
-_SAMPLE_CHANNELS = 256
-_SAMPLE_GEOMETRY = Geometry([1, 1], [1, 1], [1, 1], _SAMPLE_CHANNELS)
-
-
-def _layer(make: Maker) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, w, gradient of the output) of a 3x3 convolution that keeps the image's size."""
-    x, g = (make.images(_SAMPLE_CHANNELS, shrink=2) for _ in range(2))
-    return x, make.filters(_SAMPLE_CHANNELS, 1, 3), g
-
-
-@sample("depthwise_fprop")
-def _fprop_sample(make: Maker) -> Sample:
-    x, w, _ = _layer(make)
-
-    def run(x: Tensor, w: Tensor) -> list[Tensor]:
-        output = torch.empty_like(x)
-        fprop(FusedConvolution(x, w, None, None, _SAMPLE_GEOMETRY, "relu6"), output)
-        return [output]
-
-    return Sample((x, w), run, lambda x, w: [F.relu6(F.conv2d(x, w, None, *_SAMPLE_GEOMETRY))])
-
-
-@sample("depthwise_dgrad")
-def _dgrad_sample(make: Maker) -> Sample:
-    x, w, g = _layer(make)
-
-    def run(g: Tensor, w: Tensor) -> list[Tensor]:
-        grad_input = torch.empty_like(x)
-        dgrad(g, w, grad_input, _SAMPLE_GEOMETRY)
-        return [grad_input]
-
-    return Sample((g, w), run, lambda g, w: [conv2d_input(x.shape, w, g, *_SAMPLE_GEOMETRY)])
-
-
-@sample("depthwise_wgrad")
-def _wgrad_sample(make: Maker) -> Sample:
-    x, w, g = _layer(make)
-
-    def run(g: Tensor, x: Tensor) -> list[Tensor]:
-        grad_weight = torch.empty_like(w)
-        wgrad(g, x, grad_weight, _SAMPLE_GEOMETRY)
-        return [grad_weight]
-
-    return Sample((g, x), run, lambda g, x: [conv2d_weight(x, w.shape, g, *_SAMPLE_GEOMETRY)])

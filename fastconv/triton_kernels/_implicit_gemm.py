@@ -21,17 +21,13 @@ from __future__ import annotations
 
 from math import gcd
 
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.grad import conv2d_input
 
 from ..operators.convolution import FusedConvolution, Geometry
 from . import launch, table
 from ._device import activate, dot, grouped_tile, index, narrow, pixel, widen
-from .samples import Maker, Sample, sample
 
 # A reduction over so few channels is flattened over taps and channels together: a block of channels would be mostly
 # empty. The 3 of an image, and the 1 of a group that has a filter for each channel.
@@ -274,39 +270,3 @@ def dgrad(grad: Tensor, weight: Tensor, grad_input: Tensor, geometry: Geometry) 
         WIDE=launch.wide(grad, weight, grad_input),
         **config,
     )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------ samples
-
-
-def layer(make: Maker) -> tuple[Tensor, Tensor, Tensor, Geometry]:
-    """(x, w, gradient of the output, geometry) of a stem, a 1x1 or a 3x3 convolution that keeps the image's size."""
-    stem = "ragged" in make.classes
-    taps = 7 if stem else 1 if "pointwise" in make.classes else 3
-    x = make.images(3 if stem else make.width)
-    w = make.filters(make.width, x.shape[1], taps)
-    return x, w, make.images(make.width), Geometry([1, 1], [taps // 2] * 2, [1, 1], 1)
-
-
-@sample("conv2d_fprop")
-def _fprop_sample(make: Maker) -> Sample:
-    x, w, _, geometry = layer(make)
-
-    def run(x: Tensor, w: Tensor) -> list[Tensor]:
-        output = launch.new_output(x, w, geometry)
-        fprop(FusedConvolution(x, w, None, None, geometry, "relu"), output)
-        return [output]
-
-    return Sample((x, w), run, lambda x, w: [F.conv2d(x, w, None, *geometry).relu()], w[0, 0].numel())
-
-
-@sample("conv2d_dgrad")
-def _dgrad_sample(make: Maker) -> Sample:
-    x, w, g, geometry = layer(make)
-
-    def run(g: Tensor, w: Tensor) -> list[Tensor]:
-        grad_input = torch.empty_like(x)
-        dgrad(g, w, grad_input, geometry)
-        return [grad_input]
-
-    return Sample((g, w), run, lambda g, w: [conv2d_input(x.shape, w, g, *geometry)], w[0, 0].numel())

@@ -5,18 +5,15 @@ wgrad   dw[k, (r, s, c)] = sum over pixels m  dy[m, k] * x[pixel(m) + tap(r, s),
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 from ..operators.convolution import Geometry
 from . import launch, table
 from ._device import dot, index, narrow, pixel
-from ._implicit_gemm import is_stem, layer
+from ._implicit_gemm import is_stem
 from ._reduce import room_for_parts, sum_parts
-from .samples import Maker, Sample, sample
 
 
 @triton.jit(do_not_specialize=["pixels", "part_steps", "part_size"])
@@ -117,15 +114,3 @@ def wgrad(grad: Tensor, input: Tensor, grad_weight: Tensor, geometry: Geometry) 
     )  # fmt: skip
     if parts > 1:
         sum_parts(sums, parts, grad_weight)
-
-
-@sample("conv2d_wgrad")
-def _wgrad_sample(make: Maker) -> Sample:
-    x, w, g, geometry = layer(make)
-
-    def run(g: Tensor, x: Tensor) -> list[Tensor]:
-        grad_weight = torch.empty_like(w)
-        wgrad(g, x, grad_weight, geometry)
-        return [grad_weight]
-
-    return Sample((g, x), run, lambda g, x: [conv2d_weight(x, w.shape, g, *geometry)], w[0, 0].numel())

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from . import launch, table
 from ._device import index, masked, narrow, pixel, widen
-from .samples import Maker, Sample, sample
 
 
 @triton.jit(do_not_specialize=["pixels", "part_steps"])
@@ -109,32 +108,3 @@ def mask_and_sum(
     )  # fmt: skip
     if grad_bias is not None and sums is not None:
         sum_parts(sums, parts, grad_bias)
-
-
-# ------------------------------------------------------------------------------------------ samples
-
-
-@sample("mask_and_sum")
-def _mask_and_sum_sample(make: Maker) -> Sample:
-    def run(grad: Tensor, output: Tensor) -> list[Tensor]:
-        grad_bias, masked_grad = grad.new_empty(grad.shape[1]), torch.empty_like(grad)
-        mask_and_sum(grad, output, "relu", grad_bias, masked_grad)
-        return [grad_bias, masked_grad]
-
-    def reference(grad: Tensor, output: Tensor) -> list[Tensor]:
-        masked_grad = torch.where(output > 0, grad, 0.0)
-        return [masked_grad.sum((0, 2, 3)), masked_grad]
-
-    return Sample((make.images(256), make.images(256)), run, reference)
-
-
-@sample("sum_parts")
-def _sum_parts_sample(make: Maker) -> Sample:
-    sums = make.values(8, 256 * make.side**2).float()
-
-    def run(sums: Tensor) -> list[Tensor]:
-        output = torch.empty(sums.shape[1], dtype=torch.float16, device=sums.device)
-        sum_parts(sums, sums.shape[0], output)
-        return [output]
-
-    return Sample((sums,), run, lambda sums: [sums.sum(0)])

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..operators import activations, checks
 from . import launch, table
 from ._device import activate, index, masked, narrow, widen
-from .samples import Maker, Sample, sample
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -65,18 +64,3 @@ def _flat(kernel: triton.JITFunction, first: Tensor, second: Tensor, result: Ten
     wide = size > launch.NARROW_LIMIT
     programs = triton.cdiv(size, config["BLOCK"])
     launch.launch(kernel, programs, first, second, result, size, ACTIVATION=activation, WIDE=wide, **config)
-
-
-@sample("add_relu")
-def _sample(make: Maker) -> Sample:
-    """Forward and backward, which share the entry; the gradient is one of the summands."""
-
-    def run(a: Tensor, b: Tensor) -> list[Tensor]:
-        output = add_relu(a, b, "relu")
-        return [output, add_relu_backward(a, output, "relu")]
-
-    def reference(a: Tensor, b: Tensor) -> list[Tensor]:
-        output = (a + b).relu()
-        return [output, torch.where(output > 0, a, 0.0)]
-
-    return Sample((make.images(256), make.images(256)), run, reference)

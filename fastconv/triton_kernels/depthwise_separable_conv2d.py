@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +24,6 @@ from ..operators.depthwise_separable import read, read_backward
 from . import _conv, _depthwise, launch, table
 from ._depthwise import depthwise_tile
 from ._device import activate, dot, index, narrow, pixel, widen
-from .samples import Maker, Sample, sample
 
 _MOST_COLUMNS = 4
 
@@ -133,18 +131,3 @@ def depthwise_separable_conv2d_backward(*args: Any) -> tuple[Tensor, Tensor, Ten
         grad_hidden, hidden, depthwise, [wanted[0], wanted[1], wanted[3], False]
     )
     return grad_input, grad_depthwise, grad_pointwise, grad_depthwise_bias, grad_pointwise_bias
-
-
-@sample("depthwise_separable_fprop")
-def _sample(make: Maker) -> Sample:
-    channels = 256
-    same = ([1, 1], [1, 1], [1, 1])
-
-    def run(x: Tensor, d: Tensor, w: Tensor) -> list[Tensor]:
-        return [depthwise_separable_conv2d(x, d, w, None, None, *same, "relu6", "none")]
-
-    def reference(x: Tensor, d: Tensor, w: Tensor) -> list[Tensor]:
-        return [F.conv2d(F.relu6(F.conv2d(x, d, None, *same, channels)), w)]
-
-    x, d = make.images(channels, shrink=2), make.filters(channels, 1, 3)
-    return Sample((x, d, make.filters(make.width, channels)), run, reference)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -33,18 +33,24 @@ class Launch(NamedTuple):
     meta: dict[str, Any]
 
 
+_Noted = TypeVar("_Noted")
 _recorders: list[list[Launch]] = []
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Yields a list to which every launch is added, of any thread; an op whose call adds none was left to aten."""
-    found: list[Launch] = []
-    _recorders.append(found)
+def listening(lists: list[list[_Noted]]) -> Iterator[list[_Noted]]:
+    """Yields a new list, which is one of `lists` within the block."""
+    found: list[_Noted] = []
+    lists.append(found)
     try:
         yield found
     finally:
-        _recorders[:] = [other for other in _recorders if other is not found]
+        lists[:] = [other for other in lists if other is not found]
+
+
+def recorded() -> contextlib.AbstractContextManager[list[Launch]]:
+    """Yields a list to which every launch is added, of any thread; an op whose call adds none was left to aten."""
+    return listening(_recorders)
 
 
 def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:

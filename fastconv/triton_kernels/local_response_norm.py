@@ -15,7 +15,6 @@ Any dense tensor is taken as it lies in memory: the channel's stride splits it i
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,7 +23,6 @@ from ..operators import activations, checks
 from ..operators import local_response_norm as aten
 from . import launch, table
 from ._device import activate, index, masked, narrow, widen
-from .samples import Maker, Sample, sample
 
 
 @triton.jit
@@ -152,19 +150,3 @@ def _run(
         **config,
     )  # fmt: skip
     return True
-
-
-@sample("local_response_norm")
-def _sample(make: Maker) -> Sample:
-    """Forward and backward, which share the entry, with AlexNet's numbers."""
-    numbers = (5, 1e-4, 0.75, 2.0)
-
-    def run(grad: Tensor, x: Tensor) -> list[Tensor]:
-        return [local_response_norm(x, *numbers, "none"), local_response_norm_backward(grad, x, *numbers, "none")]
-
-    def reference(grad: Tensor, x: Tensor) -> list[Tensor]:
-        x = aten.at_least_32_bits(x).requires_grad_()
-        output = F.local_response_norm(x, *numbers)
-        return [output.detach(), *torch.autograd.grad(output, x, grad.to(x.dtype))]
-
-    return Sample((make.images(96), make.images(96)), run, reference)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,7 +23,6 @@ from ..operators.conv2d_backward import empty_gradient
 from ..operators.convolution import POINTWISE, FusedConvolution
 from . import _conv, launch, table
 from ._device import activate, dot, index, narrow, pixel, widen
-from .samples import Maker, Sample, sample
 
 # The kernel has arguments for so many branches; more of them take more launches.
 BRANCHES = 4
@@ -203,17 +201,3 @@ def pointwise_conv2d_group_backward(
     if input.numel() == 0 and output_mask[1]:
         grad_weights = [torch.zeros_like(part) for part in weights]
     return grad_input, grad_weights, parts(grad_bias, output_mask[2])
-
-
-@sample("pointwise_group")
-def _sample(make: Maker) -> Sample:
-    """An Inception module's three branches, one of them narrow."""
-
-    def run(x: Tensor, *weights: Tensor) -> list[Tensor]:
-        return pointwise_conv2d_group(x, list(weights), [], "relu")
-
-    def reference(x: Tensor, *weights: Tensor) -> list[Tensor]:
-        return [F.conv2d(x, weight).relu() for weight in weights]
-
-    weights = [make.filters(k, 256) for k in (make.width, 16, make.width)]
-    return Sample((make.images(256, shrink=2), *weights), run, reference)

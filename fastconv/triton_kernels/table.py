@@ -7,27 +7,18 @@ which direction the tensors lie (pixels, channels). The batch size is no part of
 tunes anything.
 
 The entries below were chosen by reasoning and by what the compiler reports (no spills, at most 99 KiB of shared memory,
-so that they also fit the smaller cards of each generation); they were not measured on a GPU yet. `python -m fastconv
-tune` measures on yours and writes a table of your own, which is read once, before the first launch. It has a section
-for every GPU, each with the versions that it was measured with: others compile other kernels.
+so that they also fit the smaller cards of each generation); they were not measured on a GPU yet. `preferred` puts
+others in their places, for one call: variants of the backend, which `python -m fastconv qualify --search` measures.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
-import os
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-import torch
-import triton
-
-from ..version import __version__
-from .launch import guarded
+from .launch import guarded, listening
 
 Config = dict[str, int]
 Table = dict[str, dict[str, Config]]
@@ -158,170 +149,100 @@ SHIPPED: Table = {
 }
 
 
+_STAGES, _WARPS = frozenset(range(1, 9)), frozenset((1, 2, 4, 8, 16))
+_SIZES = frozenset(2**i for i in range(13))
+# a matrix product has at least 16 in each direction
+_MATRIX_SIZES = frozenset(size for size in _SIZES if size >= 16)
+
+
 def problem(kernel: str, name: str, config: Any) -> str | None:
     """What is wrong with an entry that did not come from here; None if nothing is."""
-    entry = f"the entry '{kernel}', '{name}'"
     shipped = SHIPPED.get(kernel, {}).get(name)
     if shipped is None:
-        return f"{entry} is unknown"
+        return f"the entry '{kernel}', '{name}' is unknown"
     if not isinstance(config, dict) or config.keys() != shipped.keys():
-        return f"{entry} is {config}, needed one with {', '.join(shipped)}"
+        return f"the entry '{kernel}', '{name}' is {config}, needed one with {', '.join(shipped)}"
     for key, value in config.items():
         if key == "num_stages":
-            fits, needed = value in range(1, 9), "1 to 8"
+            fitting, needed = _STAGES, "1 to 8"
         elif key == "num_warps":
-            fits, needed = value in (1, 2, 4, 8, 16), "1, 2, 4, 8 or 16"
+            fitting, needed = _WARPS, "1, 2, 4, 8 or 16"
+        elif key.startswith("BLOCK") and "BLOCK_K" in shipped:
+            fitting, needed = _MATRIX_SIZES, "a power of two from 16 to 4096"
         else:
-            # a matrix product has at least 16 in each direction
-            least = 16 if key.startswith("BLOCK") and "BLOCK_K" in shipped else 1
-            fits = value in [2**i for i in range(13)] and value >= least
-            needed = f"a power of two from {least} to 4096"
-        if type(value) is not int or not fits:
-            return f"{entry} has {key} = {value!r}, needed {needed}"
+            fitting, needed = _SIZES, "a power of two from 1 to 4096"
+        if type(value) is not int or value not in fitting:
+            return f"the entry '{kernel}', '{name}' has {key} = {value!r}, needed {needed}"
     return None
-
-
-# -------------------------------------------------------------------------------- the user's own
-
-FORMAT = "fastconv Triton table 1"
-
-
-def user_path() -> Path:
-    """Where `python -m fastconv tune` writes: FASTCONV_TRITON_TABLE, or a file in the user's cache folder."""
-    named = os.environ.get("FASTCONV_TRITON_TABLE")
-    if named:
-        return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "fastconv" / "triton_table.json"
-
-
-def device_name() -> str:
-    """The GPU whose section counts; "" without one."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-
-
-def versions() -> dict[str, str]:
-    """What a section has to be measured with to count."""
-    return {"fastconv": __version__, "triton": triton.__version__}
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """The sections of a file, by GPU; none without a file. ValueError where `tune` did not write it."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("gpus"), dict):
-        raise ValueError(f"not a file with the format '{FORMAT}'")
-    return content["gpus"]
-
-
-def _section_problem(section: Any) -> str | None:
-    """Why a GPU's section does not count; None if it does."""
-    if not isinstance(section, dict) or not isinstance(section.get("entries"), dict) or "fatal" not in section:
-        return "its section for this GPU lacks entries"
-    if section.get("versions") != versions():
-        return f"measured with {section.get('versions')}, this is {versions()}"
-    for kernel, rows in section["entries"].items():
-        if not isinstance(rows, dict):
-            return f"'{kernel}' has no entries"
-        for name, config in rows.items():
-            if (found := problem(kernel, name, config)) is not None:
-                return found
-    return None
-
-
-def user_entries() -> Table:
-    """What was measured on this GPU; where the file cannot serve, a warning and nothing."""
-    gpu, path = device_name(), user_path()
-    if not gpu:
-        return {}
-    try:
-        section = _load(path).get(gpu)
-        found = None if section is None else _section_problem(section)
-    except (OSError, ValueError) as error:
-        section, found = None, str(error)
-    if found is not None:
-        warnings.warn(
-            f"fastconv: {path} is not used, the shipped block sizes are: {found}; remove the file, or run "
-            "`python -m fastconv tune` once more",
-            stacklevel=2,
-        )
-        return {}
-    return {} if section is None else section["entries"]
-
-
-class Measured:
-    """This GPU's section of the user's table while `python -m fastconv tune` fills it.
-
-    Whatever is added is saved at once. A section that does not count (any more) starts anew; other GPUs' are kept.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """OSError or ValueError where `path` cannot be written, or holds something else, which is left as it is."""
-        self.path = path
-        self._section: dict[str, Any] = _load(path).get(device_name(), {})
-        if _section_problem(self._section) is not None:
-            self._section = {"versions": versions(), "entries": {}, "fatal": []}
-        self._save()
-
-    def has(self, kernel: str, name: str) -> bool:
-        return name in self._section["entries"].get(kernel, {})
-
-    def add(self, kernel: str, name: str, config: Config) -> None:
-        self._section["entries"].setdefault(kernel, {})[name] = config
-        self._save()
-
-    def add_fatal(self, kernel: str, name: str, config: Config) -> None:
-        """Remembers what ended the run: it would end the next one, too."""
-        self._section["fatal"].append([kernel, name, config])
-        self._save()
-
-    def is_fatal(self, kernel: str, name: str, config: Config) -> bool:
-        return [kernel, name, config] in self._section["fatal"]
-
-    def _save(self) -> None:
-        """In one step: whoever reads finds the old file or the new one."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"format": FORMAT, "gpus": {**_load(self.path), device_name(): self._section}}
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        try:
-            part.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(part, self.path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------- the choice
 
 
-@functools.cache
-def _chosen() -> Table:
-    """The shipped table with the user's entries in their places."""
-    found = {kernel: dict(rows) for kernel, rows in SHIPPED.items()}
-    for kernel, rows in user_entries().items():
-        found[kernel].update(rows)
-    return found
+class Asked(NamedTuple):
+    """What a launcher asked for.
+
+    Attributes:
+        entry: its kernel and its shape class in one, "conv2d_fprop 16bit spatial wide".
+        taps: of the filter, see `guarded`.
+        config: what it was given.
+    """
+
+    entry: str
+    taps: int
+    config: Config
 
 
-def forget() -> None:
-    """Has the user's file read again at the next choice: it, or the GPU, is another one now."""
-    _chosen.cache_clear()
+class _Preferred(threading.local):
+    """Of a thread: what counts in each of the blocks that are open, the innermost last."""
+
+    def __init__(self) -> None:
+        self.blocks: list[dict[str, Config]] = [{}]
 
 
-@contextlib.contextmanager
-def trial(kernel: str, name: str, config: Config) -> Iterator[None]:
-    """Inside, every launch of this process takes `config` for the entry."""
-    rows = _chosen()[kernel]
-    before, rows[name] = rows[name], config
-    try:
-        yield
-    finally:
-        rows[name] = before
+_preferred = _Preferred()
+_asked: list[list[Asked]] = []
+
+
+class _Preference:
+    def __init__(self, configs: dict[str, Config]) -> None:
+        self._configs = configs
+
+    def __enter__(self) -> None:
+        _preferred.blocks.append({**_preferred.blocks[-1], **self._configs})
+
+    def __exit__(self, *exception: object) -> None:
+        _preferred.blocks.pop()
+
+
+def preferred(configs: Mapping[str, Config]) -> contextlib.AbstractContextManager[None]:
+    """Within the block this thread's launches take these entries in place of the shipped ones, by `Asked.entry`.
+
+    One that may not stand in the table (see `problem`) is passed over: whoever wrote it may have known another one.
+    Of blocks within blocks the innermost counts, entry by entry. What is returned can be entered any number of times,
+    by several threads at once: keeping it saves looking at the entries again.
+    """
+    return _Preference(
+        {entry: dict(config) for entry, config in configs.items() if problem(*split_entry(entry), config) is None}
+    )
+
+
+def noted() -> contextlib.AbstractContextManager[list[Asked]]:
+    """Yields a list of what launchers ask for within the block, on any thread: what there is to vary in a call."""
+    return listening(_asked)
+
+
+def split_entry(entry: str) -> tuple[str, str]:
+    """The kernel and the shape class of an `Asked.entry`."""
+    kernel, _, name = entry.partition(" ")
+    return kernel, name
 
 
 def config(kernel: str, *classes: str, filter: tuple[int, int] = (1, 1)) -> Config:
     """The entry of a kernel for a shape class, with the guard for filters larger than 1x1."""
-    return guarded(_chosen()[kernel][" ".join(classes)], filter[0] * filter[1])
+    name, taps = " ".join(classes), filter[0] * filter[1]
+    entry = f"{kernel} {name}"
+    found = guarded(_preferred.blocks[-1].get(entry) or SHIPPED[kernel][name], taps)
+    for each in _asked:
+        each.append(Asked(entry, taps, found))
+    return found

@@ -1,8 +1,10 @@
-"""Which Triton kernels a call launches, as `launch.recorded` lists them."""
+"""Which Triton kernels a call launches and with what block sizes, as `launch.recorded` lists them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -89,3 +91,130 @@ def test_block_sizes_are_those_of_the_table() -> None:
     assert one.meta.items() >= table.config("add_relu", "any").items()
     ops.add_relu(x, x)
     assert len(found) == 1
+
+
+# ------------------------------------------------------------------------------------- preferences
+
+ADD, POINTWISE, SPATIAL = "add_relu any", "conv2d_fprop ieee pointwise narrow", "conv2d_fprop ieee spatial narrow"
+SPATIAL_SHAPES = ((1, 16, 6, 6), (8, 16, 3, 3))
+POINTWISE_SHAPES = ((1, 16, 6, 6), (8, 16, 1, 1))
+
+
+def shipped(entry: str, **changes: int) -> dict[str, int]:
+    from fastconv.triton_kernels import table
+
+    kernel, name = table.split_entry(entry)
+    return {**table.SHIPPED[kernel][name], **changes}
+
+
+def launched(function: Callable[..., Any], *shapes: tuple[int, ...]) -> dict[str, int]:
+    """The block sizes of a call's only launch."""
+    from fastconv.triton_kernels import launch
+
+    with launch.recorded() as found:
+        function(*(values(*shape) for shape in shapes))
+    (one,) = found
+    return {key: value for key, value in one.meta.items() if key.startswith(("BLOCK", "GROUP", "num_"))}
+
+
+def add() -> dict[str, int]:
+    return launched(ops.add_relu, (1, 4, 2, 2), (1, 4, 2, 2))
+
+
+def test_what_is_preferred_is_taken() -> None:
+    """Entry by entry, and the results stay the same."""
+    from fastconv.triton_kernels import table
+
+    wanted = shipped(POINTWISE, BLOCK_M=16, BLOCK_N=16, num_warps=2)
+    x, w = torch.randn(1, 16, 6, 6), torch.randn(8, 16, 1, 1)
+    expected = ops.pointwise_conv2d(x, w)
+    with table.preferred({ADD: shipped(ADD, BLOCK=64), POINTWISE: wanted}):
+        assert add() == shipped(ADD, BLOCK=64)
+        assert launched(ops.pointwise_conv2d, *POINTWISE_SHAPES) == wanted
+        assert launched(ops.conv2d_relu, *SPATIAL_SHAPES) == shipped(SPATIAL)
+        torch.testing.assert_close(ops.pointwise_conv2d(x, w), expected)
+    assert add() == shipped(ADD)
+    assert launched(ops.pointwise_conv2d, *POINTWISE_SHAPES) == shipped(POINTWISE)
+
+
+def test_the_guard_holds_for_what_is_preferred() -> None:
+    """8 warps are for 1x1 filters alone."""
+    from fastconv.triton_kernels import table
+
+    with table.preferred({entry: shipped(entry, num_warps=8) for entry in (POINTWISE, SPATIAL)}):
+        assert launched(ops.pointwise_conv2d, *POINTWISE_SHAPES)["num_warps"] == 8
+        assert launched(ops.conv2d_relu, *SPATIAL_SHAPES)["num_warps"] == 4
+
+
+def test_preferences_within_preferences() -> None:
+    """The innermost counts, entry by entry; an error ends a block, too; one object serves many blocks."""
+    from fastconv.triton_kernels import table
+
+    smaller, larger = (table.preferred({ADD: shipped(ADD, BLOCK=size)}) for size in (64, 128))
+    with smaller:
+        with larger, table.preferred({POINTWISE: shipped(POINTWISE, BLOCK_N=16)}):
+            assert add()["BLOCK"] == 128
+            with smaller, smaller, table.preferred({}):
+                assert add()["BLOCK"] == 64
+                assert launched(ops.pointwise_conv2d, *POINTWISE_SHAPES)["BLOCK_N"] == 16
+            with pytest.raises(KeyboardInterrupt), smaller:
+                raise KeyboardInterrupt
+            assert add()["BLOCK"] == 128
+        assert add()["BLOCK"] == 64
+    assert add() == shipped(ADD)
+
+
+def test_a_preference_is_its_threads() -> None:
+    """Two threads within their blocks at once, and a third without one."""
+    from fastconv.triton_kernels import table
+
+    smaller, larger = (table.preferred({ADD: shipped(ADD, BLOCK=size)}) for size in (64, 128))
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other, ExitStack() as ones, ExitStack() as others:
+        one.submit(ones.enter_context, smaller).result()
+        assert other.submit(add).result() == shipped(ADD)
+        other.submit(others.enter_context, larger).result()
+        assert [one.submit(add).result()["BLOCK"], other.submit(add).result()["BLOCK"]] == [64, 128]
+        assert add() == shipped(ADD)
+        one.submit(ones.close).result()
+        assert [one.submit(add).result()["BLOCK"], other.submit(add).result()["BLOCK"]] == [1024, 128]
+        other.submit(others.close).result()
+
+
+def test_what_may_not_stand_in_the_table_is_passed_over() -> None:
+    """And the rest is not. Later changes of what was given change nothing."""
+    from fastconv.triton_kernels import table
+
+    given: dict[str, Any] = {
+        ADD: shipped(ADD, BLOCK=100),
+        "add_relu some": shipped(ADD),
+        "": shipped(ADD),
+        POINTWISE: shipped(POINTWISE, BLOCK_N=16),
+        SPATIAL: None,
+    }
+    preference = table.preferred(given)
+    given[POINTWISE]["BLOCK_N"] = 1000
+    with preference:
+        assert add() == shipped(ADD)
+        assert launched(ops.conv2d_relu, *SPATIAL_SHAPES) == shipped(SPATIAL)
+        assert launched(ops.pointwise_conv2d, *POINTWISE_SHAPES) == shipped(POINTWISE, BLOCK_N=16)
+
+
+def test_what_a_call_asks_for_is_noted() -> None:
+    """Forward and backward, within the block, on any thread; a block within a block notes for both."""
+    from fastconv.triton_kernels import table
+
+    x, w = (values(*shape).requires_grad_() for shape in SPATIAL_SHAPES)
+    wanted = shipped(SPATIAL, BLOCK_M=16)
+    with table.noted() as outer:
+        with table.preferred({SPATIAL: wanted}), table.noted() as inner:
+            y = ops.conv2d_relu(x, w)
+        with ThreadPoolExecutor(1) as other:
+            other.submit(torch.autograd.grad, y, (x, w), torch.ones_like(y)).result()
+    y = ops.conv2d_relu(x, w)
+    assert inner == [table.Asked(SPATIAL, 9, wanted)]
+    assert outer[:1] == inner
+    dgrad, wgrad = "conv2d_dgrad ieee spatial narrow", "conv2d_wgrad ieee dense narrow"
+    entries = [one.entry for one in outer[1:]]
+    assert sorted({*entries} - {"sum_parts any"}) == sorted([dgrad, wgrad, "mask_and_sum pixels"])
+    assert {one.entry: one.taps for one in outer[1:]}[dgrad] == 9
+    assert all(one.config == shipped(one.entry) for one in outer[1:])

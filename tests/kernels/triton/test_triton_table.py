@@ -1,4 +1,4 @@
-"""The shipped table of block sizes: every entry compiles, without spills and with tensor cores."""
+"""The table of block sizes: every entry compiles, without spills and with tensor cores; what may stand in it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,60 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from fastconv.triton_kernels import table
+
 COMPILE = Path(__file__).parents[2] / "support" / "triton_compile.py"
 
 
 def test_no_more_than_four_warps_for_large_filters() -> None:
-    from fastconv.triton_kernels import table
-
     for kernel in ("conv2d_fprop", "conv2d_dgrad", "conv2d_wgrad"):
         for entry in table.SHIPPED[kernel]:
             assert table.config(kernel, entry, filter=(3, 3))["num_warps"] <= 4
     assert any(entry["num_warps"] == 8 for entry in table.SHIPPED["conv2d_fprop"].values())
+
+
+ADD_RELU = table.SHIPPED["add_relu"]["any"]
+WGRAD = table.SHIPPED["conv2d_wgrad"]["ieee dense wide"]
+POWER = "needed a power of two from"
+
+
+@pytest.mark.parametrize(
+    ("entry", "config", "problem"),
+    [
+        ("add_relu any", {**ADD_RELU, "BLOCK": 1}, None),
+        ("add_relu any", {"BLOCK": 4096, "num_warps": 16, "num_stages": 8}, None),
+        ("conv2d_wgrad ieee dense wide", {**WGRAD, "BLOCK_K": 64}, None),
+        ("add_relu some", ADD_RELU, " is unknown"),
+        ("nothing any", ADD_RELU, " is unknown"),
+        ("", ADD_RELU, " is unknown"),
+        ("add_relu any", {"BLOCK": 64}, " is {'BLOCK': 64}, needed one with BLOCK, num_warps, num_stages"),
+        ("add_relu any", 3, " is 3, needed one with BLOCK, num_warps, num_stages"),
+        *(
+            ("add_relu any", {**ADD_RELU, "BLOCK": value}, f" has BLOCK = {value!r}, {POWER} 1 to 4096")
+            for value in (100, 0, 64.0, True, "64", [64], 8192)
+        ),
+        ("add_relu any", {**ADD_RELU, "num_warps": 3}, " has num_warps = 3, needed 1, 2, 4, 8 or 16"),
+        ("add_relu any", {**ADD_RELU, "num_stages": 9}, " has num_stages = 9, needed 1 to 8"),
+        ("conv2d_wgrad ieee dense wide", {**WGRAD, "BLOCK_K": 8}, f" has BLOCK_K = 8, {POWER} 16 to 4096"),
+    ],
+    ids=str,
+)
+def test_what_may_stand_in_the_table(entry: str, config: Any, problem: str | None) -> None:
+    kernel, name = table.split_entry(entry)
+    wanted = None if problem is None else f"the entry '{kernel}', '{name}'{problem}"
+    assert table.problem(kernel, name, config) == wanted
+
+
+def test_all_that_is_shipped_may_stand_in_the_table() -> None:
+    for kernel, rows in table.SHIPPED.items():
+        assert [table.problem(kernel, name, config) for name, config in rows.items()] == [None] * len(rows)
 
 
 # Shared memory a block may have: 163 KiB on sm_80, 227 KiB on sm_90 and sm_100, but 99 KiB on the smaller cards of
@@ -39,8 +77,6 @@ MATRIX_KERNELS = {"conv2d_fprop", "conv2d_dgrad", "conv2d_wgrad", "pointwise_gro
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_every_entry_of_the_table_compiles(architecture: int) -> None:
     """To machine code, without a GPU: no spills, shared memory within bounds, tensor cores in use."""
-    from fastconv.triton_kernels import table
-
     done = subprocess.run(
         [sys.executable, COMPILE, str(architecture)],
         capture_output=True,
