@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from fastconv.aten_kernels.cudnn import fused
 from fastconv.measure.calls import Layer
+from fastconv.operators.convolution import FusedConvolution, Geometry
 
 
 def has(layer: Layer) -> bool:
     """Whether there is one for it: they know ReLU alone, and no gradients."""
     is_dense = layer.op in ("conv2d_relu", "conv2d_add_relu", "pointwise_conv2d", "pointwise_conv2d_group")
-    return is_dense and layer.activation == "relu" and ("bias" in layer.shapes or "biases" in layer.shapes)
+    return is_dense and layer.activation == "relu"
 
 
 def call(
@@ -31,12 +32,12 @@ def call(
     groups: int = 1,
 ) -> Any:
     """What an op for which `has` says yes computes."""
-    geometry = (_pair(stride), _pair(padding), _pair(dilation), groups)
-    if weights is not None and biases is not None:
-        return [torch.cudnn_convolution_relu(input, w, b, *geometry) for w, b in zip(weights, biases, strict=True)]
-    if residual is not None:
-        return torch.cudnn_convolution_add_relu(input, weight, residual, 1.0, bias, *geometry)
-    return torch.cudnn_convolution_relu(input, weight, bias, *geometry)
+    geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
+    if weights is not None:
+        given = biases or [None] * len(weights)
+        convs = [FusedConvolution(input, w, b, None, geometry, activation) for w, b in zip(weights, given, strict=True)]
+        return [fused(conv) for conv in convs]
+    return fused(FusedConvolution(input, weight, bias, residual, geometry, activation))
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

@@ -33,7 +33,8 @@ class Backend:
     module: str | None = None
 
 
-def _no_gpu() -> str | None:
+def no_gpu() -> str | None:
+    """Why no GPU can run kernels here; None if one can."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     if not torch.cuda.is_available():
@@ -48,7 +49,7 @@ def _no_cuda() -> str | None:
         return library.PROBLEM
     if not library.has_cuda():
         return f"the library has no CUDA kernels ({library.build_info()['cuda']})"
-    return _no_gpu()
+    return no_gpu()
 
 
 def interpreted() -> bool:
@@ -59,7 +60,16 @@ def interpreted() -> bool:
 def _no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return 'triton is not installed: pip install "fastconv[triton]"'
-    return None if interpreted() else _no_gpu()
+    return None if interpreted() else no_gpu()
+
+
+def _no_cudnn() -> str | None:
+    reason = no_gpu()
+    if reason is None and not torch.backends.cudnn.is_available():
+        return f"torch {torch.__version__} was built without cuDNN"
+    if reason is None and not torch.backends.cudnn.enabled:
+        return "cuDNN is switched off (torch.backends.cudnn.enabled)"
+    return reason
 
 
 _BACKENDS = {
@@ -68,11 +78,14 @@ _BACKENDS = {
     "triton": Backend(
         "fastconv_triton", lambda: "cpu" if interpreted() else "cuda", _no_triton, module="fastconv.triton_kernels"
     ),
+    "cudnn": Backend("fastconv_cudnn", lambda: "cuda", _no_cudnn, module="fastconv.aten_kernels.cudnn"),
     "reference": Backend(None, lambda: "", lambda: None),
 }
-# What "auto" takes for the tensors of a device. The kernels for GPUs are proved by emulation only: until they were
-# measured on one, CUDA tensors run what torch has.
+# What "auto" takes for the tensors of a device where nothing was measured, see `fastconv.operators.measured`. The
+# kernels for GPUs are proved by emulation only: CUDA tensors run what torch has.
 _AUTO = {"cpu": "cpu", "meta": "cpu"}
+# In tables of what was measured, the convolutions that `fastconv.swap` prepares on a CPU: no op can run them.
+PREPARED = "onednn"
 
 
 def names() -> tuple[str, ...]:
@@ -82,6 +95,11 @@ def names() -> tuple[str, ...]:
 def add(name: str, backend: Backend) -> None:
     """Makes one more backend known, whose operators have the schemas of csrc/schemas.cpp."""
     _BACKENDS[name] = backend
+
+
+def remove(name: str) -> None:
+    """Takes back what `add` made known."""
+    del _BACKENDS[name]
 
 
 def available() -> dict[str, str | None]:
@@ -101,9 +119,11 @@ def use_backend(name: str) -> Iterator[None]:
     The choice holds for the whole process, all threads included.
 
     Args:
-        name: ``"auto"`` (the fastest that is proved for the input's device), ``"cpu"`` (the C++
-            library), ``"cuda"`` (CUDA C++ kernels), ``"triton"`` (Triton kernels), or
-            ``"reference"`` (the plain aten meaning of the op).
+        name: ``"auto"`` (what `fastconv.qualify` found best on this machine; for calls that were not
+            measured, ``"cpu"`` on a CPU and the reference on a GPU), ``"cpu"`` (the C++ library), ``"cuda"``
+            (CUDA C++ kernels), ``"triton"`` (Triton kernels), ``"cudnn"`` (cuDNN's fused convolutions with
+            a ReLU, as torch has them; all else, gradients too, as the reference), or ``"reference"`` (the
+            plain aten meaning of the op).
 
     Raises:
         ValueError: the name is unknown.
@@ -123,8 +143,27 @@ def current() -> str:
     return _current
 
 
+def is_auto(backend: str | None) -> bool:
+    """Whether an op with this argument runs what "auto" takes."""
+    name = _current if backend is None else backend
+    return isinstance(name, str) and name == "auto"
+
+
+def default(device: torch.device) -> str:
+    """What "auto" takes for a call of which nothing was measured on this machine."""
+    return _AUTO.get(device.type, "reference") if library.LOADED else "reference"
+
+
+def is_possible(name: str, device: torch.device) -> bool:
+    """Whether there is such a backend, and it can run on the device; prepares it if so."""
+    if name not in _BACKENDS or _BACKENDS[name].device() not in ("", device.type):
+        return False
+    return _prepare(name) is None
+
+
 def choose(backend: str | None, input: torch.Tensor, asker: str = "fastconv") -> str:
-    """The backend that an op runs for `input`: a name from `names`, other than "auto". Errors begin with the `asker`.
+    """The backend that an op runs for `input`: a name from `names`, other than "auto", which is `default`. Errors begin
+    with the `asker`.
 
     Raises:
         ValueError: the name is unknown.
@@ -132,8 +171,8 @@ def choose(backend: str | None, input: torch.Tensor, asker: str = "fastconv") ->
     """
     name = _current if backend is None else backend
     device = input.device.type
-    if isinstance(name, str) and name == "auto":
-        return _AUTO.get(device, "reference") if library.LOADED else "reference"
+    if is_auto(name):
+        return default(input.device)
     _require(name, asker)
     needed = _BACKENDS[name].device()
     if needed and device not in (needed, "meta"):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from . import checks
 from .activations import mask
@@ -85,8 +86,17 @@ def by_aten(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias from that before the activation; what is not wanted may be None."""
     stride, padding, dilation, groups = geometry
+    if groups > 1 and len(input) == 1 and suggest_memory_format(weight) == torch.channels_last:
+        input = _with_whole_batch_stride(input)
     sizes = ([weight.shape[0]], stride, padding, dilation, False, [0, 0], groups)
     return aten.convolution_backward(grad, input, weight, *sizes, wanted)
+
+
+def _with_whole_batch_stride(image: Tensor) -> Tensor:
+    """As in csrc/cpu/conv2d.cpp, which says why: aten's float64 gradient of the weight would be wrong."""
+    first, *others = image.stride()
+    extent = max(size * stride for size, stride in zip(image.shape[1:], others, strict=True))
+    return image if first >= extent else image.as_strided(image.shape, (extent, *others))
 
 
 # -------------------------------------------------------------------------------------- the operator

@@ -55,6 +55,7 @@ _READERS: dict[str, Callable[..., FusedConvolution]] = {
     "pointwise_conv2d": _pointwise_conv2d,
     "depthwise_conv2d": _depthwise_conv2d,
 }
+NAMES = tuple(_READERS)
 # The residual's place among the arguments of the operators that have one; the others have a list of numbers there.
 _RESIDUAL = 3
 
@@ -63,12 +64,7 @@ _RESIDUAL = 3
 
 
 def rules(op: str) -> dict[str, Any]:
-    """What `fastconv.operators.registration.PublicOperator` takes beside the name."""
-
-    def reference(*args: Any) -> Tensor:
-        conv = read(op, args)
-        checks.conv2d(op, conv)
-        return by_aten(conv)
+    """What `fastconv.operators.registration.PublicOperator` takes beside the name and the reference."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         conv = read(op, inputs)
@@ -89,7 +85,6 @@ def rules(op: str) -> dict[str, Any]:
         return activate(by_aten(conv._replace(residual=None, activation="none")) + residual, conv.activation)
 
     return {
-        "reference": reference,
         "setup_context": setup_context,
         "backward": backward,
         "autocast": autocast_rule,

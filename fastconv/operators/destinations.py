@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,28 @@ def check_each(
     for i, (tensor, shape) in enumerate(zip(out, shapes, strict=True)):
         check(op, f"out[{i}]", tensor, shape, like, taken)
         taken.append(tensor)
+
+
+def check_for(op: str, found: Any, args: Sequence[Any], out: Any) -> None:
+    """What an operator found for its arguments, a tensor or several, can go into `out`."""
+    others = tensors(args)
+    if isinstance(found, Tensor):
+        check(op, "out", out, found.shape, found, others)
+    else:
+        check_each(op, out, [result.shape for result in found], found[0], others)
+
+
+def store(op: str, found: Any, args: Sequence[Any], out: Any) -> None:
+    """Copies it there, after that check."""
+    check_for(op, found, args, out)
+    for result, destination in zip(tensors([found]), tensors([out]), strict=True):
+        destination.copy_(result)
+
+
+def tensors(args: Sequence[Any]) -> list[Tensor]:
+    """Those among an operator's arguments, in lists too."""
+    lists = [arg if isinstance(arg, (list, tuple)) else [arg] for arg in args]
+    return [value for values in lists for value in values if isinstance(value, Tensor)]
 
 
 def check_writable(op: str, out: Tensor) -> None:

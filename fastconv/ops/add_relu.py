@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import activations, arguments, checks
+from ..aten_kernels import OPERATORS
+from ..operators import arguments, checks
 from ..operators.registration import Operator, PublicOperator
 
 _NAME = "add_relu"
@@ -59,11 +60,6 @@ def _promoted(input: Tensor, other: Tensor) -> torch.dtype:
 def _broadcast(input: Tensor, other: Tensor) -> bool:
     pairs = zip(reversed(input.shape), reversed(other.shape), strict=False)
     return all(a == b or a == 1 or b == 1 for a, b in pairs)
-
-
-def _reference(input: Tensor, other: Tensor, activation: str) -> Tensor:
-    checks.elementwise(_NAME, input, "other", other, activation)
-    return activations.activate(input + other, activation)
 
 
 def _fake(input: Tensor, other: Tensor, activation: str) -> Tensor:
@@ -161,7 +157,7 @@ add_relu_backward = Operator(
 )
 _operator = PublicOperator(
     _NAME,
-    reference=_reference,
+    reference=OPERATORS[_NAME],
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..aten_kernels import OPERATORS
 from ..operators import arguments, checks
 from ..operators.convolution_operators import rules
 from ..operators.registration import OutOperator
@@ -69,4 +70,4 @@ def conv2d_relu(
     return unbatch(found) if out is None else out
 
 
-_operator = OutOperator(_NAME, **rules(_NAME))
+_operator = OutOperator(_NAME, reference=OPERATORS[_NAME], **rules(_NAME))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..aten_kernels import OPERATORS
 from ..operators import arguments, checks
 from ..operators.convolution_operators import rules
 from ..operators.registration import PublicOperator
@@ -54,4 +55,4 @@ def depthwise_conv2d(
     return unbatch(_operator.run(backend, input, weight, bias, stride, padding, dilation, activation))
 
 
-_operator = PublicOperator(_NAME, **rules(_NAME))
+_operator = PublicOperator(_NAME, reference=OPERATORS[_NAME], **rules(_NAME))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from ..aten_kernels import OPERATORS
 from ..operators import arguments, autocast, checks, depthwise_separable
 from ..operators.activations import activate, mask
 from ..operators.conv2d_backward import LinearMaps, fake_gradients, masked_like, per_channel, total, where_wanted
@@ -88,11 +89,6 @@ def depthwise_separable_conv2d(
     if unbatch is not arguments.as_it_is and suggest_memory_format(pointwise_weight) != torch.channels_last:
         return found.contiguous()
     return found
-
-
-def _reference(*args: Any) -> Tensor:
-    depthwise, pointwise = depthwise_separable.read(_NAME, args)
-    return by_aten(pointwise._replace(input=by_aten(depthwise)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -226,7 +222,7 @@ _backward_operator = Operator(
 )
 _operator = PublicOperator(
     _NAME,
-    reference=_reference,
+    reference=OPERATORS[_NAME],
     setup_context=_setup_context,
     backward=_backward,
     autocast=autocast.to_low_precision,

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..aten_kernels import OPERATORS
 from ..operators import arguments, autocast, checks
 from ..operators.activations import activate, mask
-from ..operators.local_response_norm import by_aten, window_sum
+from ..operators.local_response_norm import window_sum
 from ..operators.registration import Operator, PublicOperator
 
 _NAME = "local_response_norm"
@@ -62,11 +63,6 @@ def local_response_norm(
     size = arguments.count(_NAME, "size", size, checks.CHANNELS)
     alpha, beta = arguments.real(_NAME, "alpha", alpha), arguments.real(_NAME, "beta", beta)
     return _operator.run(backend, input, size, alpha, beta, arguments.real(_NAME, "k", k), activation)
-
-
-def _reference(input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str) -> Tensor:
-    checks.local_response_norm(_NAME, input, size, activation)
-    return by_aten(input, size, alpha, beta, k, activation)
 
 
 def _fake(input: Tensor, size: int, alpha: float, beta: float, k: float, activation: str) -> Tensor:
@@ -135,7 +131,7 @@ _backward_operator = Operator(
 )
 _operator = PublicOperator(
     _NAME,
-    reference=_reference,
+    reference=OPERATORS[_NAME],
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..aten_kernels import OPERATORS
 from ..operators import arguments, autocast, checks
-from ..operators.activations import activate, mask
+from ..operators.activations import mask
 from ..operators.conv2d_backward import LinearMaps, empty_gradient, fake_gradients, per_channel, total
 from ..operators.convolution import POINTWISE
 from ..operators.registration import Operator, OutOperator
@@ -76,12 +76,6 @@ def _tensors(weights: list[Tensor], biases: Sequence[Tensor | None] | None) -> l
     return [
         weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in zip(weights, given, strict=True)
     ]
-
-
-def _reference(input: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str) -> list[Tensor]:
-    checks.pointwise_group(_NAME, input, weights, biases, activation)
-    given: Sequence[Tensor | None] = biases or [None] * len(weights)
-    return [activate(F.conv2d(input, *tensors), activation) for tensors in zip(weights, given, strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -166,7 +160,7 @@ _backward_operator = Operator(
 )
 _operator = OutOperator(
     _NAME,
-    reference=_reference,
+    reference=OPERATORS[_NAME],
     setup_context=_setup_context,
     backward=_backward,
     autocast=autocast.to_low_precision,

@@ -228,8 +228,8 @@ def test_use_backend_reaches_every_op() -> None:
 def test_backend_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x = torch.randn(2, 3)
-    with pytest.raises(ValueError, match="needed one of auto, cpu, cuda, triton, reference"):
-        ops.add_relu(x, x, backend="cudnn")
+    with pytest.raises(ValueError, match="needed one of auto, cpu, cuda, triton, cudnn, reference"):
+        ops.add_relu(x, x, backend="mps")
     with pytest.raises(RuntimeError, match=r"'cuda', which cannot run here: .+; leave the backend"):
         ops.add_relu(x, x, backend="cuda")
     with pytest.raises(RuntimeError, match="cannot run here"), fastconv.use_backend("triton"):

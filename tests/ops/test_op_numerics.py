@@ -23,7 +23,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield found
 
 
-BACKENDS = ("auto", *CUDA)
+BACKENDS = ("auto", *CUDA, "cudnn")
 
 
 def combinations(dtypes: Sequence[torch.dtype] = DTYPES, layouts: Sequence[str] = LAYOUTS) -> pytest.MarkDecorator:
