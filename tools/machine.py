@@ -13,6 +13,7 @@ import torch
 from fastconv.measure import environment
 from fastconv.measure.calls import DTYPES
 from fastconv.measure.ceilings import copy_seconds, flop_per_second
+from fastconv.operators.fingerprint import installed
 
 TOOLS = ("nvcc", "ncu", "compute-sanitizer", "cuobjdump", "g++", "clang++", "git")
 PACKAGES = ("numpy", "triton", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "torchvision", "ninja")
@@ -24,7 +25,7 @@ def main() -> None:
         "kernel": platform.release(),
         "cores": len(os.sched_getaffinity(0)),
         "tools": {name: shutil.which(name) for name in TOOLS},
-        "packages": {name: environment.version(name) for name in PACKAGES},
+        "packages": {name: installed(name) for name in PACKAGES},
     }
     if torch.cuda.is_available():
         device = torch.device("cuda")

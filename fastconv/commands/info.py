@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 import fastconv
-from fastconv.measure import environment
-from fastconv.operators import backends, library
+from fastconv.operators import backends, library, table_files
+from fastconv.operators.fingerprint import differences, fingerprint, installed
+from fastconv.operators.tables import Table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def facts() -> dict[str, str]:
         "fastconv": f"{fastconv.__version__} in {Path(fastconv.__file__).parent}",
         "Python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
-        "triton": environment.version("triton") or "not installed",
+        "triton": installed("triton") or "not installed",
         "CUDA": _cuda(),
         "CPU": _cpu(),
         "library": library.PROBLEM or "loaded",
@@ -46,7 +47,33 @@ def facts() -> dict[str, str]:
             "CUDA kernels": built["cuda"],
         }
     report["backends"] = "\n".join(f"{name}: {reason or 'available'}" for name, reason in backends.available().items())
+    report["tables"] = "\n".join(line for device in _devices() for line in _tables(device))
     return report
+
+
+def _devices() -> list[torch.device]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))]
+
+
+def _tables(device: torch.device) -> list[str]:
+    """Those that choose for the device, then those that were made with something else and choose nothing."""
+    here = fingerprint(device)
+    made = ", ".join(f"{name} {value}" for name, value in here.items())
+    found = [f"{device}: {_table(path, table)}, made with {made}" for path, table in table_files.in_force(device)]
+    lines = found or [f"{device}: none: run `python -m fastconv qualify`"]
+    for folder in (table_files.user_folder(), table_files.shipped_folder()):
+        for path, table in table_files.others(folder, here):
+            lines.append(f"{device}: not {_table(path, table)}, made with {differences(table.fingerprint, here)}")
+    return lines
+
+
+def _table(path: Path, table: Table) -> str:
+    count, interrupted = len(table.entries), sum(not entry.complete for entry in table.entries.values())
+    entries = "1 entry" if count == 1 else f"{count} entries"
+    incomplete = f", {interrupted} of them incomplete" if interrupted else ""
+    disabled = f", {len(table.disabled)} kernels disabled" if table.disabled else ""
+    return f"{path}, {entries}{incomplete}{disabled}"
 
 
 def _cuda() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn
 
 import torch
@@ -36,6 +36,12 @@ def literal(value: object, room: int = _TEXT) -> str | None:
     return repr(value) if value is None or isinstance(value, (int, float, torch.SymInt)) else None
 
 
+def one_line(text: str, room: int) -> str:
+    """A text from elsewhere, of what can be printed on one line."""
+    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    return line if len(line) <= room else line[: room - 3] + "..."
+
+
 def shape_of(tensor: Tensor) -> str:
     return listed(tensor.shape)
 
@@ -46,3 +52,11 @@ def dtype_of(tensor: Tensor) -> str:
 
 def _type(value: object, room: int = _TEXT) -> str:
     return "Tensor" if isinstance(value, Tensor) else type(value).__name__[:room]
+
+
+def aligned(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table in columns."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

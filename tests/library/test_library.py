@@ -1,5 +1,6 @@
 """A library that is missing, damaged or foreign costs one warning and speed, never a traceback."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,7 +14,11 @@ import torch
 import fastconv
 from fastconv import _C
 from fastconv.__main__ import COMMANDS, main
-from fastconv.operators import library
+from fastconv.commands import info
+from fastconv.operators import library, table_files
+from fastconv.operators.fingerprint import fingerprint
+from fastconv.operators.table_files import export
+from support.table_files import CPU, Messages, entry, table
 
 # Runs with a damaged copy of the package, in a process of its own: a bad library may kill it.
 SCRIPT = """
@@ -160,6 +165,25 @@ def test_info(capsys):
     assert lines["library"] == "loaded"
     assert "reference: available" in report
     assert library.build_info()["compiler"] in report
+
+
+def test_info_names_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Messages) -> None:
+    monkeypatch.setenv("FASTCONV_TABLES", str(tmp_path))
+    monkeypatch.setattr(table_files, "shipped_folder", lambda: tmp_path / "shipped")
+    assert "cpu: none: run `python -m fastconv qualify`" in info.facts()["tables"]
+
+    here = fingerprint(CPU)
+    older = export(table(entry(1), made={**here, "torch": "2.11.0"}), tmp_path)
+    interrupted = dataclasses.replace(entry(3), complete=False)
+    path = export(table(entry(1), entry(2), interrupted, made=here), tmp_path)
+    first, second = (line for line in info.facts()["tables"].splitlines() if line.startswith("cpu"))
+    assert first.startswith(f"cpu: {path}, 3 entries, 1 of them incomplete, made with device {here['device']}, ")
+    assert f"torch {torch.__version__}" in first
+    assert second == f"cpu: not {older}, 1 entry, made with torch 2.11.0 (here {torch.__version__})"
+
+    os.truncate(path, 10)
+    assert "cpu: none: run" in info.facts()["tables"]
+    assert len(list(said)) == 1
 
 
 def test_info_names_the_capability_that_runs():
