@@ -6,8 +6,11 @@ On a GPU a kernel that went astray must not be blamed on the tests behind it, no
 """
 
 import faulthandler
+import json
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,10 +30,42 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--test-seconds", type=float, metavar="N", help="end the process, or the worker, of a test that takes longer"
     )
+    parser.addoption(
+        "--outcomes", type=Path, metavar="FILE", help="append a line of JSON for each test, as soon as it ran"
+    )
+
+
+_TABLES = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What was measured on this machine for its user is not for the tests to run by.
+    config.stash[_TABLES] = folder = tempfile.TemporaryDirectory()
+    os.environ["FASTCONV_TABLES"] = folder.name
     config.stash[_STDERR] = os.dup(2)  # nothing is captured yet
+    if config.option.outcomes and not IS_WORKER:
+        config.pluginmanager.register(_Outcomes(config.option.outcomes))
+
+
+class _Outcomes:
+    """Writes what became of each test, also of one with which its worker ended."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.passed:
+            return
+        row = {
+            "test": report.nodeid,
+            "outcome": {"passed": "ok", "failed": "error"}.get(report.outcome, report.outcome),
+            "seconds": round(report.duration, 3),
+        }
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            row["problem"] = str(crash.message if crash else report.longrepr).strip().partition("\n")[0][:300]
+        with open(self._file, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

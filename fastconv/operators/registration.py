@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, checks, destinations, library, precision
+from . import auto, backends, checks, destinations, library, precision
 from .autocast import DEVICES, AutocastRule, below_autocast, dispatch_key
-from .schemas import SCHEMAS
+from .schemas import argument_names
 from .vmap import mapped
 
-_operators: list[Operator] = []
+_operators: dict[str, Operator] = {}
 _namespaces: dict[str, torch.library.Library] = {}
 
 
@@ -26,8 +26,15 @@ def add_namespace(name: str) -> None:
     """Completes the operators of ``torch.ops.<name>``, which has those of csrc/schemas.cpp, with kernels."""
     if name not in _namespaces:
         _namespaces[name] = torch.library.Library(name, "FRAGMENT")
-        for operator in _operators:
+        for operator in _operators.values():
             operator.complete(name)
+
+
+def public(name: str) -> PublicOperator:
+    """The operator behind a public function."""
+    found = _operators[name]
+    assert isinstance(found, PublicOperator)
+    return found
 
 
 class Operator:
@@ -51,20 +58,20 @@ class Operator:
         backward: Callable[..., Any],
         fold_batch: Sequence[int] = (),
     ) -> None:
-        self._name = name
+        self.name = name
         self._fake = fake
         self._setup_context = setup_context
         self._backward = backward
         self._fold_batch = fold_batch
-        self._arguments = _argument_names(name)
+        self._arguments = argument_names(name)
         self._overloads: dict[str, Callable[..., Any]] = {}
-        _operators.append(self)
+        _operators[name] = self
         for namespace in _namespaces:
             self.complete(namespace)
 
     def complete(self, namespace: str) -> None:
-        qualified = f"{namespace}::{self._name}"
-        overload = getattr(getattr(torch.ops, namespace), self._name).default
+        qualified = f"{namespace}::{self.name}"
+        overload = getattr(getattr(torch.ops, namespace), self.name).default
         self._overloads[namespace] = overload
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -78,8 +85,8 @@ class Operator:
     def _check_storage(self, args: Sequence[Any]) -> None:
         """Before anything but a kernel reads the arguments; kernels have checks of their own."""
         for name, value in zip(self._arguments, args, strict=True):
-            for tensor in _tensors([value]):
-                checks.storage(self._name, name, tensor)
+            for tensor in destinations.tensors([value]):
+                checks.storage(self.name, name, tensor)
 
     def _vmap_rule(self, overload: Callable[..., Any]) -> Callable[..., Any]:
         on_tensors = mapped(overload, self._fold_batch)
@@ -114,7 +121,7 @@ class PublicOperator(Operator):
         **others: Any,
     ) -> None:
         self._qualified = f"fastconv::{name}"
-        self._reference = reference
+        self.reference = reference
         self._autocast = autocast
         super().__init__(name, fake=fake or reference, **others)
 
@@ -122,17 +129,34 @@ class PublicOperator(Operator):
         super().complete(namespace)
         for device in DEVICES:
             kernel = self._autocast_kernel(self._overloads[namespace], device)
-            _namespaces[namespace].impl(self._name, kernel, dispatch_key(device))
+            _namespaces[namespace].impl(self.name, kernel, dispatch_key(device))
 
     def run(self, backend: str | None, input: Tensor, *args: Any) -> Any:
-        """The op on the backend that was asked for, or else on the one chosen for the input."""
-        namespace = backends.namespace(backends.choose(backend, input, self._qualified))
-        if namespace is not None and not _only_aten_has_derivatives():
-            return self._overloads[namespace](input, *args)
+        """The op on the backend that was asked for, or else on the one chosen for the call."""
+        if _only_aten_has_derivatives():
+            backends.choose(backend, input, self._qualified)  # its errors
+            function = self.reference
+        elif auto.is_on(backend, input.device):
+            function = self._measured
+        else:
+            namespace = backends.namespace(backends.choose(backend, input, self._qualified))
+            if namespace is not None:
+                return self._overloads[namespace](input, *args)
+            function = self.reference
         device = input.device.type
         if torch.is_autocast_enabled(device):
-            return self._cast(self._reference, device, (input, *args))
-        return self._reference(input, *args)
+            return self._cast(function, device, (input, *args))
+        return function(input, *args)
+
+    def _measured(self, *args: Any) -> Any:
+        """By the tables of this machine; the arguments are what autocast has made of them."""
+        if torch.compiler.is_compiling():
+            return getattr(getattr(torch.ops, auto.CHOSEN), self.name)(*args)
+        return self.on(auto.choose(self.name, args))(*args)
+
+    def on(self, namespace: str | None) -> Callable[..., Any]:
+        """What computes the op in a namespace; None for aten."""
+        return self.reference if namespace is None else self._overloads[namespace]
 
     def _cast(self, function: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Any:
         self._check_storage(args)
@@ -158,8 +182,8 @@ class OutOperator(PublicOperator):
 
     def complete(self, namespace: str) -> None:
         super().complete(namespace)
-        name = f"{self._name}.out"
-        overload = getattr(getattr(torch.ops, namespace), self._name).out
+        name = f"{self.name}.out"
+        overload = getattr(getattr(torch.ops, namespace), self.name).out
         self._out_overloads[namespace] = overload
         torch.library.register_fake(f"{namespace}::{name}", self._fake_out)
         library = _namespaces[namespace]
@@ -172,19 +196,24 @@ class OutOperator(PublicOperator):
         """As for every operator; into `out`, if there is one, which is then returned."""
         if out is None:
             return super().run(backend, input, *args)
-        namespace = backends.namespace(backends.choose(backend, input, self._qualified))
+        if auto.is_on(backend, input.device) and not torch.compiler.is_compiling():
+            # Autocast is yet to cast what the choice depends on: it is made once that is done.
+            casts = torch.is_autocast_enabled(input.device.type)
+            namespace = auto.MEASURED if casts else auto.choose(self.name, (input, *args))
+        else:
+            namespace = backends.namespace(backends.choose(backend, input, self._qualified))
         if namespace is not None and not _only_aten_has_derivatives():
             self._out_overloads[namespace](input, *args, out)
         else:
             self._refuse_gradients(input, *args, out)
             if not torch.compiler.is_compiling():
                 self._check_writable(out)
-            self._store(super().run("reference", input, *args), (input, *args), out)
+            destinations.store(self.name, super().run("reference", input, *args), (input, *args), out)
         return out
 
     def _fake_out(self, *args: Any) -> None:
         *given, out = args
-        self._check_out(self._fake(*given), given, out)
+        destinations.check_for(self.name, self._fake(*given), given, out)
 
     def _autograd_out_kernel(self, overload: Callable[..., Any]) -> Callable[..., Any]:
         def kernel(*args: Any) -> None:
@@ -202,7 +231,7 @@ class OutOperator(PublicOperator):
                 found = self._cast(lambda *cast: overload(*cast, out), device, tuple(given))
                 if found is not None:  # the rule did without the overload
                     self._check_writable(out)
-                    self._store(found, given, out)
+                    destinations.store(self.name, found, given, out)
 
         return kernel
 
@@ -218,34 +247,12 @@ class OutOperator(PublicOperator):
         return kernel
 
     def _check_writable(self, out: Any) -> None:
-        for tensor in _tensors([out]):
-            destinations.check_writable(self._name, tensor)
+        for tensor in destinations.tensors([out]):
+            destinations.check_writable(self.name, tensor)
 
     def _refuse_gradients(self, *args: Any) -> None:
-        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
-        destinations.check_no_gradient(self._name, wanted)
-
-    def _store(self, found: Any, args: Sequence[Any], out: Any) -> None:
-        self._check_out(found, args, out)
-        for result, destination in zip(_tensors([found]), _tensors([out]), strict=True):
-            destination.copy_(result)
-
-    def _check_out(self, found: Any, args: Sequence[Any], out: Any) -> None:
-        others = _tensors(args)
-        if isinstance(found, Tensor):
-            destinations.check(self._name, "out", out, found.shape, found, others)
-        else:
-            destinations.check_each(self._name, out, [result.shape for result in found], found[0], others)
-
-
-def _argument_names(operator: str) -> tuple[str, ...]:
-    return tuple(argument.name for argument in torch._C.parse_schema(operator + SCHEMAS[operator]).arguments)
-
-
-def _tensors(args: Sequence[Any]) -> list[Tensor]:
-    """Those among an operator's arguments, in lists too."""
-    lists = [arg if isinstance(arg, (list, tuple)) else [arg] for arg in args]
-    return [value for values in lists for value in values if isinstance(value, Tensor)]
+        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in destinations.tensors(args))
+        destinations.check_no_gradient(self.name, wanted)
 
 
 def _only_aten_has_derivatives() -> bool:

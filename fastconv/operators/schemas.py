@@ -4,6 +4,12 @@ csrc/schemas.cpp has the same and says what they mean; it is not there to be rea
 install may lack the library. tests/ops/test_completeness.py holds the two together.
 """
 
+from __future__ import annotations
+
+import functools
+
+import torch
+
 SCHEMAS: dict[str, str] = {
     "conv2d_relu": (
         "(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
@@ -57,3 +63,9 @@ def _out(schema: str) -> str:
 
 WITH_OUT = ("conv2d_relu", "conv2d_add_relu", "pointwise_conv2d", "pointwise_conv2d_group")
 SCHEMAS.update({f"{name}.out": _out(SCHEMAS[name]) for name in WITH_OUT})
+
+
+@functools.cache
+def argument_names(operator: str) -> tuple[str, ...]:
+    """Of the operator, in order."""
+    return tuple(argument.name for argument in torch._C.parse_schema(operator + SCHEMAS[operator]).arguments)

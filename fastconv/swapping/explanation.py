@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..operators import kernels
+from ..operators import kernels, measured
+from ..operators.messages import aligned
+from ..operators.table_text import candidate_lines
+from ..operators.tables import Entry
 from . import regions
 from .patterns.convolution import is_convolution
 from .programs import Program
@@ -51,12 +54,14 @@ class Kernel:
 
     Attributes:
         choices: of CUDA kernels, printable: what was considered for each launch, and why the others were not taken.
+        measured: what a table of this machine says of such calls, see `fastconv.qualify`; None if nothing.
     """
 
     module: str
     shapes: str
     kernel: str
     choices: tuple[kernels.Choice, ...] = ()
+    measured: Entry | None = None
 
 
 @dataclass(frozen=True)
@@ -86,10 +91,14 @@ class Explanation:
         lines = [f"{self.model}: {len(self.swapped)} of {len(self.rows)} layers swapped"]
         lines += [f"{path or 'the model'} is not traced as a whole: {reason}" for path, reason in self.untraced.items()]
         cells = [(row.module, row.layer, str(row.inference), str(row.training)) for row in self.rows]
-        lines += ["", *_table(("module", "layer", "inference", "training"), cells)]
+        lines += ["", *aligned(("module", "layer", "inference", "training"), cells)]
         if self.kernels:
             ran = [(kernel.module, kernel.shapes, kernel.kernel) for kernel in self.kernels]
-            lines += ["", *_table(("module", "input -> output", "kernel"), ran)]
+            lines += ["", *aligned(("module", "input -> output", "kernel"), ran)]
+        for kernel in self.kernels:
+            if kernel.measured is not None:
+                lines += ["", f"{kernel.module} {kernel.shapes}, as measured on this machine:"]
+                lines += [f"  {line}" for line in candidate_lines(kernel.measured)]
         return "\n".join(lines)
 
 
@@ -200,11 +209,13 @@ class _Recorder(fx.Interpreter):
             output = super().call_function(target, args, kwargs)
         if target in self._calls:
             ran = ", ".join(choice.chosen for choice in made if choice.chosen)
-            kernel = f"{target.kernel(args[0])}{': ' if ran else ''}{ran}"
+            kernel = f"{target.kernel(*args)}{': ' if ran else ''}{ran}"
+            call = target.operator_call(*args)
+            entry = None if call is None else measured.entry(*call)
             outputs = output if isinstance(output, tuple) else (output,)
             for layer, result in zip(self._calls[target].layers, outputs, strict=False):
                 shapes = f"{tuple(args[0].shape)} -> {tuple(result.shape)}"
-                self.kernels.append(Kernel(_path(layer), shapes, kernel, tuple(made)))
+                self.kernels.append(Kernel(_path(layer), shapes, kernel, tuple(made), entry))
         return output
 
 
@@ -216,11 +227,3 @@ def _kernels(fast: nn.Module, inputs: tuple[Tensor, ...]) -> list[Kernel]:
         recorder = _Recorder(program)
         recorder.run(*tensors)
     return recorder.kernels
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    lines = [head, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    for line in lines:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        yield "  ".join(cells).rstrip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import importlib
 import inspect
 import itertools
 import threading
@@ -31,7 +32,7 @@ _FAILURES_MADE = 4  # for each signature and mode: a forward that counts its cal
 _CONSTANTS = (bool, int, float, str, type(None))
 
 
-def swap(model: nn.Module) -> nn.Module:
+def swap(model: nn.Module, *, qualify: Tensor | Sequence[Any] | None = None) -> nn.Module:
     """A copy of a model that computes the same with fused ops; the model itself is left as it is.
 
     The two are one set of weights: the copy has the same Parameters and buffers, the very objects, under the same
@@ -66,6 +67,8 @@ def swap(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module.
+        qualify: example inputs, one tensor or several, for which `fastconv.qualify` first finds out what is fastest
+            on this machine, as far as that is not known yet.
 
     Raises:
         TypeError: it is not a module.
@@ -74,6 +77,9 @@ def swap(model: nn.Module) -> nn.Module:
     >>> print(fastconv.explain(fast))
     """
     require_module("swap", model)
+    if qualify is not None:
+        inputs = (qualify,) if isinstance(qualify, Tensor) else qualify
+        importlib.import_module("fastconv.qualification.qualify").qualify(model, *inputs)
     fast = clone(model)
     install(fast)
     trace_ahead(fast)

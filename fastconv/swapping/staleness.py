@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..operators import backends, library
+from ..operators import backends, library, measured
 from . import patterns
 from .calls.call import Prepared
 from .tracing.contents import ClassPlace, Place
@@ -83,8 +83,9 @@ class PreparedWeights:
     """What the calls of one program have prepared, kept up to date together.
 
     The state that is compared: the identity, version, address, size, strides and dtype of every tensor, the
-    batch norms' eps, the convolutions' geometry, and for the CPU a fingerprint of the data. Every write that torch
-    counts changes the version. A write that it does not count (through ``.data``, NumPy or another library) is seen
+    batch norms' eps, the convolutions' geometry, which tables of this machine are in force, the number of threads, and
+    for the CPU a fingerprint of the data. Every write that torch counts changes the version. A write that it does not
+    count (through ``.data``, NumPy or another library) is seen
     if it changes one of the bytes of which the fingerprint is taken: all of a tensor of up to 4 KiB (batch norms,
     biases), and of a larger one 64 stretches of 64 bytes, evenly spread from its first byte to its last. So a tensor
     that was overwritten as a whole is always noticed, and a single number changed in that way may not be.
@@ -136,6 +137,8 @@ class PreparedWeights:
             [one.settings() for one in self._prepared],
             torch._C._get_mkldnn_enabled(),
             backends.current(),
+            measured.generation(),
+            torch.get_num_threads(),
         ]
         if tensors and tensors[0].device.type == "cpu":
             state.append(_C.fingerprint(addresses, sizes))

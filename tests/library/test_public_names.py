@@ -64,7 +64,6 @@ OPTIONS = {
     "verify": "--device --backend --op --dtype --seed",
     "bench": "--networks --dtypes --batches --train --train-batch --device --backend --threads --minutes --longest "
     "--no-compile --json --markdown",
-    "tune": "--kernel --batch --dry-run",
 }
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fastconv
-from fastconv import models, nn, ops
+from fastconv import aten_kernels, models, nn, ops
+from fastconv.aten_kernels import cudnn
 from fastconv.measure.layers import layers_of
 from fastconv.operators.schemas import SCHEMAS, WITH_OUT
 from fastconv.swapping import patterns
@@ -81,6 +82,13 @@ def test_triton_kernels(operator: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastconv_triton::{operator}", "CUDA")
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_aten_kernels(operator: str) -> None:
+    assert operator in aten_kernels.OPERATORS
+    assert operator in cudnn.OPERATORS
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastconv_cudnn::{operator}", "CUDA")
+
+
 @pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA"])
 @pytest.mark.parametrize("op", [*ops.__all__, *OUTS])
 def test_autocast(op: str, key: str) -> None:
@@ -121,13 +129,15 @@ def test_every_pattern_is_looked_for() -> None:
 
 def test_every_family_of_cuda_kernels_has_its_rooms() -> None:
     """What its kernels take, how one is chosen, and for each architecture which of them are built."""
-    architectures = {path.parent for path in (ROOT / "csrc/cuda").rglob("*.cu")}
+    cases = ROOT / "csrc/cuda/conformance"
+    architectures = {path.parent for path in (ROOT / "csrc/cuda").rglob("*.cu") if cases not in path.parents}
     assert architectures
     for folder in architectures:
         assert re.fullmatch(r"sm\d+[af]?", folder.name), folder
         assert (folder / "instances.cu").is_file(), folder
         assert {"params.h", "plan.cpp", "plan.h"} <= {path.name for path in folder.parent.iterdir()}, folder
-        # Instructions have a room of their own, with twins for the emulator.
+        # Instructions have a room of their own, with twins for the emulator, and cases that try them on a GPU.
+        assert (cases / folder.name / "cases.cu").is_file(), folder
         assert (ROOT / "csrc/cuda/ptx" / f"{folder.name}.cuh").is_file(), folder
         assert (ROOT / "emulator/include/cuda/ptx" / f"{folder.name}.cuh").is_file(), folder
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
-from .call import Call
+from .call import Call, OperatorCall
 
 
 class FusedAdd(Call):
@@ -25,6 +25,10 @@ class FusedAdd(Call):
     def op(self) -> str:
         return "add_relu"
 
+    def operator_call(self, input: Any, other: Any) -> OperatorCall | None:
+        is_one = _has_op(input, other, self.activation) and (input.shape, input.dtype) == (other.shape, other.dtype)
+        return (self.op(), (input, other, self.activation)) if is_one else None
+
 
 def add_activation(input: Any, other: Any, activation: str) -> Any:
     """What `FusedAdd` computes; where there is no op for it, as for integers, the sum and the activation.
@@ -33,13 +37,17 @@ def add_activation(input: Any, other: Any, activation: str) -> Any:
         input, other: tensors, or one of them a number, as for ``+``.
         activation: "none", "relu" or "relu6".
     """
-    if (
+    if _has_op(input, other, activation):
+        return ops.add_relu(input, other, activation=activation)
+    total = input + other
+    return {"none": lambda value: value, "relu": F.relu, "relu6": F.relu6}[activation](total)
+
+
+def _has_op(input: Any, other: Any, activation: str) -> bool:
+    return (
         activation != "none"
         and isinstance(input, Tensor)
         and isinstance(other, Tensor)
         and input.is_floating_point()
         and other.is_floating_point()
-    ):
-        return ops.add_relu(input, other, activation=activation)
-    total = input + other
-    return {"none": lambda value: value, "relu": F.relu, "relu6": F.relu6}[activation](total)
+    )

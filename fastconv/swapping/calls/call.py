@@ -13,7 +13,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ...operators import backends
+from ...operators import auto, backends, measured, table_text
+
+OperatorCall = tuple[str, tuple[Any, ...]]
 
 
 class Prepared(Protocol):
@@ -49,9 +51,14 @@ class Call(abc.ABC):
     def op(self) -> str:
         """The name of the op that it runs, for explanations."""
 
-    def kernel(self, input: Tensor) -> str:
-        """What runs for this input, in words."""
-        return kernel_of(self.op(), input)
+    def operator_call(self, *inputs: Any) -> OperatorCall | None:
+        """The operator that it comes down to for these inputs, and its arguments, for explanations; None where that is
+        not one."""
+        return None
+
+    def kernel(self, *inputs: Any) -> str:
+        """What runs for these inputs, in words."""
+        return kernel_of(self.op(), inputs[0], self.operator_call(*inputs))
 
 
 def result_of(results: tuple[Tensor, ...], index: int) -> Tensor:
@@ -59,6 +66,10 @@ def result_of(results: tuple[Tensor, ...], index: int) -> Tensor:
     return results[index]
 
 
-def kernel_of(op: str, input: Tensor) -> str:
+def kernel_of(op: str, input: Tensor, call: OperatorCall | None) -> str:
     """What runs for an op, in words."""
-    return f"{op} {str(input.dtype).removeprefix('torch.')}, {backends.choose(None, input)}"
+    backend = backends.choose(None, input)
+    if call is not None and auto.is_on(None, input.device):
+        found = measured.choice(*call).candidate
+        backend = backend if found is None else table_text.name(found.backend, found.variant)
+    return f"{op} {str(input.dtype).removeprefix('torch.')}, {backend}"

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ...operators import backends
+from ...operators import auto, backends
 from .addition import add_activation
-from .call import Call
+from .call import Call, OperatorCall
 
 
 class FusedConv(Call):
@@ -59,7 +59,7 @@ class FusedConv(Call):
         conv, activation = self.conv, self.activation
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         if residual is None:
-            if activation == "none" and backends.choose(None, input) in ("cpu", "reference"):
+            if activation == "none" and not auto.is_on(None, input.device) and _is_aten(input):
                 # What the op would call; this way torch.compile sees it.
                 return F.conv2d(input, weight, bias, *geometry)
             if is_pointwise(conv):
@@ -67,15 +67,33 @@ class FusedConv(Call):
             if is_depthwise(conv):
                 return ops.depthwise_conv2d(input, weight, bias, *geometry[:3], activation=activation)
             return ops.conv2d_relu(input, weight, bias, *geometry, activation=activation)
-        if not (
-            isinstance(residual, Tensor)
-            and residual.dtype == input.dtype
-            and residual.shape == shape_of_output(conv, input)
-        ):  # a broadcast or promoting addition
+        if not self._is_plain(input, residual):  # a broadcast or promoting addition
             return add_activation(F.conv2d(input, weight, bias, *geometry), residual, activation)
         if is_pointwise(conv):
             return ops.pointwise_conv2d(input, weight, bias, residual, conv.stride, activation=activation)
         return ops.conv2d_add_relu(input, weight, bias, residual, *geometry, activation=activation)
+
+    def _is_plain(self, input: Tensor, residual: Tensor | None) -> bool:
+        """Whether the residual, if there is one, is of the result's shape and dtype."""
+        return residual is None or (
+            isinstance(residual, Tensor)
+            and residual.dtype == input.dtype
+            and residual.shape == shape_of_output(self.conv, input)
+        )
+
+    def operator_call(self, input: Tensor, residual: Tensor | None = None) -> OperatorCall | None:
+        conv, padding = self.conv, numeric_padding(self.conv)
+        if padding is None or input.dim() != 4 or not self._is_plain(input, residual):
+            return None
+        tensors = (input, *self.weights())
+        stride, dilation = list(conv.stride), list(conv.dilation)
+        if is_pointwise(conv):
+            return "pointwise_conv2d", (*tensors, residual, stride, self.activation)
+        if residual is not None:
+            return "conv2d_add_relu", (*tensors, residual, stride, padding, dilation, conv.groups, self.activation)
+        if is_depthwise(conv):
+            return "depthwise_conv2d", (*tensors, stride, padding, dilation, self.activation)
+        return "conv2d_relu", (*tensors, stride, padding, dilation, conv.groups, self.activation)
 
     def op(self) -> str:
         if self.activation == "none" and not self.has_residual:
@@ -105,6 +123,20 @@ def fold(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tenso
     wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
     folded = weight.to(wide) * scale.to(wide)[:, None, None, None]
     return folded.to(weight.dtype), shift.to(weight.dtype)
+
+
+def numeric_padding(conv: nn.Conv2d) -> list[int] | None:
+    """The padding in numbers; None for a "same" that pads one side more than the other."""
+    if conv.padding == "valid":
+        return [0, 0]
+    if conv.padding == "same":
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return None if any(t % 2 for t in total) else [t // 2 for t in total]
+    return list(conv.padding)
+
+
+def _is_aten(input: Tensor) -> bool:
+    return backends.choose(None, input) in ("cpu", "reference")
 
 
 def is_pointwise(conv: nn.Conv2d) -> bool:

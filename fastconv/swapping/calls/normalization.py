@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from .call import Call
+from .call import Call, OperatorCall
 
 
 class FusedLRN(Call):
@@ -30,10 +32,17 @@ class FusedLRN(Call):
         self.activation = activation
 
     def __call__(self, input: Tensor) -> Tensor:
-        module, settings = self.module, self.settings
-        if module is not None:
-            settings = (module.size, module.alpha, module.beta, module.k)
-        return ops.local_response_norm(input, *settings, **self.named, activation=self.activation)
+        return ops.local_response_norm(input, *self._settings(), **self.named, activation=self.activation)
 
     def op(self) -> str:
         return "local_response_norm"
+
+    def operator_call(self, input: Tensor) -> OperatorCall:
+        given = inspect.signature(F.local_response_norm).bind(input, *self._settings(), **self.named)
+        given.apply_defaults()
+        _, size, *reals = given.args
+        return self.op(), (input, size, *map(float, reals), self.activation)
+
+    def _settings(self) -> Any:
+        module = self.module
+        return self.settings if module is None else (module.size, module.alpha, module.beta, module.k)

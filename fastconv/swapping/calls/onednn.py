@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...operators import backends
-from .convolution import FusedConv, fold, shape_of_output
+from ...operators import backends, measured
+from .convolution import FusedConv, fold, numeric_padding, shape_of_output
 
 _PACKS_KEPT = 4  # formats; a pack is as large as the weight
 _SHAPES_KEPT = 32
@@ -28,16 +30,21 @@ _ACTIVATIONS = {
 }
 
 
-def onednn_for(source: FusedConv) -> OneDNN | None:
-    """The convolution with its present weights prepared for oneDNN; None where that cannot or is not to run it."""
+def onednn_for(source: FusedConv, instead: Callable[[], Run] | None = None) -> OneDNN | None:
+    """The convolution with its present weights prepared for oneDNN; None where that cannot or is not to run it.
+
+    Args:
+        instead: makes what runs calls for which something else was measured to be faster; None runs all of them in
+            oneDNN.
+    """
     weight = source.conv.weight
     is_there = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     if weight.device.type != "cpu" or not is_there or backends.current() not in ("auto", "cpu"):
         return None
-    compute, padding = _compute_dtype(weight.dtype), _numeric_padding(source.conv)
+    compute, padding = _compute_dtype(weight.dtype), numeric_padding(source.conv)
     if compute is None or padding is None:
         return None
-    return OneDNN(source, torch.float32 if _ends_the_process(source.conv, compute) else compute, padding)
+    return OneDNN(source, torch.float32 if _ends_the_process(source.conv, compute) else compute, padding, instead)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype | None:
@@ -58,14 +65,25 @@ def _ends_the_process(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
     return dtype is torch.float16 and any(pixels == 1 and step > 1 for pixels, step in spread)
 
 
-def _numeric_padding(conv: nn.Conv2d) -> list[int] | None:
-    """The padding in numbers; None for a "same" that pads one side more than the other."""
-    if conv.padding == "valid":
-        return [0, 0]
-    if conv.padding == "same":
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return None if any(t % 2 for t in total) else [t // 2 for t in total]
-    return list(conv.padding)
+class Run(Protocol):
+    """A convolution with its weights."""
+
+    def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor: ...
+    def kernel(self, input: Tensor, residual: Tensor | None = None) -> str: ...
+
+
+class _Met(NamedTuple):
+    """What is known of inputs of one shape and layout.
+
+    Attributes:
+        packed: the weight; None where aten is faster.
+        shape: of the output.
+        other: what runs such calls, where that is not this.
+    """
+
+    packed: Tensor | None
+    shape: tuple[int, ...]
+    other: Run | None
 
 
 class OneDNN:
@@ -78,9 +96,12 @@ class OneDNN:
     which leaves less to pass over: no activation changes which of two numbers is the larger, and both keep NaN.
     """
 
-    def __init__(self, source: FusedConv, compute: torch.dtype, padding: list[int]) -> None:
+    def __init__(
+        self, source: FusedConv, compute: torch.dtype, padding: list[int], instead: Callable[[], Run] | None
+    ) -> None:
         conv, bn = source.conv, source.bn
         self._source = source
+        self._make_instead = instead
         self._dtype = conv.weight.dtype
         self._compute = compute
         weight = conv.weight.detach().to(compute)
@@ -92,7 +113,7 @@ class OneDNN:
         self._weight, self._bias = self.weights = weight, bias
         self._geometry = (padding, list(conv.stride), list(conv.dilation), conv.groups)
         self._activate = _ACTIVATIONS[source.activation]
-        self._known: dict[torch.Size, tuple[Tensor | None, tuple[int, ...], bool]] = {}
+        self._known: dict[tuple[torch.Size, tuple[int, ...]], _Met] = {}
         self._packs: list[Tensor] = []  # one for each format
         self._lock = threading.Lock()
 
@@ -102,9 +123,9 @@ class OneDNN:
             dtype = torch.get_autocast_dtype("cpu")
         elif dtype is not self._dtype:
             return self._source.unprepared(input, residual)  # it says what is wrong
-        packed, shape, fails = self._known.get(input.shape) or self._meet(input)
-        if fails:
-            return self._wide(input, residual)
+        packed, shape, other = self._known.get((input.shape, input.stride())) or self._meet(input, residual)
+        if other is not None:
+            return other(input, residual)
         compute, geometry = self._compute, self._geometry
         if input.dtype is not compute:
             input = input.to(compute)
@@ -127,10 +148,10 @@ class OneDNN:
             output = output + residual
         return self._activate(self._source.pooled(output))
 
-    def kernel(self, input: Tensor) -> str:
-        packed, _, fails = self._known.get(input.shape) or self._meet(input)
-        if fails:
-            return self._wide.kernel(input)
+    def kernel(self, input: Tensor, residual: Tensor | None = None) -> str:
+        packed, _, other = self._known.get((input.shape, input.stride())) or self._meet(input, residual)
+        if other is not None:
+            return other.kernel(input, residual)
         name = str(self._compute).removeprefix("torch.")
         return f"aten {name}" if packed is None else f"oneDNN {name}, prepacked, channels_last"
 
@@ -150,29 +171,48 @@ class OneDNN:
     @functools.cached_property
     def _wide(self) -> OneDNN:
         """The same in float32."""
-        return OneDNN(self._source, torch.float32, self._geometry[0])
+        return OneDNN(self._source, torch.float32, self._geometry[0], self._make_instead)
 
-    def _meet(self, input: Tensor) -> tuple[Tensor | None, tuple[int, ...], bool]:
-        """The packed weight for inputs of this shape, None where aten is faster; the output's shape; whether oneDNN
-        fails for them."""
+    @functools.cached_property
+    def _instead(self) -> Run:
+        assert self._make_instead is not None
+        return self._make_instead()
+
+    def _meet(self, input: Tensor, residual: Tensor | None) -> _Met:
         shape = shape_of_output(self._source.conv, input)
-        fails = self._fails(input, shape)
         with self._lock:
-            packed = self._pack(input) if not fails and self._pays(input, shape) else None
+            other, packs = None, False
+            if self._fails(input, shape):
+                other = self._wide
+            elif self._is_possible(input, shape):
+                pays = self._was_faster(input, residual)
+                packs = self._pays(input, shape) if pays is None else pays
+                other = self._instead if pays is False else None
+            met = _Met(self._pack(input) if packs else None, shape, other)
             if len(self._known) >= _SHAPES_KEPT:
                 self._known = {}
-            self._known[input.shape] = packed, shape, fails
-        return packed, shape, fails
+            self._known[input.shape, input.stride()] = met
+        return met
+
+    def _was_faster(self, input: Tensor, residual: Tensor | None) -> bool | None:
+        """Whether this was measured to be faster than all else; None if it was not measured."""
+        if self._make_instead is None:
+            return True
+        if not measured.in_force(input.device):
+            return None
+        call = self._source.operator_call(input, residual)
+        return None if call is None else measured.prepared_pays(*call)
+
+    def _is_possible(self, input: Tensor, shape: tuple[int, ...]) -> bool:
+        return (
+            input.dim() == 4
+            and input.shape[1] == self._source.conv.in_channels
+            and min(input.shape) > 0
+            and min(shape) > 0
+        )
 
     def _pays(self, input: Tensor, shape: tuple[int, ...]) -> bool:
         weight = self._weight
-        if (
-            input.dim() != 4
-            or input.shape[1] != self._source.conv.in_channels
-            or min(input.shape) == 0
-            or min(shape) <= 0
-        ):
-            return False
         if shape[0] * shape[2] * shape[3] * weight.numel() >= _FEW_PRODUCTS:
             return True
         padding, stride, dilation, groups = self._geometry

@@ -50,11 +50,11 @@ class PreparedConv(FusedConv):
         return conv.stride, conv.padding, conv.dilation, conv.groups, eps
 
     def prepare(self) -> None:
-        self.ready = onednn_for(self) or Folded(self)
+        self.ready = onednn_for(self, instead=lambda: Folded(self)) or Folded(self)
 
-    def kernel(self, input: Tensor) -> str:
+    def kernel(self, *inputs: Any) -> str:
         ready = self.ready
-        return super().kernel(input) if ready is None else ready.kernel(input)
+        return super().kernel(*inputs) if ready is None else ready.kernel(*inputs)
 
 
 class Folded:
@@ -69,5 +69,6 @@ class Folded:
     def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor:
         return self._source.pooled(self._source.compute(input, *self.weights, residual))
 
-    def kernel(self, input: Tensor) -> str:
-        return f"{kernel_of(self._source.op(), input)}, batch norm folded"
+    def kernel(self, input: Tensor, residual: Tensor | None = None) -> str:
+        call = self._source.operator_call(input, residual)
+        return f"{kernel_of(self._source.op(), input, call)}, batch norm folded"
