@@ -11,9 +11,9 @@ COMMANDS = {
     "demo": "networks on real photographs and digits, reference against fastconv",
     "info": "versions, what was built for what, which backends can run here",
     "explain": "what swapping a model would change, and why not the rest",
+    "qualify": "proves and times the kernels on this machine, and has auto use what won",
     "verify": "errors of every op beside torch's own, against float64",
     "bench": "time of whole networks, eager against fastconv; of single layers: pytest benchmarks",
-    "tune": "block sizes of the Triton kernels, measured on this GPU",
 }
 
 

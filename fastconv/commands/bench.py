@@ -24,6 +24,7 @@ from fastconv.measure.contenders import (
     COMPILED,
     CONTIGUOUS,
     IN_INFERENCE,
+    IN_TRAINING,
     LRN_ONLY,
     SWAPPED,
     Result,
@@ -53,10 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=["alexnet2012"],
         metavar="NAME",
-        help="for training, in fp32; default: alexnet2012",
+        help="for training; default: alexnet2012",
+    )
+    parser.add_argument(
+        "--train-dtype", choices=DTYPES, default="fp32", help="of training, by autocast if of 16 bits; default: fp32"
     )
     parser.add_argument("--train-batch", type=int, default=128, help="default: 128")
-    parser.add_argument("--device", default="cpu", type=torch.device, help="default: cpu; training is timed there only")
+    parser.add_argument("--device", default="cpu", type=torch.device, help="default: cpu")
     parser.add_argument("--backend", default="auto", choices=backends.names(), help="of fastconv; default: auto")
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--minutes", type=float, default=6.0, help="to aim at; default: 6")
@@ -107,15 +111,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace) -> Iterator[Row]:
     budget = Budget(args.minutes * 60, len(args.networks) * len(args.dtypes) * len(args.batches) + len(args.train))
-    who = [who for who in IN_INFERENCE[args.device.type] if not (who == COMPILED and args.no_compile)]
-    plan = Plan(args.device, who, args.dtypes, sorted(args.batches), budget, args.longest)
+
+    def contenders(of: dict[str, tuple[str, ...]]) -> list[str]:
+        return [who for who in of[args.device.type] if not (who == COMPILED and args.no_compile)]
+
+    plan = Plan(args.device, contenders(IN_INFERENCE), args.dtypes, sorted(args.batches), budget, args.longest)
     for name in args.networks:
         print(f"{name}, inference ...", file=sys.stderr, flush=True)
         with backends.use_backend(args.backend):
             yield from infer(name, plan)
     for name in args.train:
         print(f"{name}, training ...", file=sys.stderr, flush=True)
-        yield train(name, args.train_batch, budget)
+        with backends.use_backend(args.backend):
+            yield train(name, args.train_batch, budget, contenders(IN_TRAINING), args.train_dtype, args.device)
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:

@@ -77,7 +77,7 @@ class Layer:
             for name, shape in self.shapes.items()
         }
 
-    def __call__(self, tensors: dict[str, Any], backend: str, **more: Any) -> list[Tensor]:
+    def __call__(self, tensors: dict[str, Any], backend: str | None, **more: Any) -> list[Tensor]:
         """The op's outputs for these tensor arguments; `more` goes before `options`."""
         return run(self.op, {**tensors, **self.options}, **more, backend=backend)
 

@@ -23,7 +23,10 @@ IN_INFERENCE = {
     "cpu": (CONTIGUOUS, CHANNELS_LAST, SWAPPED),
     "cuda": (CONTIGUOUS, CHANNELS_LAST, EAGER_GRAPH, COMPILED, SWAPPED, SWAPPED_GRAPH),
 }
-IN_TRAINING = (CHANNELS_LAST, CONTIGUOUS, LRN_ONLY, SWAPPED)
+IN_TRAINING = {
+    "cpu": (CHANNELS_LAST, CONTIGUOUS, LRN_ONLY, SWAPPED),
+    "cuda": (CHANNELS_LAST, COMPILED, SWAPPED),
+}
 OURS = (SWAPPED, SWAPPED_GRAPH)
 GRAPHS = (EAGER_GRAPH, SWAPPED_GRAPH)
 
@@ -46,7 +49,7 @@ class Row:
     dtype: str
     batch: int
     results: dict[str, Result] = field(default_factory=dict)
-    # In inference of the class scores, largest error / largest score; in training of the gradient
+    # In inference of the class scores, largest error / largest score; in training of the gradient in float32
     # of that parameter where it is largest, norm of the error / norm of the gradient.
     allowed_error: float = 0.0
     note: str = ""  # why there are no results

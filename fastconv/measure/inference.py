@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastconv.measure import networks
 from fastconv.measure.calls import DTYPES
 from fastconv.measure.contenders import CHANNELS_LAST, GRAPHS, OURS, Result, Row, images_for, prepare
-from fastconv.measure.timing import Budget, Pace, captured, synchronize, take_turns
+from fastconv.measure.timing import Budget, Pace, captured, synchronize, take_turns, untuned_cudnn
 from fastconv.measure.tolerance import BASELINE_FACTOR
 
 Call = Callable[[], Tensor]
@@ -83,7 +83,8 @@ class _Contest:
         typed = copy.deepcopy(model).to(DTYPES[dtype])
         self._images = images.to(DTYPES[dtype])
         ends = self._images[:: max(1, len(images) - 1)]  # the first and the last
-        self._oracle = copy.deepcopy(typed).double()(ends.double())
+        with untuned_cudnn():
+            self._oracle = copy.deepcopy(typed).double()(ends.double())
         self._models = {who: prepare(who, copy.deepcopy(typed)) for who in plan.who}
         baseline = self._models[CHANNELS_LAST](images_for(CHANNELS_LAST, ends))
         self.allowed_error = BASELINE_FACTOR * _error(baseline, self._oracle) + torch.finfo(DTYPES[dtype]).eps

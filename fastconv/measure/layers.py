@@ -4,9 +4,6 @@ The one table for `python -m fastconv verify` (the layers with a number of image
 (all of them). A name is the network and the path of its module, as in fastconv.models, torchvision or timm; vgg_a_lrn
 is in its paper alone (table 1). The first layer of each op is its share of a --quick run. Batch norms are folded: their
 convolutions have a bias here.
-
-`tune` has calls of its own (`fastconv.triton_kernels.samples`): an entry of the table of block sizes stands for a class
-of shapes, and no network has a layer of each.
 """
 
 from __future__ import annotations

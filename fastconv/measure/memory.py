@@ -1,4 +1,4 @@
-"""How much memory a call takes at its peak, in a process of its own."""
+"""How much memory a call takes at its peak: of the system, in a process of its own, or of a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
 
 _STATUS = Path("/proc/self/status")
 _PRINT_RISE = "import sys; from fastconv.measure import memory; memory.print_rise(*sys.argv[1:])"
@@ -32,6 +34,16 @@ def peak_bytes(function: Callable[..., Any], *arguments: str) -> int | None:
     if process.returncode != 0:
         print(f"no peak memory of {function.__name__}{arguments}: {process.stderr[-500:]}", file=sys.stderr)
     return int(process.stdout) if process.stdout.strip().isdigit() else None
+
+
+def peak_device_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """How much the memory of tensors on a GPU rises during a call, above what they take before it."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def print_rise(module: str, function: str, *arguments: str) -> None:

@@ -172,6 +172,16 @@ def cold_cache(device: torch.device) -> Callable[[], Any]:
     return flush
 
 
+@contextmanager
+def untuned_cudnn() -> Iterator[None]:
+    """Inside, cuDNN tries out nothing: trying all float64 algorithms, to run one of them once, would take long."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The call as a CUDA graph, which returns the same tensor every time."""
     stream = torch.cuda.Stream()

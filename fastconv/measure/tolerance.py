@@ -54,6 +54,10 @@ POLICY = {
     torch.float64: Policy(_EPS64, 32 * _EPS64, 300 * _EPS64),
 }
 
+# float32 whose factors were rounded to TF32, or cut off, as some of NVIDIA's instructions do: 10 bits of mantissa, as
+# in half precision, in each of two factors.
+TF32 = Policy(_EPS32, 4 * _EPS32, 2 * 2**-10)
+
 
 @dataclass(frozen=True)
 class Region:
@@ -100,7 +104,9 @@ class Verdict:
         return "; ".join(str(region) for region in self.regions)
 
 
-def compare(out: Tensor, oracle64: Tensor, baseline: Tensor, *, border: int | None = None) -> Verdict:
+def compare(
+    out: Tensor, oracle64: Tensor, baseline: Tensor, *, border: int | None = None, policy: Policy | None = None
+) -> Verdict:
     """Judge ``out`` by the policy of this module.
 
     Args:
@@ -110,6 +116,7 @@ def compare(out: Tensor, oracle64: Tensor, baseline: Tensor, *, border: int | No
         baseline: What torch returns in ``out``'s dtype. Same shape and dtype as ``out``.
         border: Width of the outer ring of the last two dimensions that is judged apart from the
             interior; None judges the whole output at once.
+        policy: `TF32` where both were computed with it; None for that of the dtype.
 
     Raises:
         ValueError: on a shape or dtype that differs, which no tolerance excuses.
@@ -128,7 +135,7 @@ def compare(out: Tensor, oracle64: Tensor, baseline: Tensor, *, border: int | No
     if out.numel() == 0:
         return Verdict((Region("all", 0.0, 0.0, 0.0, 0.0, (), 0, 0),), 0.0)
     oracle64 = oracle64.detach()
-    policy = POLICY[out.dtype]
+    policy = policy or POLICY[out.dtype]
     error = _abs_error(out, oracle64)
     baseline_error = _abs_error(baseline, oracle64)
     magnitude = oracle64.abs().nan_to_num(nan=0.0, posinf=0.0)

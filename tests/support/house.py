@@ -25,6 +25,11 @@ _LATE = "by its name, when a kernel of it is first asked for: Triton may be miss
 DELIBERATE = {
     ("fastconv.operators.backends", "fastconv.triton_kernels"): _LATE,
     ("fastconv.operators.cuda_by_triton", "fastconv.triton_kernels"): _LATE,
+    ("fastconv.operators.backends", "fastconv.aten_kernels.cudnn"): "by its name, like the other backends' modules",
+    ("fastconv.operators.variants", "fastconv.triton_kernels.table"): _LATE,
+    ("fastconv.operators.auto", "fastconv.auto_kernels"): "by its name, when a table is in force",
+    ("fastconv", "fastconv.qualification.qualify"): "when it is asked for: it needs the whole package",
+    ("fastconv.swapping.regions", "fastconv.qualification.qualify"): "by its name, for swap(model, qualify=...)",
 }
 MOST_LINES = 400
 REASON = "One file because"  # in the first lines of a file that is longer

@@ -46,7 +46,7 @@ def device_of(backend: str) -> torch.device:
     reason = None if backend == "auto" else problem(backend)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
-    return torch.device("cuda" if backend == "cuda" else "cpu")
+    return torch.device("cuda" if backend in ("cuda", "cudnn") else "cpu")
 
 
 @contextmanager
