@@ -12,12 +12,13 @@ SANITIZERS := -fsanitize=address,undefined
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=undefined $(SANITIZERS)
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),c++) -print-file-name=$(name)))
 
-.PHONY: help demo test check style bench gpu-check sanitize clean
+.PHONY: help demo test check style bench gpu-check gpu-results sanitize clean
 help:
 	@echo "make demo    networks on real photographs and digits, reference against fastconv"
 	@echo "make test    the test suite"
 	@echo "make bench   times single layers of every op; whole networks: python -m fastconv bench"
-	@echo "make gpu-check OUT=folder   builds, proves and times the GPU kernels, in nine minutes (PART=proofs|timings: in six)"
+	@echo "make gpu-check OUT=folder   builds, proves and times the GPU kernels, in 9.5 minutes; RESUME=folder goes on from there"
+	@echo "make gpu-results FROM=folder   puts what gpu-check found where the repository keeps it"
 	@echo "make sanitize   the CPU kernels under address and undefined-behaviour sanitizers"
 	@echo "make check   formatting, lint and types: only looks"
 	@echo "make style   formatting and lint: fixes"
@@ -34,7 +35,11 @@ bench: .venv/built
 
 # Without .venv: it runs in the python3 whose torch knows the GPU.
 gpu-check:
-	$(if $(wildcard .venv/built),$(PY),$(PYTHON)) tools/gpu_check.py $(or $(OUT),gpu-check) --part $(or $(PART),all)
+	$(if $(wildcard .venv/built),$(PY),$(PYTHON)) tools/gpu_check.py $(or $(OUT),gpu-check) \
+		$(if $(RESUME),--resume $(RESUME)) $(ARGS)
+
+gpu-results:
+	$(if $(wildcard .venv/built),$(PY),$(PYTHON)) tools/gpu_results.py $(or $(FROM),gpu-check)
 
 # In a copy of the tree, so that neither its objects nor its library get in the way of the others. Objects are kept.
 sanitize: .venv/built

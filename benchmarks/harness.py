@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ import eager
 from fastconv import ops
 from fastconv.measure.calls import BATCHED, DTYPES, Layer, laid_out, mapped, named_tensors
 from fastconv.measure.ceilings import copy_seconds, flop_per_second
-from fastconv.measure.timing import clock, cold_cache, durations, synchronize
+from fastconv.measure.timing import clock, cold_cache, durations, synchronize, untuned_cudnn
 from fastconv.measure.tolerance import assert_close_to_oracle, poisoned_outputs
 
 Call = Callable[..., Any]
@@ -145,7 +145,7 @@ class Problem:
         self._baselines: dict[str, dict[str, Tensor]] = {}
         # On a GPU, too: a CPU would take most of the time that there is.
         exact = mapped(self._arguments, Tensor.double)
-        with _untuned_cudnn():
+        with untuned_cudnn():
             self._grads = [
                 (gate * torch.randn(gate.shape, device=settings.device)).to(dtype)
                 for gate in self.layer.gates(exact, dtype)
@@ -250,16 +250,6 @@ class Problem:
         leaves = _leaves(arguments)
         found = torch.autograd.grad(outputs, list(leaves.values()), grads)
         return {f"grad {name}": grad for name, grad in zip(leaves, found, strict=True)}
-
-
-@contextmanager
-def _untuned_cudnn() -> Iterator[None]:
-    """Trying all float64 algorithms, to run one of them once, would take long."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 # The contenders of a layer follow each other, and need the same one.

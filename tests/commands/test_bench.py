@@ -10,7 +10,7 @@ import fastconv
 from fastconv.__main__ import main
 from fastconv.commands import bench
 from fastconv.measure import memory
-from fastconv.measure.contenders import CHANNELS_LAST, CONTIGUOUS, IN_INFERENCE, SWAPPED, Result, Row
+from fastconv.measure.contenders import CHANNELS_LAST, CONTIGUOUS, IN_INFERENCE, IN_TRAINING, SWAPPED, Result, Row
 from fastconv.measure.inference import Plan, infer
 from fastconv.measure.timing import FEWEST_RUNS, Budget
 from fastconv.measure.training import train
@@ -85,7 +85,7 @@ def test_a_wrong_gradient_gets_no_time(monkeypatch):
     monkeypatch.setattr(memory, "peak_bytes", lambda *_: None)
     swap = altered(lambda y: y + (y - y.detach()) / 100)
     monkeypatch.setattr(fastconv, "swap", swap)
-    row = train("lenet5", 4, Budget(0, 1))
+    row = train("lenet5", 4, Budget(0, 1), IN_TRAINING["cpu"])
     assert row.is_wrong
     assert not row.results[SWAPPED].seconds
     assert row.results[CHANNELS_LAST].seconds
@@ -125,3 +125,20 @@ def test_networks_that_are_not_there(monkeypatch, capsys):
 
     assert main(["bench", "--networks", "resnet51"]) == 2
     assert "got network 'resnet51', needed one of lenet5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_training_in_16_bits_is_judged_in_both(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes wrong in one of the two alone is found; the steps run in the one that was asked for."""
+    monkeypatch.setattr(memory, "peak_bytes", lambda *_: None)
+
+    def change(y: torch.Tensor) -> torch.Tensor:
+        wrong = y.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        return y + (y - y.detach()) if wrong else y
+
+    monkeypatch.setattr(fastconv, "swap", altered(change))
+    measured = train("lenet5", 4, Budget(0, 1), IN_TRAINING["cpu"], "bf16")
+    assert measured.dtype == "bf16"
+    assert measured.results[SWAPPED].note.startswith("WRONG")
+    assert not measured.results[SWAPPED].seconds
+    assert len(measured.results[CHANNELS_LAST].seconds) >= FEWEST_RUNS
