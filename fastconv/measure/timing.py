@@ -6,7 +6,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,13 +173,23 @@ def cold_cache(device: torch.device) -> Callable[[], Any]:
 
 
 @contextmanager
-def untuned_cudnn() -> Iterator[None]:
-    """Inside, cuDNN tries out nothing: trying all float64 algorithms, to run one of them once, would take long."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+def _cudnn_without(switch: str) -> Iterator[None]:
+    before = getattr(torch.backends.cudnn, switch)
+    setattr(torch.backends.cudnn, switch, False)
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        setattr(torch.backends.cudnn, switch, before)
+
+
+def untuned_cudnn() -> AbstractContextManager[None]:
+    """Inside, cuDNN tries out nothing: trying all float64 algorithms, to run one of them once, would take long."""
+    return _cudnn_without("benchmark")
+
+
+def true_float32() -> AbstractContextManager[None]:
+    """Inside, cuDNN does without TF32, whose rounding hides errors."""
+    return _cudnn_without("allow_tf32")
 
 
 def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:

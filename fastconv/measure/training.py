@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ from fastconv.measure.contenders import (
     images_for,
     prepare,
 )
-from fastconv.measure.timing import CPU, Budget, take_turns, untuned_cudnn
+from fastconv.measure.timing import CPU, Budget, take_turns, true_float32, untuned_cudnn
 from fastconv.measure.tolerance import BASELINE_FACTOR
 
 # A gradient is a sum over ReLUs and max pools, some of which rounding makes choose otherwise.
@@ -100,7 +99,7 @@ def _judge(row: Row, model: nn.Module, images: Tensor, labels: Tensor, contender
             if who == COMPILED:  # it would compile for these few images, too, for minutes
                 row.results[who] = Result()
                 continue
-            with _true_float32():
+            with true_float32():
                 found = _gradients(who, prepare(who, copy.deepcopy(still)), images, labels, dtype)
             error = _error(found, oracle, dtype)
             if who in (LRN_ONLY, SWAPPED):
@@ -109,16 +108,6 @@ def _judge(row: Row, model: nn.Module, images: Tensor, labels: Tensor, contender
             row.results[who] = Result(error=error)
             if who == CHANNELS_LAST:
                 row.allowed_error = BASELINE_FACTOR * error + GRADIENT_FLOOR
-
-
-@contextmanager
-def _true_float32() -> Iterator[None]:
-    """Inside, cuDNN does without TF32, whose rounding hides errors."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def _error(found: dict[str, Tensor], oracle: dict[str, Tensor], dtype: str) -> float:
