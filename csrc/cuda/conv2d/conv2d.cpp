@@ -2,11 +2,12 @@
 // backward on CUDA.
 //
 // The kernels read and write images pixel by pixel, with the channels of a pixel side by side: channels_last, or a
-// channel slice of it, is taken as it lies. A contiguous input of at most kFewChannels channels, such as the
-// photographs before a network's first layer, is read and its result written as they lie, too; wider contiguous images
-// are copied to channels_last first, and results back. A caller's `out` is written by the kernel itself where its
-// channels lie side by side and a residual has its strides, else the result is copied there. float64 and empty batches
-// go through aten, except for depthwise convolutions.
+// channel slice of it, is taken as it lies where vectors fit it. Else it is packed first, into channels_last with
+// channels of 0 up to the next vector; so are the photographs before a network's first layer, whose result is written
+// as they lie. Wide contiguous images are copied to channels_last by torch, and results back. A caller's `out` is
+// written by the kernel itself where its channels lie side by side and a residual has its strides, else the result is
+// copied there. In the backward the activation's mask is applied once, to a gradient that has all branches side by
+// side. float64 and empty batches go through aten, except for depthwise convolutions.
 #include "cuda/conv2d/conv2d.h"
 
 #include <limits>
@@ -16,6 +17,7 @@
 #include "common/layout.h"
 #include "common/pointwise_conv2d_group_operators.h"
 #include "cuda/conv2d/plan.h"
+#include "cuda/conv2d_operands/plan.h"
 #include "cuda/depthwise_conv2d/depthwise_conv2d.h"
 #include "cuda/elementwise/activation.h"
 #include "cuda/runtime/device.h"
@@ -24,20 +26,43 @@
 namespace fastconv::cuda {
 namespace {
 
-constexpr int64_t kFewChannels = 4;
+constexpr int64_t kFewChannels = 4;  // the narrowest vector of 16-bit types
+constexpr int64_t kMostToPack = 16;  // channels of a contiguous image; wider ones are copied by torch
 
 bool has_kernels(const Tensor& input) { return input.scalar_type() != ScalarType::Double && input.numel() > 0; }
 
-Strides strides_of(const Tensor& image) { return {image.stride(0), image.stride(1), image.stride(2), image.stride(3)}; }
-
-// Whether the kernels take it as it lies.
-bool is_readable(const Tensor& image) { return image.stride(1) == 1 || image.size(1) <= kFewChannels; }
-
-Tensor readable(const Tensor& image) {
-  return is_readable(image) ? image : torch::stable::contiguous(image, MemoryFormat::ChannelsLast);
+// Of dimensions of one element, whose stride says nothing, what any kernel can take
+Strides strides_of(const Tensor& image) {
+  const auto stride = [&](int axis) { return image.size(axis) == 1 ? 0 : image.stride(axis); };
+  return {stride(0), image.size(1) == 1 ? 1 : image.stride(1), stride(2), stride(3)};
 }
 
-Tensor dense_weight(const Tensor& weight) { return torch::stable::contiguous(weight, MemoryFormat::ChannelsLast); }
+bool has_channels_side_by_side(const Tensor& image) { return image.size(1) == 1 || image.stride(1) == 1; }
+
+Tensor side_by_side(const Tensor& image) {
+  return has_channels_side_by_side(image) ? image : torch::stable::contiguous(image, MemoryFormat::ChannelsLast);
+}
+
+int element_bytes(const Tensor& tensor) { return element_bytes(element_type(tensor)); }
+
+// So many channels, with some of 0 behind them where no vectors fit; a group's cannot have more.
+int64_t packed_channels(const Tensor& like, int64_t channels, int64_t groups) {
+  if (groups > 1 || channels % kFewChannels == 0) return channels;
+  const int64_t vector = channels < kFewChannels ? kFewChannels : 16 / element_bytes(like);
+  return ceil_div(channels, vector) * vector;
+}
+
+// Whether kernels can read the channels of its groups by 16 bytes, or by 8 where those are no multiples of 16.
+bool fits_vectors(const Tensor& image, int64_t groups) {
+  if (!has_channels_side_by_side(image)) return false;
+  const int64_t bytes = image.size(1) / groups * element_bytes(image) % 16 == 0 ? 16 : 8;
+  const int64_t vector = bytes / element_bytes(image);
+  const Strides strides = strides_of(image);
+  return image.size(1) / groups % vector == 0 && is_aligned(image.const_data_ptr(), static_cast<int>(bytes)) &&
+         strides.n % vector == 0 && strides.h % vector == 0 && strides.w % vector == 0;
+}
+
+IntList sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 
 // A result of this size, in eager's layout after `delivered`
 Tensor empty_image(const Tensor& like, const IntList& size, bool channels_last, bool direct) {
@@ -52,26 +77,23 @@ bool is_writable(const Tensor& out, const std::optional<Tensor>& residual, bool 
   return (direct || out.stride(1) == 1) && (!residual || residual->strides().equals(out.strides()));
 }
 
-IntList sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
-
 int extent(const char* what, int64_t value) {
-  STD_TORCH_CHECK(value <= std::numeric_limits<int>::max(), "fastconv: got a convolution with ", value, " ", what,
-                  ", needed fewer than 2^31; split the batch");
+  STD_TORCH_CHECK(value <= std::numeric_limits<int>::max() - kSpareExtent, "fastconv: got a convolution with ", value,
+                  " ", what, ", needed at most 2^31 - ", kSpareExtent + 1, "; split the batch");
   return static_cast<int>(value);
 }
 
 ConvArguments arguments_of(const Tensor& input, const Tensor& weight, int64_t p, int64_t q,
-                           const ConvGeometry& geometry, Activation activation) {
+                           const ConvGeometry& geometry) {
   ConvArguments arg;
   arg.dtype = element_type(input);
   arg.tf32 = allows_tf32(input);
-  arg.activation = activation;
   arg.n = extent("images", input.size(0)), arg.c = extent("channels", input.size(1));
   arg.h = extent("rows", input.size(2)), arg.w = extent("columns", input.size(3));
   arg.p = static_cast<int>(p), arg.q = static_cast<int>(q);
   extent("input pixels", input.size(0) * input.size(2) * input.size(3));
   extent("output pixels", input.size(0) * p * q);
-  extent("weights", weight.numel());
+  extent("weights", weight.size(0) * input.size(1) * weight.size(2) * weight.size(3));
   arg.r = static_cast<int>(weight.size(2)), arg.s = static_cast<int>(weight.size(3));
   const auto pair = [](const IntList& list, int& h, int& w) {
     h = extent("rows to a step", list[0]), w = extent("columns to a step", list[1]);
@@ -94,6 +116,45 @@ void run(Pass pass, Device& device, const ConvArguments& arg, const Tensor& like
   launch_conv2d(plan, workspace, device.stream());
 }
 
+// The tensor with channels of 0 behind its own, dense in channels_last
+Tensor packed(Device& device, const Tensor& image, int64_t channels) {
+  Tensor result = empty_channels_last(image, {image.size(0), channels, image.size(2), image.size(3)});
+  PackParams params{};
+  params.dtype = element_type(image);
+  params.input = device.in(image), params.packed = device.scratch(result);
+  params.strides = strides_of(image);
+  params.c = static_cast<int>(image.size(1)), params.packed_c = static_cast<int>(channels);
+  params.h = static_cast<int>(image.size(2)), params.w = static_cast<int>(image.size(3));
+  params.pixels = extent("pixels", image.size(0) * image.size(2) * image.size(3));
+  params.by_image = Divider(params.h * params.w), params.by_row = Divider(params.w);
+  launch_pack(params, device.info(), device.stream());
+  return result;
+}
+
+// What the kernels read of an image: itself, or a copy that vectors fit if there can be any
+Tensor operand(Device& device, const Tensor& image, int64_t groups) {
+  const int64_t channels = packed_channels(image, image.size(1), groups);
+  const bool can_fit = channels / groups % kFewChannels == 0;
+  const bool is_wide = image.size(1) > kMostToPack;
+  const Tensor found = is_wide || !can_fit ? side_by_side(image) : image;
+  if (!can_fit || (channels == image.size(1) && fits_vectors(found, groups))) return found;
+  return packed(device, found, channels);
+}
+
+// [filters, r, s, channels], dense, aligned, with channels of 0 where the image was packed with some
+Tensor weight_operand(Device& device, const Tensor& weight, int64_t channels) {
+  const Tensor dense = torch::stable::contiguous(weight, MemoryFormat::ChannelsLast);
+  const bool can_fit = channels % kFewChannels == 0;
+  if (channels == dense.size(1) && (!can_fit || is_aligned(dense.const_data_ptr()))) return dense;
+  return packed(device, dense, channels);
+}
+
+// The first channels of a wider result, as a tensor of its own
+Tensor without_padding(const Tensor& tensor, int64_t channels, bool channels_last) {
+  const Tensor part = torch::stable::narrow(const_cast<Tensor&>(tensor), 1, 0, channels);
+  return torch::stable::contiguous(part, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
 // One of several convolutions of an input
 struct Forward {
   Tensor weight;
@@ -104,11 +165,13 @@ struct Forward {
 // At most kMaxBranches convolutions in one launch; more than one must be 1x1.
 std::vector<Tensor> launch_forward(const Tensor& given, const std::vector<Forward>& branches,
                                    const ConvGeometry& geometry, Activation activation) {
-  const Tensor input = readable(given);
-  const bool direct = input.stride(1) != 1;
-  Device device(input);
+  Device device(given);
+  const Tensor input = operand(device, given, geometry.groups);
+  // The result of a photograph is written as the photograph lies.
+  const bool direct = !has_channels_side_by_side(given) && given.size(1) <= kFewChannels;
   const IntList& first = branches[0].output_size;
-  ConvArguments arg = arguments_of(input, branches[0].weight, first[2], first[3], geometry, activation);
+  ConvArguments arg = arguments_of(input, branches[0].weight, first[2], first[3], geometry);
+  arg.activation = activation;
   arg.input = device.in(input);
   arg.x = strides_of(input);
   arg.branches = static_cast<int>(branches.size());
@@ -119,10 +182,10 @@ std::vector<Tensor> launch_forward(const Tensor& given, const std::vector<Forwar
     const auto& [weight, size, bias, residual, out] = branches[i];
     const bool in_place = out && is_writable(*out, residual, direct);
     const bool channels_last = output_is_channels_last(given, weight);
-    const Tensor& output = outputs.emplace_back(in_place ? *out : empty_image(input, size, channels_last, direct));
+    const Tensor& output = outputs.emplace_back(in_place ? *out : empty_image(given, size, channels_last, direct));
     ConvBranch& branch = arg.branch[i];
     branch.k = extent("filters", size[1]);
-    branch.weight = device.in(keep(dense_weight(weight)));
+    branch.weight = device.in(keep(weight_operand(device, weight, input.size(1) / geometry.groups)));
     if (bias) branch.bias = device.in(keep(torch::stable::contiguous(*bias)));
     if (residual) branch.residual = device.in(keep(with_layout_of(output, *residual)));
     branch.output = device.out(output);
@@ -141,56 +204,118 @@ std::vector<Tensor> launch_forward(const Tensor& given, const std::vector<Forwar
   return outputs;
 }
 
+// The gradient of all branches' results before the activation, as the kernels read it
+struct Gradient {
+  Tensor tensor;  // [n, channels, p, q]
+  std::vector<Tensor> biases;
+};
+
+Gradient prepare_gradient(Device& device, const std::vector<Tensor>& grad_outputs, const std::vector<Tensor>& outputs,
+                          Activation activation, int64_t groups, bool wants_bias) {
+  const Tensor& like = grad_outputs[0];
+  GradientParams params{};
+  params.dtype = element_type(like);
+  params.activation = activation;
+  params.branches = static_cast<int>(grad_outputs.size());
+  std::vector<Tensor> kept;
+  kept.reserve(2 * grad_outputs.size());
+  Gradient found;
+  int64_t channels = 0;
+  for (size_t i = 0; i < grad_outputs.size(); ++i) {
+    GradientBranch& branch = params.branch[i];
+    const Tensor& grad = kept.emplace_back(side_by_side(grad_outputs[i]));
+    branch.grad = device.in(grad), branch.y = strides_of(grad);
+    if (activation != Activation::kNone) {
+      const Tensor& output = kept.emplace_back(side_by_side(outputs[i]));
+      branch.output = device.in(output), branch.z = strides_of(output);
+    }
+    branch.k = branch.padded = extent("filters", grad.size(1));
+    branch.first = static_cast<int>(channels);
+    channels += branch.k;
+    found.biases.push_back(wants_bias ? torch::stable::new_empty(like, IntList{grad.size(1)}) : empty_gradient(like));
+    if (wants_bias) branch.grad_bias = device.out(found.biases[i]);
+  }
+  const int64_t all = packed_channels(like, channels, groups);
+  params.branch[params.branches - 1].padded += static_cast<int>(all - channels);
+  params.channels = extent("filters", all);
+  params.pixels = extent("output pixels", like.size(0) * like.size(2) * like.size(3));
+  params.by_pixels = Divider(static_cast<uint32_t>(like.size(2) * like.size(3)));
+  params.by_columns = Divider(static_cast<uint32_t>(like.size(3)));
+  const bool can_fit = all / groups % kFewChannels == 0;
+  if (activation == Activation::kNone && grad_outputs.size() == 1 && all == channels &&
+      (!can_fit || fits_vectors(kept[0], groups))) {
+    found.tensor = kept[0];
+  } else {
+    found.tensor = empty_channels_last(like, {like.size(0), all, like.size(2), like.size(3)});
+    params.prepared = device.scratch(found.tensor);
+  }
+  std::optional<Tensor> sums;
+  if (wants_bias) {
+    const IntList size{gradient_chunks(params, device.info()) * all};
+    sums = torch::stable::empty(size, ScalarType::Float, std::nullopt, like.device());
+    params.sums = device.scratch<float>(*sums);
+  }
+  if (params.prepared || params.sums) launch_gradient(params, device.info(), device.stream());
+  return found;
+}
+
 GroupGradients launch_backward(const std::vector<Tensor>& grad_outputs, const std::vector<Tensor>& outputs,
                                const Tensor& given, const std::vector<Tensor>& weights, const ConvGeometry& geometry,
                                Activation activation, std::array<bool, 3> mask) {
-  const Tensor input = readable(given);
-  const size_t count = weights.size();
-  Device device(input);
-  ConvArguments arg =
-      arguments_of(input, weights[0], grad_outputs[0].size(2), grad_outputs[0].size(3), geometry, activation);
-  arg.input = mask[1] || mask[2] ? device.in(input) : nullptr;
-  arg.x = strides_of(input);
-  arg.branches = static_cast<int>(count);
-  GroupGradients found{empty_gradient(input), {}, {}};
-  std::vector<Tensor> kept;
-  const auto keep = [&kept](Tensor tensor) -> const Tensor& { return kept.emplace_back(std::move(tensor)); };
-  kept.reserve(4 * count);
+  Device device(given);
+  const Gradient gradient = prepare_gradient(device, grad_outputs, outputs, activation, geometry.groups, mask[2]);
+  GroupGradients found{empty_gradient(given), {}, gradient.biases};
   bool channels_last = false;
-  for (size_t i = 0; i < count; ++i) {
-    const bool of_branch = output_is_channels_last(given, weights[i]);
-    channels_last |= of_branch;
-    ConvBranch& branch = arg.branch[i];
-    branch.k = extent("filters", weights[i].size(0));
-    Tensor grad = readable(grad_outputs[i]);
-    if (activation != Activation::kNone) {
-      const bool alike = outputs[i].strides().equals(grad.strides());
-      if (!alike) grad = torch::stable::contiguous(grad, MemoryFormat::ChannelsLast);
-      branch.output = const_cast<void*>(
-          device.in(keep(alike ? outputs[i] : torch::stable::contiguous(outputs[i], MemoryFormat::ChannelsLast))));
+  for (const Tensor& weight : weights) channels_last |= output_is_channels_last(given, weight);
+  const int64_t channels = packed_channels(given, given.size(1), geometry.groups),
+                of_group = channels / geometry.groups;
+  const auto with_gradient = [&](ConvArguments arg) {
+    arg.grad_output = device.in(gradient.tensor);
+    arg.grad_channels = extent("filters", gradient.tensor.size(1));
+    arg.y = strides_of(gradient.tensor);
+    return arg;
+  };
+  const auto arguments = [&](const Tensor& image) {
+    return with_gradient(arguments_of(image, weights[0], grad_outputs[0].size(2), grad_outputs[0].size(3), geometry));
+  };
+  if (mask[1]) {
+    const Tensor input = operand(device, given, geometry.groups);
+    ConvArguments arg = arguments(input);
+    arg.input = device.in(input);
+    arg.x = strides_of(input);
+    arg.branches = static_cast<int>(weights.size());
+    for (size_t i = 0; i < weights.size(); ++i) {
+      IntList size = sizes_of(weights[i]);
+      size[1] = of_group;
+      found.weights.push_back(empty_channels_last(given, size));
+      arg.branch[i].k = extent("filters", size[0]);
+      arg.branch[i].grad_weight = device.out(found.weights[i]);
     }
-    branch.grad_output = device.in(keep(grad));
-    branch.y = strides_of(grad);
-    if (mask[0]) branch.weight = device.in(keep(dense_weight(weights[i])));
-    // wgrad makes the bias's gradient along the way; the weight's is then made, too, wanted or not.
-    const bool wgrad = mask[1] || mask[2];
-    found.weights.push_back(wgrad ? empty_channels_last(input, sizes_of(weights[i])) : empty_gradient(input));
-    found.biases.push_back(mask[2] ? torch::stable::new_empty(input, IntList{weights[i].size(0)})
-                                   : empty_gradient(input));
-    if (wgrad) branch.grad_weight = device.out(found.weights[i]);
-    if (mask[2]) branch.grad_bias = device.out(found.biases[i]);
+    run(Pass::kWgrad, device, arg, input);
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const bool last = output_is_channels_last(given, weights[i]);
+      const int64_t own = weights[i].size(1);
+      Tensor& weight = found.weights[i];
+      weight = own == of_group ? delivered(weight, last) : without_padding(weight, own, last);
+    }
+  } else {
+    found.weights.assign(weights.size(), empty_gradient(given));
   }
-  if (mask[1] || mask[2]) run(Pass::kWgrad, device, arg, input);
   if (mask[0]) {
-    found.input = empty_image(input, sizes_of(input), channels_last, input.stride(1) != 1);
+    const Tensor joined = weights.size() > 1 ? call<Tensor>("aten::cat", "", weights, int64_t{0}) : weights[0];
+    const Tensor weight = weight_operand(device, joined, of_group);
+    const bool direct = !has_channels_side_by_side(given) && channels == given.size(1) && channels <= kFewChannels;
+    IntList size = sizes_of(given);
+    size[1] = channels;
+    found.input = empty_image(given, size, channels_last, direct);
+    ConvArguments arg = arguments(found.input);
     arg.grad_input = device.out(found.input);
     arg.x = strides_of(found.input);
-    run(Pass::kDgrad, device, arg, input);
-    found.input = delivered(found.input, channels_last);
-  }
-  for (size_t i = 0; i < count; ++i) {
-    found.weights[i] =
-        mask[1] ? delivered(found.weights[i], output_is_channels_last(given, weights[i])) : empty_gradient(input);
+    arg.branch[0].k = extent("filters", weight.size(0));
+    arg.branch[0].weight = device.in(weight);
+    run(Pass::kDgrad, device, arg, found.input);
+    found.input = channels == given.size(1) ? delivered(found.input, channels_last)
+                                            : without_padding(found.input, given.size(1), channels_last);
   }
   return found;
 }

@@ -2,6 +2,7 @@
 // its weight (wgrad), of several convolutions of one input at once (branches), which must then be 1x1.
 #pragma once
 
+#include "cuda/runtime/divider.h"
 #include "cuda/runtime/launcher.h"
 
 namespace fastconv::cuda {
@@ -13,39 +14,47 @@ struct ConvBranch {
   const void* weight = nullptr;    // [k, r, s, c / groups], dense; in fprop and dgrad
   const void* bias = nullptr;      // [k] or null; in fprop
   const void* residual = nullptr;  // with the strides y, or null; in fprop
-  // The result, with the strides y. In dgrad and wgrad it is read for the activation's mask, and may be null without.
-  void* output = nullptr;
-  const void* grad_output = nullptr;  // with the strides y; in dgrad and wgrad
-  void* grad_weight = nullptr;        // like the weight; in wgrad
-  void* grad_bias = nullptr;          // [k] or null; in wgrad
+  void* output = nullptr;          // with the strides y; in fprop
+  void* grad_weight = nullptr;     // like the weight; in wgrad
   Strides y{};
 };
 
 struct ConvArguments {
   DType dtype = DType::kFloat32;
-  bool tf32 = false;  // float32 on the tensor cores, 10 bits of mantissa
-  Activation activation = Activation::kNone;
-  int n = 0, c = 0, h = 0, w = 0;  // input
-  int p = 0, q = 0;                // pixels of the output
-  int r = 1, s = 1;                // filter
+  bool tf32 = false;                          // float32 on the tensor cores, 10 bits of mantissa
+  Activation activation = Activation::kNone;  // in fprop
+  int n = 0, c = 0, h = 0, w = 0;             // input
+  int p = 0, q = 0;                           // pixels of the output
+  int r = 1, s = 1;                           // filter
   int stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0, dilation_h = 1, dilation_w = 1;
   int groups = 1;
   const void* input = nullptr;  // in fprop and wgrad
   void* grad_input = nullptr;   // in dgrad
   Strides x{};                  // of input and grad_input
+  // The gradient of all branches' results before the activation, side by side, in dgrad and wgrad; it may have more
+  // channels, which are 0. In dgrad one branch stands for all.
+  const void* grad_output = nullptr;
+  int grad_channels = 0;
+  Strides y{};  // of grad_output
   int branches = 1;
   ConvBranch branch[kMaxBranches];
 };
 
-// Divides by a constant without a division (`quotient` and `divide` in sm80/sources.cuh).
-// Source: Granlund and Montgomery 1994, "Division by Invariant Integers using Multiplication".
-struct Divider {
-  uint32_t divisor = 1, factor = 1, shift = 0;
-  Divider() = default;
-  explicit Divider(uint32_t d) : divisor(d) {
-    while ((uint64_t{1} << shift) < d) ++shift;
-    factor = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
-  }
+// In fprop branches lie side by side from multiples of so many filters: what is written at once belongs to one of them.
+constexpr int kBranchStep = 8;
+constexpr int branch_width(int filters) { return static_cast<int>(ceil_div(filters, kBranchStep)) * kBranchStep; }
+
+// How pixels of one side of a convolution and positions in the filter meet pixels of an image: pixel (i, j) and
+// position (r, s) meet row i * step_h + r * tap_h + first_h, and likewise for columns.
+struct Walk {
+  const void* data;   // the first image's first pixel
+  int64_t first;      // from there to row first_h, column first_w, in elements
+  int64_t n, h, w;    // strides in what a kernel reads at once, its vectors
+  int64_t c, group;   // strides between channels and between groups, in elements
+  int height, width;  // of the image
+  int first_h, first_w, step_h, step_w, tap_h, tap_w;
+  int64_t tap_row, tap_column;    // tap_h * h, tap_w * w
+  Divider by_pixels, by_columns;  // of one image, of one row, on the other side
 };
 
 // One phase of dgrad along one axis: with a stride, only every stride-th input pixel meets the same filter positions. A
@@ -59,20 +68,21 @@ struct Phase {
 // of its index arithmetic.
 struct ConvParams {
   ConvArguments arg;
-  Phase rows, columns;                  // in dgrad
-  int c_group;                          // channels of a group
-  int k_group[kMaxBranches];            // filters of a group, in each branch
-  int begin[kMaxBranches + 1];          // of each branch along the dimension that the branches share: filters of a
-                                        // group in fprop and wgrad, depth in dgrad
-  int tile_begin[kMaxBranches + 1];     // of each branch among the tiles along that dimension
-  int extent_a, extent_b, depth;        // of the GEMM of a group, all branches together
-  int tiles_b, splits, split_depth;     // split_depth: a multiple of the tile's depth
-  bool wide[kMaxBranches];              // whether the branch's results can be written by 16 bytes
-  float* workspace;                     // [splits, groups, extent_a, extent_b], then [splits, groups * extent_a]
-  Divider by_tiles_b, by_q, by_pixels;  // of the output; by_pixels: p * q
-  Divider by_columns, by_phase;         // of the input, in a phase
-  Divider by_s, by_c, by_stride_h, by_stride_w;
-  Divider by_k[kMaxBranches], by_splits;
+  Walk walk;                           // over the input, in dgrad over the gradient of the output
+  Strides gradient;                    // of grad_output, like the walk's; in wgrad
+  Phase rows, columns;                 // of the pixels that are computed and the filter's positions; whole but in dgrad
+  int c_group;                         // channels of a group
+  int k_group;                         // filters of a group, gaps between branches and channels of 0 included
+  int filters;                         // of a group of the last branch
+  int channels;                        // of a position along the depth of fprop and dgrad, or along extent b of wgrad
+  int first_filter[kMaxBranches + 1];  // of each branch among all of a group
+  int extent_a, extent_b, depth;       // of the GEMM of a group
+  int pitch_b;                         // of the workspace's rows
+  int tiles_b, splits, split_depth;    // split_depth: a multiple of the tile's depth
+  bool wide[kMaxBranches];             // whether the branch's results can be written by 16 bytes
+  float* workspace;                    // [splits, groups, extent_a, pitch_b]
+  Divider by_tiles_b, by_channels, by_s, by_splits;
+  Divider by_runs, by_extent_a;  // of the reduction: 16 bytes of results in a row, rows of a group
 };
 
 }  // namespace fastconv::cuda

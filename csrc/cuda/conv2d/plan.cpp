@@ -1,19 +1,25 @@
 #include "cuda/conv2d/plan.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 
 namespace fastconv::cuda {
 namespace {
 
 constexpr int kFewestTilesDeep = 4;  // for a split to be worth its reduction
-constexpr int kMostSplits = 64;
+constexpr int64_t kMostSplits = 256;
+constexpr int kMostRounds = 8;  // of blocks on a multiprocessor that a split aims at
+
+// Estimates, in clocks: what a block does before its first and after its last product, in tiles of its depth; a second
+// launch; bytes that the device moves meanwhile
+constexpr double kTilesAround = 4, kLaunchClocks = 4000, kBytesPerClock = 1100;
 
 bool is_multiple(int64_t value, int divisor) { return value % divisor == 0; }
 // Whether the channels of each pixel can be moved by `vector` elements at once.
-bool has_vectors(const void* data, const Strides& strides, int channels, int vector) {
-  return is_aligned(data) && strides.c == 1 && is_multiple(channels, vector) && is_multiple(strides.n, vector) &&
-         is_multiple(strides.h, vector) && is_multiple(strides.w, vector);
+bool has_vectors(const void* data, const Strides& strides, int channels, int vector, int element) {
+  return is_aligned(data, vector * element) && strides.c == 1 && is_multiple(channels, vector) &&
+         is_multiple(strides.n, vector) && is_multiple(strides.h, vector) && is_multiple(strides.w, vector);
 }
 
 // Every stride-th pixel of one axis from this one on, and the filter's positions r that meet them.
@@ -29,6 +35,17 @@ Phase phase(int first_pixel, int stride, int padding, int dilation, int filter, 
   return found;
 }
 
+// How dgrad's pixels of a phase meet those of the gradient: row p of the gradient saw row h of the input through
+// position r where p * stride + r * dilation = h + padding. Exact divisions, as the phase has it.
+struct Meeting {
+  int first, step, tap;
+};
+Meeting meeting(const Phase& of, int stride, int padding, int dilation) {
+  const int64_t first = int64_t{of.first_pixel} + padding - int64_t{of.first_position} * dilation;
+  return {static_cast<int>(first / stride), of.step_pixel / stride,
+          static_cast<int>(-(int64_t{of.step_position} * dilation / stride))};
+}
+
 // The GEMM's extents, the branches' places in it and the constants of its index arithmetic; what depends on the kernel
 // is added before the launch.
 ConvParams parameters(Pass pass, const ConvArguments& arg, const Phase& rows, const Phase& columns) {
@@ -36,35 +53,57 @@ ConvParams parameters(Pass pass, const ConvArguments& arg, const Phase& rows, co
   p.arg = arg;
   p.rows = rows, p.columns = columns;
   p.c_group = arg.c / arg.groups;
-  const bool phased = pass == Pass::kDgrad;
-  const int positions = phased ? rows.positions * columns.positions : arg.r * arg.s, pixels = arg.p * arg.q;
-  int filters = 0;
   for (int i = 0; i < arg.branches; ++i) {
-    p.k_group[i] = arg.branch[i].k / arg.groups;
-    p.by_k[i] = Divider(p.k_group[i]);
-    p.begin[i] = pass == Pass::kDgrad ? filters * positions : filters;
-    filters += p.k_group[i];
+    const int filters = arg.branch[i].k / arg.groups;
+    const bool has_gap = pass == Pass::kFprop && i + 1 < arg.branches;
+    p.first_filter[i + 1] = p.first_filter[i] + (has_gap ? branch_width(filters) : filters);
+    p.filters = filters;
   }
-  p.begin[arg.branches] = pass == Pass::kDgrad ? filters * positions : filters;
-  p.extent_a = pass == Pass::kFprop ? arg.n * pixels : phased ? arg.n * rows.pixels * columns.pixels : filters;
-  p.extent_b = pass == Pass::kFprop ? filters : pass == Pass::kDgrad ? p.c_group : positions * p.c_group;
-  p.depth = pass == Pass::kFprop ? positions * p.c_group : pass == Pass::kDgrad ? positions * filters : arg.n * pixels;
-  p.by_q = Divider(arg.q), p.by_pixels = Divider(pixels);
-  p.by_columns = Divider(columns.pixels), p.by_phase = Divider(rows.pixels * columns.pixels);
-  p.by_s = Divider(std::max(phased ? columns.positions : arg.s, 1)), p.by_c = Divider(p.c_group);
-  p.by_stride_h = Divider(arg.stride_h), p.by_stride_w = Divider(arg.stride_w);
+  p.k_group = pass == Pass::kFprop ? p.first_filter[arg.branches] : arg.grad_channels / arg.groups;
+  if (pass != Pass::kFprop) p.first_filter[arg.branches] = p.k_group;
+  const int positions = rows.positions * columns.positions;
+  p.channels = pass == Pass::kDgrad ? p.k_group : p.c_group;
+  p.extent_a = pass == Pass::kFprop   ? arg.n * arg.p * arg.q
+               : pass == Pass::kDgrad ? arg.n * rows.pixels * columns.pixels
+                                      : p.k_group;
+  p.extent_b = pass == Pass::kFprop ? p.k_group : pass == Pass::kDgrad ? p.c_group : positions * p.c_group;
+  p.depth = pass == Pass::kWgrad ? arg.n * arg.p * arg.q : positions * p.channels;
+
+  Walk& walk = p.walk;
+  if (pass == Pass::kDgrad) {
+    const Meeting h = meeting(rows, arg.stride_h, arg.pad_h, arg.dilation_h);
+    const Meeting w = meeting(columns, arg.stride_w, arg.pad_w, arg.dilation_w);
+    walk.data = arg.grad_output;
+    walk.n = arg.y.n, walk.h = arg.y.h, walk.w = arg.y.w, walk.c = arg.y.c, walk.group = p.k_group * arg.y.c;
+    walk.height = arg.p, walk.width = arg.q;
+    walk.first_h = h.first, walk.step_h = h.step, walk.tap_h = h.tap;
+    walk.first_w = w.first, walk.step_w = w.step, walk.tap_w = w.tap;
+  } else {
+    walk.data = arg.input;
+    walk.n = arg.x.n, walk.h = arg.x.h, walk.w = arg.x.w, walk.c = arg.x.c, walk.group = p.c_group * arg.x.c;
+    walk.height = arg.h, walk.width = arg.w;
+    walk.first_h = -arg.pad_h, walk.step_h = arg.stride_h, walk.tap_h = arg.dilation_h;
+    walk.first_w = -arg.pad_w, walk.step_w = arg.stride_w, walk.tap_w = arg.dilation_w;
+  }
+  walk.first = walk.first_h * walk.h + walk.first_w * walk.w;
+  walk.by_pixels = Divider(pass == Pass::kDgrad ? rows.pixels * columns.pixels : arg.p * arg.q);
+  walk.by_columns = Divider(pass == Pass::kDgrad ? columns.pixels : arg.q);
+  p.by_s = Divider(std::max(columns.positions, 1)), p.by_channels = Divider(p.channels);
   return p;
 }
 
 // One GEMM, or in dgrad one for each phase. The deepest comes first.
 std::vector<ConvParams> parameters(Pass pass, const ConvArguments& arg) {
+  if (pass != Pass::kDgrad) {
+    const Phase rows{0, 1, arg.p, 0, 1, arg.r}, columns{0, 1, arg.q, 0, 1, arg.s};
+    return {parameters(pass, arg, rows, columns)};
+  }
   std::vector<ConvParams> found;
-  const int stride_h = pass == Pass::kDgrad ? arg.stride_h : 1, stride_w = pass == Pass::kDgrad ? arg.stride_w : 1;
   // A stride may be longer than the image.
-  for (int h = 0; h < std::min(stride_h, arg.h); ++h) {
-    const Phase rows = phase(h, stride_h, arg.pad_h, arg.dilation_h, arg.r, arg.h);
-    for (int w = 0; w < std::min(stride_w, arg.w); ++w) {
-      found.push_back(parameters(pass, arg, rows, phase(w, stride_w, arg.pad_w, arg.dilation_w, arg.s, arg.w)));
+  for (int h = 0; h < std::min(arg.stride_h, arg.h); ++h) {
+    const Phase rows = phase(h, arg.stride_h, arg.pad_h, arg.dilation_h, arg.r, arg.h);
+    for (int w = 0; w < std::min(arg.stride_w, arg.w); ++w) {
+      found.push_back(parameters(pass, arg, rows, phase(w, arg.stride_w, arg.pad_w, arg.dilation_w, arg.s, arg.w)));
     }
   }
   std::sort(found.begin(), found.end(), [](const ConvParams& a, const ConvParams& b) { return a.depth > b.depth; });
@@ -74,75 +113,82 @@ std::vector<ConvParams> parameters(Pass pass, const ConvArguments& arg) {
 // Why the operands cannot be read by `vector` elements at once; null if they can.
 const char* refuses_vectors(Pass pass, const ConvParams& p, int vector) {
   const ConvArguments& arg = p.arg;
-  if (!is_multiple(p.c_group, vector)) return "a group's channels are not whole vectors of 16 bytes";
-  if (pass != Pass::kDgrad && !has_vectors(arg.input, arg.x, arg.c, vector)) {
-    return "the input's channels do not lie side by side, or are not aligned to 16 bytes";
+  const int element = element_bytes(arg.dtype);
+  if (!is_multiple(p.c_group, vector)) return "a group's channels are not whole vectors";
+  if (pass != Pass::kDgrad && !has_vectors(arg.input, arg.x, arg.c, vector, element)) {
+    return "the input's channels do not lie side by side, or are not aligned to vectors";
   }
-  for (int i = 0; i < arg.branches; ++i) {
-    const ConvBranch& branch = arg.branch[i];
-    if (pass != Pass::kWgrad && !is_aligned(branch.weight)) return "the weight is not aligned to 16 bytes";
-    if (pass == Pass::kFprop) continue;
-    if (!is_multiple(p.k_group[i], vector)) return "a group's filters are not whole vectors of 16 bytes";
-    if (!has_vectors(branch.grad_output, branch.y, branch.k, vector) || !is_aligned(branch.output)) {
-      return "the output's channels do not lie side by side, or are not aligned to 16 bytes";
+  if (pass != Pass::kFprop) {
+    if (!is_multiple(p.k_group, vector)) return "a group's filters are not whole vectors";
+    if (!has_vectors(arg.grad_output, arg.y, arg.grad_channels, vector, element)) {
+      return "the gradient's channels do not lie side by side, or are not aligned to vectors";
     }
   }
-  return nullptr;
+  if (pass != Pass::kWgrad) {
+    for (int i = 0; i < arg.branches; ++i) {
+      if (!is_aligned(arg.branch[i].weight, vector * element)) return "the weight is not aligned to vectors";
+    }
+    if (p.rows.positions > 15 || p.columns.positions > 16) return "the filter has more than 15 rows or 16 columns";
+  }
+  // What a kernel computes with, padding and places beyond the depth included, has 32 bits.
+  const auto farthest = [&](const Strides& s, int64_t rows, int64_t columns) {
+    return (arg.n * s.n + rows * std::abs(s.h) + columns * std::abs(s.w)) / vector;
+  };
+  const int64_t reach_h = int64_t{arg.h} + 2 * int64_t{arg.pad_h} + int64_t{arg.r} * arg.dilation_h + arg.p;
+  const int64_t reach_w = int64_t{arg.w} + 2 * int64_t{arg.pad_w} + int64_t{arg.s} * arg.dilation_w + arg.q;
+  const bool is_far = (pass != Pass::kDgrad && farthest(arg.x, reach_h, reach_w) > std::numeric_limits<int>::max()) ||
+                      (pass != Pass::kFprop && farthest(arg.y, reach_h, reach_w) > std::numeric_limits<int>::max());
+  return is_far ? "the tensors have more than 2^31 vectors" : nullptr;
 }
 
 // Whether the results of a branch can be written by `run` elements at once.
 bool writes_wide(Pass pass, const ConvParams& p, int index, int run) {
   const ConvBranch& branch = p.arg.branch[index];
+  const int element = element_bytes(p.arg.dtype);
   switch (pass) {
     case Pass::kDgrad:
-      return has_vectors(p.arg.grad_input, p.arg.x, p.c_group, run);
+      return has_vectors(p.arg.grad_input, p.arg.x, p.c_group, run, element);
     case Pass::kWgrad:
       return is_aligned(branch.grad_weight) && is_multiple(p.extent_b, run);
     default:
       // A branch's last filters may be fewer than a run: they are written one by one.
-      return has_vectors(branch.output, branch.y, run, run) && is_aligned(branch.residual) &&
-             (p.arg.groups == 1 || is_multiple(p.k_group[index], run));
+      return has_vectors(branch.output, branch.y, run, run, element) && is_aligned(branch.residual) &&
+             (p.arg.groups == 1 || is_multiple(p.k_group, run));
   }
 }
 
 int tiles_of(int extent, int tile) { return static_cast<int>(ceil_div(extent, tile)); }
 
-ConvTiles count_tiles(Pass pass, const ConvParams& p, const KernelInfo& kernel) {
-  const int tile_a = kernel.tile[0], tile_b = kernel.tile[1];
-  ConvTiles tiles{};
-  int shared = 0;
-  for (int i = 0; i < p.arg.branches; ++i) {
-    tiles.begin[i] = shared;
-    shared += tiles_of(p.k_group[i], pass == Pass::kFprop ? tile_b : tile_a);
-  }
-  tiles.begin[p.arg.branches] = shared;
-  tiles.along_b = pass == Pass::kFprop ? shared : tiles_of(p.extent_b, tile_b);
-  tiles.all = tiles.along_b * (pass == Pass::kWgrad ? shared : tiles_of(p.extent_a, tile_a));
-  return tiles;
-}
-
-LaunchShape shape_of(const ConvVariant& variant, const ConvParams& p, int tiles, int splits) {
+LaunchShape shape_of(const ConvVariant& variant, const ConvParams& p, int64_t tiles, int splits) {
   return {{static_cast<unsigned>(tiles), 1, static_cast<unsigned>(p.arg.groups * splits)},
           {static_cast<unsigned>(variant.info.threads)},
           variant.info.shared_bytes};
 }
 
+int run_of(const ConvParams& p) { return 16 / element_bytes(p.arg.dtype); }
+int pitch_of(const ConvParams& p) { return static_cast<int>(ceil_div(p.extent_b, kBranchStep)) * kBranchStep; }
+
 // What the launch of one GEMM needs beyond `parameters`.
-ConvPlan::Launch launch_of(const ConvVariant& variant, const ConvParams& params, const ConvTiles& tiles, int splits) {
+ConvPlan::Launch launch_of(const ConvVariant& variant, const ConvParams& params, int splits) {
   ConvPlan::Launch found{params, {}, {}};
   ConvParams& p = found.params;
-  std::copy(std::begin(tiles.begin), std::end(tiles.begin), p.tile_begin);
-  p.tiles_b = tiles.along_b, p.by_tiles_b = Divider(tiles.along_b);
+  const auto& [tile_a, tile_b, tile_depth] = variant.info.tile;
+  Walk& walk = p.walk;
+  walk.n /= variant.vector, walk.h /= variant.vector, walk.w /= variant.vector;
+  walk.tap_row = walk.tap_h * walk.h, walk.tap_column = walk.tap_w * walk.w;
+  p.gradient = {p.arg.y.n / variant.vector, 1, p.arg.y.h / variant.vector, p.arg.y.w / variant.vector};
+  p.tiles_b = tiles_of(p.extent_b, tile_b), p.by_tiles_b = Divider(p.tiles_b);
   p.splits = splits, p.by_splits = Divider(splits);
-  const int tile_depth = variant.info.tile[2];
   p.split_depth = static_cast<int>(ceil_div(ceil_div(p.depth, tile_depth), splits)) * tile_depth;
-  const int run = p.arg.dtype == DType::kFloat32 ? 4 : 8;
+  const int run = run_of(p);
   for (int i = 0; i < p.arg.branches; ++i) p.wide[i] = writes_wide(variant.pass, p, i, run);
-  found.shape = shape_of(variant, p, tiles.all, splits);
-  const int64_t rows = int64_t{p.arg.groups} * p.extent_a;
-  const int64_t elements = rows * p.extent_b + (variant.pass == Pass::kWgrad ? rows : 0);
+  found.shape = shape_of(variant, p, int64_t{tiles_of(p.extent_a, tile_a)} * p.tiles_b, splits);
+  p.pitch_b = pitch_of(p);
+  const int runs = tiles_of(p.extent_b, run);
+  p.by_runs = Divider(runs), p.by_extent_a = Divider(p.extent_a);
   const int threads = variant.reduce_info->threads;
-  found.reduction = {{static_cast<unsigned>(ceil_div(elements, threads))}, {static_cast<unsigned>(threads)}};
+  const int64_t all = int64_t{p.arg.groups} * p.extent_a * runs;
+  found.reduction = {{static_cast<unsigned>(ceil_div(all, threads))}, {static_cast<unsigned>(threads)}};
   return found;
 }
 
@@ -151,23 +197,51 @@ ConvPlan::Launch launch_of(const ConvVariant& variant, const ConvParams& params,
 const char* ConvVariant::refusal(const ConvParams& p, const DeviceInfo&) const {
   if (p.arg.dtype != dtype) return "the tensors have another dtype";
   if (dtype == DType::kFloat32 && p.arg.tf32 != tf32) return tf32 ? "TF32 is not allowed" : "TF32 is allowed";
-  if (pass != Pass::kFprop && p.arg.activation != Activation::kNone && !masked) return "there is an activation to undo";
   return vector > 1 ? refuses_vectors(pass, p, vector) : nullptr;
 }
 
 ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& device) const {
   ConvCandidate found;
-  found.tiles = count_tiles(pass, p, info);
-  const int64_t tiles = found.tiles.all, blocks = tiles * p.arg.groups;
+  found.tiles_a = tiles_of(p.extent_a, info.tile[0]), found.tiles_b = tiles_of(p.extent_b, info.tile[1]);
+  const int64_t tiles = int64_t{found.tiles_a} * found.tiles_b, blocks = tiles * p.arg.groups;
   const int64_t deep = ceil_div(p.depth, info.tile[2]);
-  // wgrad is deep and has few tiles: it gets blocks for two rounds, which evens them out.
-  const int64_t wanted = int64_t{device.multiprocessors} * (pass == Pass::kWgrad ? 2 : 1);
-  const int64_t most = std::min({wanted / std::max<int64_t>(blocks, 1), deep / kFewestTilesDeep, int64_t{kMostSplits}});
-  if (most > 1) found.splits = static_cast<int>(ceil_div(deep, ceil_div(deep, most)));
-  found.cost.shape = shape_of(*this, p, static_cast<int>(tiles), found.splits);
+  const double area = static_cast<double>(info.tile[0]) * info.tile[1];
+  const double tile_clocks = area * info.tile[2] / (tf32 ? 512 : dtype == DType::kFloat32 ? 64 : 1024) / rate;
+
+  // A multiprocessor shares itself among its blocks, so a launch takes as long as the one that has the most of them,
+  // and longer where those are too few warps to hide what each waits for.
+  const auto rounds = [&](int64_t splits) {
+    return ceil_div(std::max<int64_t>(blocks, 1) * splits, device.multiprocessors);
+  };
+  const auto busy = [&](int64_t splits) {
+    const double warps = static_cast<double>(std::min<int64_t>(rounds(splits), resident)) * info.threads / 32;
+    return std::min(1.25 * warps / (warps + 2), 1.0);
+  };
+  const auto products = [&](int64_t splits) {
+    return static_cast<double>(rounds(splits) * ceil_div(std::max<int64_t>(deep, 1), splits)) * tile_clocks;
+  };
+  const auto clocks = [&](int64_t splits) {
+    const double around = static_cast<double>(rounds(splits)) * kTilesAround * tile_clocks;
+    const double parts = splits * static_cast<double>(p.arg.groups) * p.extent_a * pitch_of(p) * sizeof(float);
+    return (products(splits) + around) / busy(splits) + (splits > 1 ? kLaunchClocks + 2 * parts / kBytesPerClock : 0);
+  };
+  const int64_t most = std::min(deep / kFewestTilesDeep, kMostSplits);
+  double least = clocks(1);
+  for (int round = 1; round <= kMostRounds; ++round) {
+    const int64_t wanted = std::min(int64_t{device.multiprocessors} * round / std::max<int64_t>(blocks, 1), most);
+    if (wanted < 2) continue;
+    const int64_t splits = ceil_div(deep, ceil_div(deep, wanted));
+    if (const double now = clocks(splits); now < least) {
+      least = now;
+      found.splits = static_cast<int>(splits);
+    }
+  }
+  found.cost.shape = shape_of(*this, p, tiles, found.splits);
   found.cost.rate = rate;
-  const double work = static_cast<double>(tiles) * info.tile[0] * info.tile[1];
-  found.cost.fill = static_cast<double>(p.extent_a) * p.extent_b / std::max(work, 1.0);
+  found.cost.resident = resident;
+  found.cost.fill = static_cast<double>(p.extent_a) * p.extent_b / std::max(static_cast<double>(tiles) * area, 1.0);
+  found.cost.splits = found.splits;
+  found.cost.rest = products(found.splits) / least;
   return found;
 }
 
@@ -181,11 +255,9 @@ ConvPlan plan_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo
   ConvPlan plan;
   plan.variant = variant;
   for (const ConvParams& gemm : gemms) {
-    const bool is_first = &gemm == &gemms[0];
-    const ConvTiles tiles = is_first ? candidate.tiles : count_tiles(pass, gemm, variant->info);
-    plan.launches.push_back(launch_of(*variant, gemm, tiles, candidate.splits));
+    plan.launches.push_back(launch_of(*variant, gemm, candidate.splits));
     if (candidate.splits > 1) {
-      const int64_t parts = candidate.splits * int64_t{arguments.groups} * gemm.extent_a * (gemm.extent_b + 1);
+      const int64_t parts = candidate.splits * int64_t{arguments.groups} * gemm.extent_a * pitch_of(gemm);
       plan.workspace = std::max(plan.workspace, parts);
     }
   }

@@ -9,15 +9,9 @@
 
 namespace fastconv::cuda {
 
-// How the tiles of a GEMM are counted
-struct ConvTiles {
-  int begin[kMaxBranches + 1];  // of each branch along the dimension that the branches share
-  int along_b, all;
-};
-
 struct ConvCandidate {
   Cost cost;
-  ConvTiles tiles{};
+  int tiles_a = 0, tiles_b = 0;  // along the GEMM's extents
   // Over how many blocks the depth of each tile is split. The parts are added in a fixed order by a second kernel, so
   // the result does not depend on timing.
   int splits = 1;
@@ -32,9 +26,10 @@ struct ConvVariant {
   KernelInfo info;
   Pass pass;
   DType dtype;
-  bool tf32, masked;  // masked: for an activation's gradient; kernels that gather take both
-  int vector;         // elements that are read at once
-  double rate;        // see Cost
+  bool tf32;
+  int vector;    // elements that are read at once
+  int resident;  // see Cost
+  double rate;   // see Cost
   Run run;
   const KernelInfo* reduce_info;  // of the kernel that adds the parts of a split depth
   Run reduce;
@@ -53,9 +48,12 @@ struct ConvPlan {
   int64_t workspace = 0;         // float32 elements
 };
 
-// Extents are below 2^31, those of the GEMM included; the glue checks that. Throws when the kernel that was forced upon
-// the pass does not take these tensors.
+// Extents are below 2^31 - kSpareExtent, those of the GEMM included; the glue checks that. Throws when the kernel that
+// was forced upon the pass does not take these tensors.
 ConvPlan plan_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo& device);
 void launch_conv2d(ConvPlan& plan, float* workspace, Stream stream);
+
+// Kernels count by tiles and look ahead by stages: extents keep this far from the largest int.
+constexpr int kSpareExtent = 1024;
 
 }  // namespace fastconv::cuda

@@ -59,10 +59,11 @@ double score(const Cost& cost, const DeviceInfo& device) {
   const int64_t by_threads = device.threads_per_multiprocessor / threads;
   const int64_t by_shared = shared > 0 ? device.shared_per_multiprocessor / (shared + kReservedShared) : INT_MAX;
   const int64_t resident = std::max<int64_t>(std::min({int64_t{cost.resident}, by_threads, by_shared}), 1);
-  const int64_t at_once = resident * device.multiprocessors;
-  const double waves = static_cast<double>(blocks) / static_cast<double>(ceil_div(blocks, at_once) * at_once);
+  // Blocks on one multiprocessor share it: a launch takes as long as the multiprocessor that gets the most of them.
+  const int64_t most = ceil_div(blocks, device.multiprocessors);
+  const double waves = static_cast<double>(blocks) / static_cast<double>(most * device.multiprocessors);
   const double occupancy = static_cast<double>(resident) / cost.resident;
-  return cost.rate * cost.fill * waves * occupancy;
+  return cost.rate * cost.fill * cost.rest * waves * occupancy;
 }
 
 ChoiceRecord::ChoiceRecord(const char* op, const DeviceInfo& device)

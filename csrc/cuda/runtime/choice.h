@@ -28,11 +28,13 @@ struct Cost {
   LaunchShape shape;
   double rate = 1;   // work per time of a multiprocessor that is full of it, beside the family's fastest kernel
   double fill = 1;   // useful work / all work: tiles reach beyond the edges of a matrix
+  double rest = 1;   // what of that is left by other losses
   int resident = 1;  // blocks on a multiprocessor that the kernel's launch bounds promise
+  int splits = 1;    // how many blocks share the depth of a tile; noted, no part of the score
   const char* objection = nullptr;  // why it should not run although it could, which makes its score 0
 };
 
-// rate x fill x waves x occupancy, between 0 and 1: the larger, the sooner the call is done.
+// rate x fill x rest x waves x occupancy, between 0 and 1: the larger, the sooner the call is done.
 double score(const Cost& cost, const DeviceInfo& device);
 
 // Notes what was considered for one call, if anybody listens (`fastconv_cuda_record_choices`).

@@ -81,9 +81,11 @@ def test_kernels_use_what_their_table_says() -> None:
             for dtype, calls in itertools.product((*HALVES, torch.float32), (convolutions, depthwise, others)):
                 for call in calls(dtype, layout):
                     with_every_kernel(call)
-                if count > 1 and calls is convolutions:
-                    for call in calls(dtype, layout, 64, 12):
-                        call()
+                if calls is convolutions:
+                    # Of few pixels with many channels, of many with few, and of channels that are packed
+                    for channels, size in ((264, 4), (8, 44), (5, 6)):
+                        for call in calls(dtype, layout, channels, size):
+                            call()
             torch.backends.cudnn.allow_tf32 = True  # until the end of `emulated_gpu`
             for calls in (convolutions, depthwise):
                 for call in calls(torch.float32, layout):

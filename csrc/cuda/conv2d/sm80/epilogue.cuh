@@ -6,82 +6,125 @@
 
 namespace fastconv::cuda::inline sm80 {
 
-// Where row `a` of a branch's result lies: channel 0 of a pixel, or a filter's gradient.
-template <Pass kPass>
-FASTCONV_DEVICE int64_t row_offset(const ConvParams& p, const ConvBranch& branch, int group, int branch_index, int a) {
-  if constexpr (kPass == Pass::kWgrad) {
-    return (int64_t{group} * p.k_group[branch_index] + a) * p.extent_b;
-  } else {
-    constexpr bool kForward = kPass == Pass::kFprop;
-    const Strides& strides = kForward ? branch.y : p.arg.x;
+// A run of neighbouring columns of C, 16 bytes of results, in whatever row: a thread finishes many rows of one run.
+// What the columns decide, bias included, is found once.
+template <Pass kPass, class T>
+class Results {
+ public:
+  static constexpr int kRun = 16 / sizeof(T);
+  using Vector = Vec<T, kRun>;
+
+  FASTCONV_DEVICE Results(const ConvParams& params, int group, int first) : p(params) {
+    int column = first;  // of the image or of the filter's gradient
+    int branch = 0;
+    int columns = p.extent_b;
+    if constexpr (kPass == Pass::kFprop) {
+      branch = branch_of(p, min(first, p.extent_b - 1));
+      column -= p.first_filter[branch];
+      columns = p.arg.branch[branch].k / p.arg.groups;
+    }
+    count = columns - column;
+    wide = p.wide[branch] && count >= kRun;
+    if constexpr (kPass == Pass::kFprop) {
+      const ConvBranch& of = p.arg.branch[branch];
+      column += group * columns;
+      strides = of.y;
+      result = static_cast<T*>(of.output);
+      residual = static_cast<const T*>(of.residual);
+      activation = p.arg.activation;
+      const T* const biases = static_cast<const T*>(of.bias);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) bias[i] = biases && i < count ? to_float(biases[column + i]) : 0.0f;
+    } else if constexpr (kPass == Pass::kDgrad) {
+      column += group * p.c_group;
+      strides = p.arg.x;
+      result = static_cast<T*>(p.arg.grad_input);
+    } else {
+      strides = {0, 1, 0, 0};
+    }
+    first_group = group;
+    offset = column * strides.c;
+  }
+
+  // Whether any column of the run exists
+  FASTCONV_DEVICE bool exists() const { return count > 0; }
+
+  // What is to be added to a row, ahead of time; only where it takes one load
+  FASTCONV_DEVICE Vector residual_of(int row) const {
+    Vector found;
+    if constexpr (kPass == Pass::kFprop) {
+      if (residual && wide && row < p.extent_a) found = load<kRun>(residual + place(row));
+    }
+    return found;
+  }
+
+  FASTCONV_DEVICE void finish(int row, float (&sums)[kRun], const Vector& others) const {
+    T* to;
+    bool whole = wide;
+    if constexpr (kPass == Pass::kWgrad) {
+      const int branch = branch_of(p, row), filter = row - p.first_filter[branch];
+      const int filters = p.arg.branch[branch].k / p.arg.groups;
+      if (filter >= filters) return;  // between two branches
+      whole = p.wide[branch] && count >= kRun;
+      to = static_cast<T*>(p.arg.branch[branch].grad_weight);
+      to += (int64_t{first_group} * filters + filter) * p.extent_b + offset;
+    } else {
+      const int64_t at = place(row);
+      to = result + at;
+      if constexpr (kPass == Pass::kFprop) {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) sums[i] += bias[i];
+        if (residual && whole) {
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) sums[i] += to_float(others.v[i]);
+        } else if (residual) {
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) {
+            if (i < count) sums[i] += to_float(residual[at + i * strides.c]);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) sums[i] = activate(sums[i], activation);
+      }
+    }
+    if (whole) {
+      Vector rounded;
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) rounded.v[i] = from_float<T>(sums[i]);
+      store(to, rounded);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        if (i < count) to[i * strides.c] = from_float<T>(sums[i]);
+      }
+    }
+  }
+
+ private:
+  // Of a pixel's first column of the run
+  FASTCONV_DEVICE int64_t place(int pixel) const {
     int inner, column;
-    const int n = divide(kForward ? p.by_pixels : p.by_phase, a, inner);
-    int row = divide(kForward ? p.by_q : p.by_columns, inner, column);
-    if constexpr (!kForward) {
-      row = p.rows.first_pixel + row * p.rows.step_pixel;
-      column = p.columns.first_pixel + column * p.columns.step_pixel;
-    }
-    return n * strides.n + row * strides.h + column * strides.w;
+    const int n = divide(p.walk.by_pixels, pixel, inner);
+    const int row = p.rows.first_pixel + divide(p.walk.by_columns, inner, column) * p.rows.step_pixel;
+    column = p.columns.first_pixel + column * p.columns.step_pixel;
+    return n * strides.n + row * strides.h + column * strides.w + offset;
   }
-}
 
-// Bias, residual, activation; then kCount neighbours of a row are written. `sums` are float32 still.
-template <Pass kPass, class T, int kCount>
-FASTCONV_DEVICE void finish(const ConvParams& p, int group, int branch_index, int64_t row, int b, int end_b,
-                            float (&sums)[kCount]) {
-  const ConvBranch& branch = p.arg.branch[branch_index];
-  T* result = static_cast<T*>(kPass == Pass::kFprop   ? branch.output
-                              : kPass == Pass::kDgrad ? p.arg.grad_input
-                                                      : branch.grad_weight);
-  const int64_t step = kPass == Pass::kFprop ? branch.y.c : kPass == Pass::kDgrad ? p.arg.x.c : 1;
-  const int first = b + (kPass == Pass::kFprop   ? group * p.k_group[branch_index]
-                         : kPass == Pass::kDgrad ? group * p.c_group
-                                                 : 0);
-  const bool whole = kCount > 1 && p.wide[branch_index] && b + kCount <= end_b;
-  const int64_t offset = row + first * step;
-  if constexpr (kPass == Pass::kFprop) {
-    const T* bias = static_cast<const T*>(branch.bias);
-    const T* residual = static_cast<const T*>(branch.residual);
-    if (bias) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (b + i < end_b) sums[i] += to_float(bias[first + i]);
-      }
-    }
-    if (residual && whole) {
-      const Vec<T, kCount> others = load<kCount>(residual + offset);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) sums[i] += to_float(others.v[i]);
-    } else if (residual) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (b + i < end_b) sums[i] += to_float(residual[offset + i * step]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) sums[i] = activate(sums[i], p.arg.activation);
-  }
-  if (whole) {
-    Vec<T, kCount> rounded;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) rounded.v[i] = from_float<T>(sums[i]);
-    store(result + offset, rounded);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (b + i < end_b) result[offset + i * step] = from_float<T>(sums[i]);
-    }
-  }
-}
+  const ConvParams& p;
+  T* result = nullptr;
+  const T* residual = nullptr;
+  int64_t offset;
+  Strides strides;
+  Activation activation = Activation::kNone;
+  int count, first_group;
+  bool wide;
+  float bias[kRun];
+};
 
-// Where a part of a sum waits for the others, when the depth is split.
+// Where a part of a sum waits for the others, when the depth is split. A row is padded to whole runs.
 FASTCONV_DEVICE float* part(const ConvParams& p, int split, int group, int a, int b) {
   const int64_t row = (int64_t{split} * p.arg.groups + group) * p.extent_a + a;
-  return p.workspace + (row * p.extent_b + b);
-}
-FASTCONV_DEVICE float* bias_part(const ConvParams& p, int split, int group, int a) {
-  const int64_t rows = int64_t{p.arg.groups} * p.extent_a;
-  return p.workspace + (p.splits * rows * p.extent_b + split * rows + int64_t{group} * p.extent_a + a);
+  return p.workspace + (row * p.pitch_b + b);
 }
 
 }  // namespace fastconv::cuda::inline sm80

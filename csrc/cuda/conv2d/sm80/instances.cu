@@ -15,13 +15,10 @@ using T =
     std::conditional_t<kDType == DType::kFloat32, float, std::conditional_t<kDType == DType::kFloat16, Half, BFloat16>>;
 constexpr const char* kType = kDType == DType::kFloat32 ? "fp32" : kDType == DType::kFloat16 ? "fp16" : "bf16";
 
-constexpr int kVectorOfT = 16 / sizeof(T);
-template <class Math>
-using Large = ConvConfig<T, Math, 128, 128, 2, 4, 3, kVectorOfT>;
-template <class Math>
-using Small = ConvConfig<T, Math, 64, 64, 2, 2, 4, kVectorOfT>;
-template <class Math>
-using Gather = ConvConfig<T, Math, 64, 64, 2, 2, 3, 1>;
+// What a thread reads at once: 16 bytes, 8, or one element
+constexpr int kWhole = 16 / sizeof(T), kNarrow = 4;
+template <class Math, int kTileA, int kTileB, int kWarpsA, int kWarpsB, int kBlocks, int kVector = kWhole>
+using Config = ConvConfig<T, Math, kTileA, kTileB, kWarpsA, kWarpsB, kVector == 1 ? 3 : 4, kVector, kBlocks>;
 
 std::string name_of(const char* type, const char* what) {
   return std::string(ConvVariant::kOps[kFamily]) + "_" + type + "_" + what + "_sm" + std::to_string(kArch.number);
@@ -45,14 +42,15 @@ const ListedKernel reduction({name_of(kType, "reduce"),
                               kReduceThreads,
                               0,
                               "a split depth",
-                              kEpilogueUses});
+                              kEpilogueUses | uses::kLoadStore});
 
-template <class C, bool kMasked>
+template <class C>
 ConvVariant variant(const char* type, const char* what, double rate) {
-  const char* needs = C::kVector == 1 ? ""
-                      : kBackward && !kMasked
-                          ? "channels_last, channels of a group in multiples of 16 bytes, no activation"
-                          : "channels_last, channels of a group in multiples of 16 bytes";
+  constexpr bool kCopies = C::kVector * sizeof(T) >= 4, kSpreads = kPass != Pass::kFprop;
+  constexpr bool kTf32 = std::is_same_v<typename C::Math, Tf32Math>;
+  const char* needs = C::kVector == 1        ? ""
+                      : C::kVector == kWhole ? "channels_last, channels of a group in multiples of 16 bytes"
+                                             : "channels_last, channels of a group in multiples of 8 bytes";
   return {{name_of(type, what),
            ConvVariant::kOps[kFamily],
            kArch,
@@ -61,43 +59,51 @@ ConvVariant variant(const char* type, const char* what, double rate) {
            C::kThreads,
            C::kSharedBytes,
            needs,
-           kEpilogueUses | uses::kLoadStore | C::Math::kUses | (kMasked ? uses::kPassesGradient : uses::kNothing) |
-               (conv2d_copies<C> ? uses::kSmemAddress | uses::kCpAsync : uses::kNothing)},
+           kEpilogueUses | uses::kLoadStore | C::Math::kUses | (kSpreads ? uses::kShuffle : uses::kNothing) |
+               (kTf32 && kPass != Pass::kWgrad ? uses::kLdmatrix : uses::kNothing) |
+               (kCopies ? uses::kSmemAddress | uses::kCpAsync : uses::kNothing)},
           kPass,
           kDType,
-          std::is_same_v<typename C::Math, Tf32Math>,
-          kMasked,
+          kTf32,
           C::kVector,
+          C::kBlocks,
           rate,
           [](const KernelInfo& info, const LaunchShape& shape, const ConvParams& params, Stream stream) {
-            launch(info, &conv2d_kernel<kPass, C, kMasked>, shape, stream, params);
+            launch(info, &conv2d_kernel<kPass, C>, shape, stream, params);
           },
           &reduction.info,
           &reduce};
 }
 
-// Rates: 128x128 tiles do twice the arithmetic of 64x64 for a byte of shared memory; a mask is another tensor to read;
-// to gather costs an address for every element.
+// Rates: what of the tensor cores' time their loop leaves them. The smaller a warp's part of a tile, the more it loads
+// from shared memory for a product; narrow vectors cost more copies, and to gather an address for every element.
 template <class Math>
-void register_kernels(const char* type) {
+void register_tensor_cores(const char* type) {
+  Register<ConvVariant>(kFamily, {variant<Config<Math, 128, 128, 2, 2, 2>>(type, "128x128", 1),
+                                  variant<Config<Math, 128, 64, 2, 2, 3>>(type, "128x64", 0.85),
+                                  variant<Config<Math, 64, 64, 2, 2, 4>>(type, "64x64", 0.65)});
   if constexpr (sizeof(T) == 2) {
-    Register<ConvVariant>(kFamily, {variant<Large<Math>, false>(type, "128x128", 1)});
-    if constexpr (kBackward) {
-      Register<ConvVariant>(kFamily, {variant<Large<Math>, true>(type, "128x128_masked", 0.8)});
+    Register<ConvVariant>(kFamily, {variant<Config<Math, 256, 128, 4, 2, 1>>(type, "256x128", 1),
+                                    variant<Config<Math, 256, 64, 4, 1, 2>>(type, "256x64", 1)});
+    if constexpr (kPass == Pass::kWgrad) {
+      // Few filters, but many taps
+      Register<ConvVariant>(kFamily, {variant<Config<Math, 64, 128, 2, 2, 3>>(type, "64x128", 0.85),
+                                      variant<Config<Math, 64, 128, 2, 2, 3, kNarrow>>(type, "64x128_narrow", 0.7)});
+    } else {
+      Register<ConvVariant>(kFamily, {variant<Config<Math, 128, 64, 2, 2, 3, kNarrow>>(type, "128x64_narrow", 0.7)});
     }
   }
-  // float32 has one size of tiles, whose accumulators leave room for loads.
-  Register<ConvVariant>(kFamily, {variant<Small<Math>, false>(type, "64x64", 0.7)});
-  if constexpr (kBackward) Register<ConvVariant>(kFamily, {variant<Small<Math>, true>(type, "64x64_masked", 0.56)});
-  Register<ConvVariant>(kFamily, {variant<Gather<Math>, kBackward>(type, "gather", 0.1)});
+  Register<ConvVariant>(kFamily, {variant<Config<Math, 64, 64, 2, 2, 3, 1>>(type, "gather", 0.1)});
 }
 
 const bool registered = [] {
   if constexpr (sizeof(T) == 2) {
-    register_kernels<HalfMath<T>>(kType);
+    register_tensor_cores<HalfMath<T>>(kType);
   } else {
-    register_kernels<Tf32Math>("tf32");
-    register_kernels<FloatMath>("fp32");
+    register_tensor_cores<Tf32Math>("tf32");
+    // Without tensor cores one size of tiles does, whose accumulators leave room for loads.
+    Register<ConvVariant>(kFamily, {variant<Config<FloatMath, 64, 64, 2, 2, 3>>("fp32", "64x64", 0.8),
+                                    variant<Config<FloatMath, 64, 64, 2, 2, 3, 1>>("fp32", "gather", 0.4)});
   }
   return true;
 }();

@@ -1,225 +1,279 @@
-// Sources: where in the tensors an element of the GEMM's operands lies, for each pass and operand. A source splits an
-// address into a part that the coordinate along the extent decides and one that the depth decides (`extent`, `depth`),
-// which a loader keeps, and joins the two (`address`): null means padding, or outside of the matrix. `mask` finds the
-// output of the activation that belongs to an element of the gradient.
+// Sources: from where the tiles of the GEMM's operands come. A loader belongs to one thread and brings that thread's
+// share of each tile, from the depth at which it is told to: it knows the part of an address that the extent decides,
+// computes the one that the depth decides once for a tile, and joins the two by one multiplication.
+//
+//            A                      B
+//   fprop    Pixels of the input    Filters
+//   dgrad    Pixels of dy           FilterRows
+//   wgrad    GradientRows of dy     PixelRows of the input
+//
+// Pixels and Filters have rows along the depth. The others have a row for each place in the depth, of which every lane
+// works out one and hears of the rest by shuffles.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/conv2d/params.h"
-#include "cuda/runtime/types.cuh"
+#include "cuda/conv2d/sm80/tiles.cuh"
+#include "cuda/runtime/divider.cuh"
 
 namespace fastconv::cuda::inline sm80 {
 
-// n / by for 0 <= n < 2^31
-FASTCONV_DEVICE int quotient(const Divider& by, int n) {
-  const auto high = static_cast<uint32_t>(static_cast<uint64_t>(n) * by.factor >> 32);
-  return static_cast<int>((high + static_cast<uint32_t>(n)) >> by.shift);
-}
-FASTCONV_DEVICE int divide(const Divider& by, int n, int& remainder) {
-  const int q = quotient(by, n);
-  remainder = n - q * static_cast<int>(by.divisor);
-  return q;
-}
+// Offsets in an image count vectors and have 32 bits, which the plan checks; single elements need 64. They are from
+// where the first pixel meets the filter's first position, and so are not negative.
+template <int kVector>
+using Offset = std::conditional_t<kVector == 1, int64_t, uint32_t>;
 
 // A coordinate that no other one brings back into the image.
 constexpr int kOutside = -(1 << 30);
 
-// Where a pixel of the output meets the input; its own part of an address in the input.
-struct Anchor {
-  int h, w;
-  int64_t offset;
-};
-// A position in the filter and a channel; its own part of an address in the input.
-struct Tap {
-  int h, w;
-  int64_t offset;
-};
-
-template <class T>
-struct InputSource {
-  const ConvParams& p;
-  const T* input;  // of the group
-
-  FASTCONV_DEVICE InputSource(const ConvParams& params, int group)
-      : p(params), input(static_cast<const T*>(params.arg.input) + group * int64_t{params.c_group} * params.arg.x.c) {}
-
-  FASTCONV_DEVICE Anchor anchor(int pixel, int end) const {
-    if (pixel >= end) return {kOutside, kOutside, 0};
-    int pq, q;
-    const int n = divide(p.by_pixels, pixel, pq);
-    const int row = divide(p.by_q, pq, q);
-    const int h = row * p.arg.stride_h - p.arg.pad_h, w = q * p.arg.stride_w - p.arg.pad_w;
-    return {h, w, n * p.arg.x.n + h * p.arg.x.h + w * p.arg.x.w};
-  }
-  FASTCONV_DEVICE Tap tap(int index, int end) const {
-    if (index >= end) return {kOutside, kOutside, 0};
-    int c, s;
-    const int position = divide(p.by_c, index, c);
-    const int r = divide(p.by_s, position, s);
-    const int h = r * p.arg.dilation_h, w = s * p.arg.dilation_w;
-    return {h, w, h * p.arg.x.h + w * p.arg.x.w + c * p.arg.x.c};
-  }
-  FASTCONV_DEVICE const T* at(const Anchor& a, const Tap& t) const {
-    const int h = a.h + t.h, w = a.w + t.w;
-    const bool inside = h >= 0 && h < p.arg.h && w >= 0 && w < p.arg.w;
-    return inside ? input + (a.offset + t.offset) : nullptr;
-  }
-  FASTCONV_DEVICE const T* anywhere() const { return input; }
-};
-
-// A of fprop
-template <class T>
-struct PixelsByTaps : InputSource<T> {
-  using Extent = Anchor;
-  using Depth = Tap;
-  using InputSource<T>::InputSource;
-  FASTCONV_DEVICE Extent extent(int index) const { return this->anchor(index, this->p.extent_a); }
-  FASTCONV_DEVICE Depth depth(int index) const { return this->tap(index, this->p.depth); }
-  FASTCONV_DEVICE const T* address(const Extent& e, const Depth& d) const { return this->at(e, d); }
-};
-// B of wgrad
-template <class T>
-struct TapsByPixels : InputSource<T> {
-  using Extent = Tap;
-  using Depth = Anchor;
-  using InputSource<T>::InputSource;
-  FASTCONV_DEVICE Extent extent(int index) const { return this->tap(index, this->p.extent_b); }
-  FASTCONV_DEVICE Depth depth(int index) const { return this->anchor(index, this->p.depth); }
-  FASTCONV_DEVICE const T* address(const Extent& e, const Depth& d) const { return this->at(d, e); }
-};
-
-// B of fprop: the weight as it lies, a row for each filter
-template <class T>
-struct FiltersByTaps {
-  using Extent = int64_t;
-  using Depth = int;
-  const T* weight;  // of branch and group
-  int filters, taps;
-
-  FASTCONV_DEVICE FiltersByTaps(const ConvParams& p, int group, int branch)
-      : weight(static_cast<const T*>(p.arg.branch[branch].weight) + int64_t{group} * p.k_group[branch] * p.depth),
-        filters(p.k_group[branch]),
-        taps(p.depth) {}
-  FASTCONV_DEVICE Extent extent(int index) const { return index < filters ? int64_t{index} * taps : -1; }
-  FASTCONV_DEVICE Depth depth(int index) const { return index < taps ? index : -1; }
-  FASTCONV_DEVICE const T* address(Extent e, Depth d) const { return e >= 0 && d >= 0 ? weight + (e + d) : nullptr; }
-  FASTCONV_DEVICE const T* anywhere() const { return weight; }
-};
-
-// The depth of dgrad: branch, position in the filter and filter
-struct FilterTap {
-  int branch, r, s, k;  // branch -1: outside
-};
-FASTCONV_DEVICE FilterTap filter_tap(const ConvParams& p, int index) {
-  if (index >= p.depth) return {-1, 0, 0, 0};
-  int branch = 0;
-  while (index >= p.begin[branch + 1]) ++branch;
-  FilterTap t{branch, 0, 0, 0};
-  const int position = divide(p.by_k[branch], index - p.begin[branch], t.k);
-  const int row = divide(p.by_s, position, t.s);
-  t.r = p.rows.first_position + row * p.rows.step_position;
-  t.s = p.columns.first_position + t.s * p.columns.step_position;
-  return t;
+FASTCONV_DEVICE bool is_inside(const Walk& walk, int h, int w) {
+  return static_cast<unsigned>(h) < static_cast<unsigned>(walk.height) &&
+         static_cast<unsigned>(w) < static_cast<unsigned>(walk.width);
 }
 
-// A of dgrad: which pixel of grad_output saw an input pixel through which position
-template <class T>
-struct InputPixelsByFilters {
-  struct Extent {
-    int n, h, w;
-  };
-  struct Depth {
-    int h, w;
-    const T* grad;  // null: outside
-    const Strides* y;
-  };
-  const ConvParams& p;
-  int group;
+// Where a pixel of the other side meets the image through the filter's first position
+template <int kVector>
+struct Anchor {
+  Offset<kVector> offset;
+  int h, w;
+};
+template <int kVector>
+FASTCONV_DEVICE Anchor<kVector> anchor(const Walk& walk, int pixel) {
+  int inner, column;
+  const int n = divide(walk.by_pixels, pixel, inner);
+  const int row = divide(walk.by_columns, inner, column);
+  const int h = row * walk.step_h, w = column * walk.step_w;
+  const auto offset = static_cast<Offset<kVector>>(n * walk.n + h * walk.h + w * walk.w);
+  return {offset, h + walk.first_h, w + walk.first_w};
+}
 
-  FASTCONV_DEVICE InputPixelsByFilters(const ConvParams& params, int g) : p(params), group(g) {}
-  FASTCONV_DEVICE Extent extent(int index) const {
-    if (index >= p.extent_a) return {0, kOutside, kOutside};
+// A position of the filter and a channel
+struct Tap {
+  int r, s, c;
+};
+FASTCONV_DEVICE Tap tap(const ConvParams& p, int index) {
+  Tap t;
+  const int position = divide(p.by_channels, index, t.c);
+  t.r = divide(p.by_s, position, t.s);
+  return t;
+}
+// The tap's own part of an address, in vectors
+template <int kVector>
+FASTCONV_DEVICE int64_t offset(const Walk& walk, const Tap& t) {
+  const int64_t channel = kVector == 1 ? t.c * walk.c : t.c / kVector;
+  return t.r * walk.tap_row + t.s * walk.tap_column + channel;
+}
+
+template <class T, int kVector>
+FASTCONV_DEVICE const T* advance(const T* data, Offset<kVector> vectors) {
+  return data + static_cast<int64_t>(vectors) * kVector;
+}
+template <class T>
+FASTCONV_DEVICE const T* group_of(const Walk& walk, int group) {
+  return static_cast<const T*>(walk.data) + (walk.first + group * walk.group);
+}
+
+// A row for each pixel, the taps along the depth
+template <class T, class Tile, int kVector, int kThreads>
+struct Pixels {
+  static constexpr bool kVectors = kVector > 1;
+  using Mine = Share<T, Tile, kVector, kThreads>;
+  struct ByBits {
+    uint32_t offset;
+    uint32_t outside;  // of the filter's rows from bit 0, of its columns from bit 16; bit 15 is set
+  };
+  using Row = std::conditional_t<kVectors, ByBits, Anchor<kVector>>;
+  static constexpr uint32_t kNowhere = 1u << 15;
+
+  const ConvParams& p;
+  const T* const data;
+  const int end;  // of the depth
+  const Mine mine;
+  Row rows[Mine::kPasses];
+
+  FASTCONV_DEVICE Pixels(const ConvParams& params, int group, int first, int end_depth)
+      : p(params), data(group_of<T>(params.walk, group)), end(end_depth) {
+#pragma unroll
+    for (int i = 0; i < Mine::kPasses; ++i) {
+      const int pixel = first + mine.row + i * Mine::kRowsAtOnce;
+      const Anchor<kVector> at = anchor<kVector>(p.walk, min(pixel, p.extent_a - 1));
+      if constexpr (kVectors) {
+        rows[i] = {at.offset, pixel < p.extent_a ? outside(at) : ~0u};
+      } else {
+        rows[i] = at;
+        if (pixel >= p.extent_a) rows[i].h = kOutside;
+      }
+    }
+  }
+
+  FASTCONV_DEVICE void fetch(unsigned char* tile, int depth) const {
+    const int index = depth + mine.column;
+    const Tap t = tap(p, index);
+    const T* const base = data + offset<kVector>(p.walk, t) * kVector;
+    if constexpr (kVectors) {
+      const uint32_t bits = index < end ? 1u << t.r | 65536u << t.s : kNowhere;
+#pragma unroll
+      for (int i = 0; i < Mine::kPasses; ++i) {
+        mine.copy(tile, i, advance<T, kVector>(base, rows[i].offset), (rows[i].outside & bits) == 0);
+      }
+    } else {
+      const int h = index < end ? t.r * p.walk.tap_h : kOutside, w = t.s * p.walk.tap_w;
+#pragma unroll
+      for (int i = 0; i < Mine::kPasses; ++i) {
+        mine.copy(tile, i, advance<T, kVector>(base, rows[i].offset), is_inside(p.walk, rows[i].h + h, rows[i].w + w));
+      }
+    }
+  }
+
+ private:
+  FASTCONV_DEVICE uint32_t outside(const Anchor<kVector>& at) const {
+    uint32_t bits = kNowhere;
+    for (int r = 0; r < p.rows.positions; ++r) {
+      if (static_cast<unsigned>(at.h + r * p.walk.tap_h) >= static_cast<unsigned>(p.walk.height)) bits |= 1u << r;
+    }
+    for (int s = 0; s < p.columns.positions; ++s) {
+      if (static_cast<unsigned>(at.w + s * p.walk.tap_w) >= static_cast<unsigned>(p.walk.width)) bits |= 65536u << s;
+    }
+    return bits;
+  }
+};
+
+// Which branch a filter of a group belongs to
+FASTCONV_DEVICE int branch_of(const ConvParams& p, int filter) {
+  int branch = 0;
+  while (filter >= p.first_filter[branch + 1]) ++branch;
+  return branch;
+}
+
+// A row for each filter, as it lies. Those beyond a branch are copies of its last one, for results that nobody keeps.
+template <class T, class Tile, int kVector, int kThreads>
+struct Filters {
+  using Mine = Share<T, Tile, kVector, kThreads>;
+  const int end;
+  const Mine mine;
+  const T* rows[Mine::kPasses];
+
+  FASTCONV_DEVICE Filters(const ConvParams& p, int group, int first, int end_depth) : end(end_depth) {
+#pragma unroll
+    for (int i = 0; i < Mine::kPasses; ++i) {
+      const int filter = min(first + mine.row + i * Mine::kRowsAtOnce, p.extent_b - 1), branch = branch_of(p, filter);
+      const int of_branch = p.arg.branch[branch].k / p.arg.groups;
+      const int64_t row = int64_t{group} * of_branch + min(filter - p.first_filter[branch], of_branch - 1);
+      rows[i] = static_cast<const T*>(p.arg.branch[branch].weight) + row * p.depth;
+    }
+  }
+  FASTCONV_DEVICE void fetch(unsigned char* tile, int depth) const {
+    const int index = depth + mine.column;
+#pragma unroll
+    for (int i = 0; i < Mine::kPasses; ++i) mine.copy(tile, i, rows[i] + index, index < end);
+  }
+};
+
+FASTCONV_DEVICE int shuffled(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+FASTCONV_DEVICE uint32_t shuffled(uint32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+FASTCONV_DEVICE int64_t shuffled(int64_t value, int lane) {
+  const uint32_t low = __shfl_sync(0xffffffffu, static_cast<uint32_t>(value), lane);
+  const uint32_t high = __shfl_sync(0xffffffffu, static_cast<uint32_t>(value >> 32), lane);
+  return static_cast<int64_t>(uint64_t{high} << 32 | low);
+}
+// The place in the depth that this lane works out, of the tile that begins there
+template <class Tile>
+FASTCONV_DEVICE int own_row(int depth) {
+  static_assert(Tile::kDepth <= 32);
+  return depth + static_cast<int>(threadIdx.x) % Tile::kDepth;
+}
+
+// A row for each position and filter, the channels along the extent
+template <class T, class Tile, int kVector, int kThreads>
+struct FilterRows {
+  using Mine = Share<T, Tile, kVector, kThreads>;
+  const ConvParams& p;
+  const int first_filter, end;
+  const Mine mine;
+  const T* data;  // of this thread's column
+
+  FASTCONV_DEVICE FilterRows(const ConvParams& params, int group, int first, int end_depth)
+      : p(params), first_filter(group * params.filters), end(end_depth) {
+    data = static_cast<const T*>(p.arg.branch[0].weight) + min(first + mine.column, p.c_group - kVector);
+  }
+  FASTCONV_DEVICE void fetch(unsigned char* tile, int depth) const {
+    const int own = row(own_row<Tile>(depth));
+#pragma unroll
+    for (int i = 0; i < Mine::kPasses; ++i) {
+      const int row = shuffled(own, mine.row + i * Mine::kRowsAtOnce);
+      mine.copy(tile, i, data + static_cast<int64_t>(row) * p.c_group, row >= 0);
+    }
+  }
+
+ private:
+  // Of the weight; negative for what is no filter, and beyond the depth
+  FASTCONV_DEVICE int row(int index) const {
+    const Tap t = tap(p, index);  // whose channels are filters
+    const int r = p.rows.first_position + t.r * p.rows.step_position;
+    const int s = p.columns.first_position + t.s * p.columns.step_position;
+    const int found = ((first_filter + t.c) * p.arg.r + r) * p.arg.s + s;
+    return index < end && t.c < p.filters ? found : -1;
+  }
+};
+
+// A row for each pixel of the gradient, the filters along the extent
+template <class T, class Tile, int kVector, int kThreads>
+struct GradientRows {
+  using Mine = Share<T, Tile, kVector, kThreads>;
+  const ConvParams& p;
+  const int end;
+  const Mine mine;
+  const T* data;  // of this thread's column
+
+  FASTCONV_DEVICE GradientRows(const ConvParams& params, int group, int first, int end_depth)
+      : p(params), end(end_depth) {
+    const int64_t column = min(first + mine.column, p.extent_a - kVector);
+    data = static_cast<const T*>(p.arg.grad_output) + (int64_t{group} * p.k_group + column);
+  }
+  FASTCONV_DEVICE void fetch(unsigned char* tile, int depth) const {
+    const Offset<kVector> own = row(own_row<Tile>(depth));
+#pragma unroll
+    for (int i = 0; i < Mine::kPasses; ++i) {
+      const int place = mine.row + i * Mine::kRowsAtOnce;
+      mine.copy(tile, i, advance<T, kVector>(data, shuffled(own, place)), depth + place < end);
+    }
+  }
+
+ private:
+  FASTCONV_DEVICE Offset<kVector> row(int pixel) const {
     int inner, column;
-    const int n = divide(p.by_phase, index, inner);
-    const int row = divide(p.by_columns, inner, column);
-    return {n, p.rows.first_pixel + row * p.rows.step_pixel + p.arg.pad_h,
-            p.columns.first_pixel + column * p.columns.step_pixel + p.arg.pad_w};
-  }
-  FASTCONV_DEVICE Depth depth(int index) const {
-    const FilterTap t = filter_tap(p, index);
-    if (t.branch < 0) return {0, 0, nullptr, nullptr};
-    const ConvBranch& branch = p.arg.branch[t.branch];
-    const int64_t k = int64_t{group} * p.k_group[t.branch] + t.k;
-    return {t.r * p.arg.dilation_h, t.s * p.arg.dilation_w, static_cast<const T*>(branch.grad_output) + k * branch.y.c,
-            &branch.y};
-  }
-  FASTCONV_DEVICE const T* address(const Extent& e, const Depth& d) const {
-    const int h = e.h - d.h, w = e.w - d.w;
-    if (d.grad == nullptr || h < 0 || w < 0) return nullptr;
-    const int row = quotient(p.by_stride_h, h), column = quotient(p.by_stride_w, w);  // the phase leaves no remainder
-    if (row >= p.arg.p || column >= p.arg.q) return nullptr;
-    return d.grad + (e.n * d.y->n + row * d.y->h + column * d.y->w);
-  }
-  FASTCONV_DEVICE const T* anywhere() const { return static_cast<const T*>(p.arg.branch[0].grad_output); }
-  // The element of the forward's output that decides over this one of its gradient.
-  FASTCONV_DEVICE const T* mask(const T* grad, int depth_index) const {
-    const FilterTap t = filter_tap(p, depth_index);
-    const ConvBranch& branch = p.arg.branch[t.branch];
-    return static_cast<const T*>(branch.output) + (grad - static_cast<const T*>(branch.grad_output));
+    const int n = divide(p.walk.by_pixels, pixel, inner);
+    const int row = divide(p.walk.by_columns, inner, column);
+    return static_cast<Offset<kVector>>(n * p.gradient.n + row * p.gradient.h + column * p.gradient.w);
   }
 };
 
-// B of dgrad
-template <class T>
-struct ChannelsByFilters {
-  using Extent = int;
-  struct Depth {
-    const T* weight;  // null: outside
-  };
+// A row for each pixel of the gradient, along the extent what meets it through each tap
+template <class T, class Tile, int kVector, int kThreads>
+struct PixelRows {
+  using Mine = Share<T, Tile, kVector, kThreads>;
   const ConvParams& p;
-  int group;
+  const int end;
+  const Mine mine;
+  const T* data;  // of this thread's column
+  int h, w;       // of its tap
 
-  FASTCONV_DEVICE ChannelsByFilters(const ConvParams& params, int g) : p(params), group(g) {}
-  FASTCONV_DEVICE Extent extent(int index) const { return index < p.c_group ? index : -1; }
-  FASTCONV_DEVICE Depth depth(int index) const {
-    const FilterTap t = filter_tap(p, index);
-    if (t.branch < 0) return {nullptr};
-    const int64_t k = int64_t{group} * p.k_group[t.branch] + t.k;
-    const int64_t row = (k * p.arg.r + t.r) * p.arg.s + t.s;
-    return {static_cast<const T*>(p.arg.branch[t.branch].weight) + row * p.c_group};
+  FASTCONV_DEVICE PixelRows(const ConvParams& params, int group, int first, int end_depth) : p(params), end(end_depth) {
+    const Tap t = tap(p, min(first + mine.column, p.extent_b - kVector));
+    data = group_of<T>(p.walk, group) + offset<kVector>(p.walk, t) * kVector;
+    h = t.r * p.walk.tap_h, w = t.s * p.walk.tap_w;
   }
-  FASTCONV_DEVICE const T* address(Extent e, const Depth& d) const {
-    return e >= 0 && d.weight != nullptr ? d.weight + e : nullptr;
-  }
-  FASTCONV_DEVICE const T* anywhere() const { return static_cast<const T*>(p.arg.branch[0].weight); }
-};
-
-// A of wgrad
-template <class T>
-struct FiltersByPixels {
-  using Extent = int64_t;
-  using Depth = int64_t;
-  const ConvParams& p;
-  const ConvBranch& branch;
-  const T* grad;  // of the group
-  int filters;
-
-  FASTCONV_DEVICE FiltersByPixels(const ConvParams& params, int group, int b)
-      : p(params),
-        branch(params.arg.branch[b]),
-        grad(static_cast<const T*>(branch.grad_output) + int64_t{group} * params.k_group[b] * branch.y.c),
-        filters(params.k_group[b]) {}
-  FASTCONV_DEVICE Extent extent(int index) const { return index < filters ? index * branch.y.c : -1; }
-  FASTCONV_DEVICE Depth depth(int index) const {
-    if (index >= p.depth) return -1;
-    int pq, q;
-    const int n = divide(p.by_pixels, index, pq);
-    const int row = divide(p.by_q, pq, q);
-    return n * branch.y.n + row * branch.y.h + q * branch.y.w;
-  }
-  FASTCONV_DEVICE const T* address(Extent e, Depth d) const { return e >= 0 && d >= 0 ? grad + (e + d) : nullptr; }
-  FASTCONV_DEVICE const T* anywhere() const { return grad; }
-  FASTCONV_DEVICE const T* mask(const T* element, int) const {
-    return static_cast<const T*>(branch.output) + (element - static_cast<const T*>(branch.grad_output));
+  FASTCONV_DEVICE void fetch(unsigned char* tile, int depth) const {
+    const int pixel = own_row<Tile>(depth);
+    Anchor<kVector> own = anchor<kVector>(p.walk, pixel);
+    if (pixel >= end) own.h = kOutside;
+#pragma unroll
+    for (int i = 0; i < Mine::kPasses; ++i) {
+      const int place = mine.row + i * Mine::kRowsAtOnce;
+      const bool inside = is_inside(p.walk, shuffled(own.h, place) + h, shuffled(own.w, place) + w);
+      mine.copy(tile, i, advance<T, kVector>(data, shuffled(own.offset, place)), inside);
+    }
   }
 };
 
