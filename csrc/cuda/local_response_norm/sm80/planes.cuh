@@ -112,7 +112,7 @@ fprop_planes(const LocalResponseNormParams p) {
 }
 
 template <class T, int kWidth, bool kActivated>
-FASTCONV_KERNEL(kThreads, 2)
+FASTCONV_KERNEL(kThreads, sizeof(T) > 4 ? 1 : 2)
 dgrad_planes(const LocalResponseNormParams p) {
   using A = Compute<T>;
   constexpr int kPair = kStep * kWidth;
