@@ -307,6 +307,17 @@ def test_lrn_of_odd_bases(
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 
+@layouts
+@dtypes
+@pytest.mark.parametrize("channels", [7, 8, 96])
+def test_lrn_beside_what_does_not_exist(backend: str, channels: int, dtype: torch.dtype, layout: str) -> None:
+    """Windows of zeros alone, which channels beyond the ends would have, have no gradient: 0 / 0."""
+    input = random(backend, 1, channels, 3, 4, dtype=dtype, layout=layout)
+    input[:, :2] = input[:, -2:] = 0
+    grad = random(backend, 1, channels, 3, 4, dtype=dtype, layout=layout, seed=1)
+    check_lrn(input, grad, 5, 1.0, 0.75, 0.0, activation="none", what="zeros at the ends")
+
+
 def test_float16_squares_do_not_overflow(backend: str) -> None:
     input = torch.full((1, 8, 2, 2), 300.0, device=device_of(backend))
     expected = ops.local_response_norm(input.double(), 5, 1.0, backend="reference")
