@@ -8,7 +8,7 @@ namespace fastconv::cuda {
 
 constexpr int kLrnThreads = 256;                                     // of a block
 constexpr int kLrnWindow = 5;                                        // of the kernels that know their size
-constexpr int kLrnLanesResident = 6, kLrnLanesResidentBackward = 4;  // blocks on a multiprocessor
+constexpr int kLrnLanesResident = 8, kLrnLanesResidentBackward = 6;  // blocks on a multiprocessor
 
 // How d^-beta is computed
 enum class LrnPower {
