@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,26 @@ class Library:
     def reset_device(self) -> None:
         """Makes the emulated GPU again what it was at first."""
         self.functions.fastconv_emulator_reset_device()
+
+    def device(self, facts: Sequence[int]) -> None:
+        """Makes the emulated GPU another: the fields of csrc/cuda/runtime/device_info.h, in their order."""
+        *numbers, l2_bytes = facts
+        self.functions.fastconv_emulator_device(*numbers, ctypes.c_int64(l2_bytes))
+
+    @contextlib.contextmanager
+    def planning(self) -> Iterator[list[dict[str, Any]]]:
+        """Within the block launches are checked and noted but do not run, and tensors of any size are not touched.
+
+        At its end the list has a dictionary for each launch: kernel, grid, threads, shared_bytes, and in `code` where
+        the kernel lies in this library.
+        """
+        launches: list[dict[str, Any]] = []
+        self.functions.fastconv_emulator_plan_only(1)
+        try:
+            yield launches
+            launches += self._json("fastconv_emulator_planned")
+        finally:
+            self.functions.fastconv_emulator_plan_only(0)
 
     def statistics(self) -> dict[str, Any]:
         """Counts since the last reset; "launches" and "instructions" by kernel."""

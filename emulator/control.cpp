@@ -28,6 +28,12 @@ void fastconv_emulator_multiprocessors(int count) { control().device.multiproces
 
 void fastconv_emulator_shared_per_block(int bytes) { control().device.shared_per_block = bytes; }
 
+void fastconv_emulator_device(int arch, int multiprocessors, int threads_per_multiprocessor, int shared_per_block,
+                              int shared_per_multiprocessor, int64_t l2_bytes) {
+  control().device = {arch,    multiprocessors, threads_per_multiprocessor, shared_per_block, shared_per_multiprocessor,
+                      l2_bytes};
+}
+
 void fastconv_emulator_reset_device() { control().device = fastconv::emulator::Control{}.device; }
 
 int fastconv_emulator_checks_plain_accesses() {
@@ -69,4 +75,18 @@ void fastconv_emulator_reset_statistics() {
   control().launches.clear();
   control().instructions.clear();
   control().statistics = {};
+}
+
+void fastconv_emulator_plan_only(int on) {
+  const std::lock_guard<std::mutex> lock(control().mutex);
+  control().plans_only = on != 0;
+  control().planned.clear();
+}
+
+const char* fastconv_emulator_planned() {
+  static std::string json;
+  const std::lock_guard<std::mutex> lock(control().mutex);
+  json = "[" + control().planned + "]";
+  control().planned.clear();
+  return json.c_str();
 }

@@ -19,6 +19,8 @@ struct Control {
   std::map<std::string, uint64_t> launches;                // by kernel
   Statistics statistics;                                   // of all kernels together
   std::map<std::string, cuda::Instructions> instructions;  // by kernel
+  bool plans_only = false;  // launches are checked and noted, but no block runs, and no tensor is touched
+  std::string planned;      // these launches, as JSON
 
   void add(const Statistics& more);
 };
@@ -32,6 +34,10 @@ Control& control();
 FASTCONV_EMULATOR_API void fastconv_emulator_seed(uint64_t seed);
 FASTCONV_EMULATOR_API void fastconv_emulator_multiprocessors(int count);
 FASTCONV_EMULATOR_API void fastconv_emulator_shared_per_block(int bytes);
+// The emulated GPU, all of it
+FASTCONV_EMULATOR_API void fastconv_emulator_device(int arch, int multiprocessors, int threads_per_multiprocessor,
+                                                    int shared_per_block, int shared_per_multiprocessor,
+                                                    int64_t l2_bytes);
 // Back to what it was at first
 FASTCONV_EMULATOR_API void fastconv_emulator_reset_device();
 // 1 when the kernels' plain loads and stores are seen
@@ -43,3 +49,9 @@ FASTCONV_EMULATOR_API void fastconv_emulator_forget_memory();
 // Launches and instructions by kernel and other counts since the last reset, as JSON; valid until the next call
 FASTCONV_EMULATOR_API const char* fastconv_emulator_statistics();
 FASTCONV_EMULATOR_API void fastconv_emulator_reset_statistics();
+// Whether from now on launches are checked and noted, but no block runs, and no tensor is touched, whatever its size;
+// forgets what was noted
+FASTCONV_EMULATOR_API void fastconv_emulator_plan_only(int on);
+// The launches that were noted, as JSON, a list of {"kernel", "code", "grid", "threads", "shared_bytes"}, of which
+// `code` is where the kernel lies in this library; forgets them. Valid until the next call
+FASTCONV_EMULATOR_API const char* fastconv_emulator_planned();

@@ -122,6 +122,7 @@ void* Device::pointer(const Tensor& tensor, Use use) {
   constexpr const char* kUses[] = {"input", "output", "scratch", "tensor"};
   const bool writable = use != Use::kIn;
   void* data = writable ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+  if (emulator::control().plans_only) return data;
   const std::string number = std::to_string(global_ranges().size() - state_->ranges_before);
   const std::string name = std::string("the ") + kUses[static_cast<int>(use)] + " " + describe(tensor) + " (number " +
                            number + " of this call)";

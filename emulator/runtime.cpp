@@ -15,6 +15,7 @@
 
 #include "block.h"
 #include "control.h"
+#include "cuda/runtime/json.h"
 #include "cuda/runtime/kernel_table.h"
 
 namespace fastconv::emulator {
@@ -309,6 +310,18 @@ void check_limits(const cuda::KernelInfo& info, dim3 grid, dim3 block, size_t sh
   }
 }
 
+void note_planned(const cuda::KernelInfo& info, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+  Dl_info library{};
+  dladdr(kernel, &library);
+  const auto code = reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(library.dli_fbase);
+  std::string& text = control().planned;
+  text += text.empty() ? "{" : ", {";
+  text += "\"kernel\": " + cuda::quoted(info.name) + ", \"code\": " + std::to_string(code) + ", \"grid\": [" +
+          std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) +
+          "], \"threads\": " + std::to_string(block.x * block.y * block.z) +
+          ", \"shared_bytes\": " + std::to_string(shared_bytes) + "}";
+}
+
 }  // namespace
 
 std::string describe(const Place& place) {
@@ -323,6 +336,10 @@ void launch(const cuda::KernelInfo& info, void (*call)(void*, const void*), void
   const std::lock_guard<std::mutex> lock(control().mutex);
   Control& state = control();
   ++state.launches[info.name];
+  if (state.plans_only) {
+    note_planned(info, kernel, grid, block, shared_bytes);
+    return;
+  }
   for (Range& range : global_ranges()) range.writers.clear();
 
   Block running(grid, block, shared_bytes);

@@ -46,11 +46,27 @@ class Candidate:
         reason: why it could not run the call, or should not although it could; "" if neither.
         score: an estimate of the share of the device that it would use, 0 to 1; the largest is chosen. Estimated from
             the shape of its grid, not measured.
+        blocks: of its grid; this and what follows is 0 where it cannot run the call.
+        resident: blocks on a multiprocessor at once.
+        fill: useful work by all work, where tiles reach beyond the edges of a matrix.
+        waves: blocks by the places for blocks in all the waves that they take.
+        splits: how many blocks share the depth of a tile.
     """
 
     kernel: str
     reason: str
-    score: float
+    score: float = 0
+    blocks: int = 0
+    resident: int = 0
+    fill: float = 0
+    waves: float = 0
+    splits: int = 0
+
+    @property
+    def outlook(self) -> str:
+        """The numbers in words."""
+        text = f"score {self.score:.3g}: {self.blocks} blocks, fill {self.fill:.2f}, waves {self.waves:.2f}"
+        return f"{text}, {self.splits} splits" if self.splits > 1 else text
 
 
 @dataclass(frozen=True)
@@ -77,8 +93,7 @@ class Choice:
         lines = [f"{self.op} on sm_{self.arch} with {self.multiprocessors} multiprocessors: {self.chosen or 'none'}"]
         for candidate in self.candidates:
             mark = "*" if candidate.kernel == self.chosen else " "
-            said = candidate.reason or f"score {candidate.score:.3g}"
-            lines.append(f"{mark} {candidate.kernel}: {said}")
+            lines.append(f"{mark} {candidate.kernel}: {candidate.reason or candidate.outlook}")
         return "\n".join(lines)
 
 

@@ -51,8 +51,7 @@ std::string as_json(double value) {
 
 }  // namespace
 
-double score(const Cost& cost, const DeviceInfo& device) {
-  if (cost.objection) return 0;
+Outlook outlook(const Cost& cost, const DeviceInfo& device) {
   const auto& [grid, block, shared] = cost.shape;
   const int64_t blocks = std::max<int64_t>(int64_t{grid.x} * grid.y * grid.z, 1);
   const int64_t threads = std::max<int64_t>(int64_t{block.x} * block.y * block.z, 1);
@@ -63,7 +62,8 @@ double score(const Cost& cost, const DeviceInfo& device) {
   const int64_t most = ceil_div(blocks, device.multiprocessors);
   const double waves = static_cast<double>(blocks) / static_cast<double>(most * device.multiprocessors);
   const double occupancy = static_cast<double>(resident) / cost.resident;
-  return cost.rate * cost.fill * cost.rest * waves * occupancy;
+  const double score = cost.objection ? 0 : cost.rate * cost.fill * cost.rest * waves * occupancy;
+  return {blocks, static_cast<int>(resident), waves, score};
 }
 
 ChoiceRecord::ChoiceRecord(const char* op, const DeviceInfo& device)
@@ -79,11 +79,21 @@ ChoiceRecord::~ChoiceRecord() {
   recorded() += (recorded().empty() ? "" : ", ") + text;
 }
 
-void ChoiceRecord::consider(const KernelInfo& kernel, const char* reason, double score) {
+void ChoiceRecord::refuse(const KernelInfo& kernel, const char* reason) {
+  if (listening_) note(kernel, reason, "");
+}
+
+void ChoiceRecord::consider(const KernelInfo& kernel, const Cost& cost, const Outlook& outlook) {
   if (!listening_) return;
-  candidates_ += candidates_.empty() ? "" : ", ";
-  candidates_ += "{\"kernel\": " + quoted(kernel.name) + ", \"reason\": " + quoted(reason ? reason : "") +
-                 ", \"score\": " + as_json(score) + "}";
+  note(kernel, cost.objection ? cost.objection : "",
+       ", \"score\": " + as_json(outlook.score) + ", \"blocks\": " + std::to_string(outlook.blocks) +
+           ", \"resident\": " + std::to_string(outlook.resident) + ", \"fill\": " + as_json(cost.fill) +
+           ", \"waves\": " + as_json(outlook.waves) + ", \"splits\": " + std::to_string(cost.splits));
+}
+
+void ChoiceRecord::note(const KernelInfo& kernel, const char* reason, const std::string& numbers) {
+  candidates_ += candidates_.empty() ? "{" : ", {";
+  candidates_ += "\"kernel\": " + quoted(kernel.name) + ", \"reason\": " + quoted(reason) + numbers + "}";
 }
 
 const char* forced_kernel(const char* op) {

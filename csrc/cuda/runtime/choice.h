@@ -34,8 +34,14 @@ struct Cost {
   const char* objection = nullptr;  // why it should not run although it could, which makes its score 0
 };
 
-// rate x fill x rest x waves x occupancy, between 0 and 1: the larger, the sooner the call is done.
-double score(const Cost& cost, const DeviceInfo& device);
+// What becomes of a launch on a device.
+struct Outlook {
+  int64_t blocks = 0;  // of the grid
+  int resident = 0;    // of them on a multiprocessor at once
+  double waves = 0;    // blocks / the places for as many on each multiprocessor as one of them gets
+  double score = 0;    // rate x fill x rest x waves x occupancy, from 0 to 1: the larger, the sooner the call is done
+};
+Outlook outlook(const Cost& cost, const DeviceInfo& device);
 
 // Notes what was considered for one call, if anybody listens (`fastconv_cuda_record_choices`).
 class ChoiceRecord {
@@ -44,10 +50,13 @@ class ChoiceRecord {
   ~ChoiceRecord();
   ChoiceRecord(const ChoiceRecord&) = delete;
   ChoiceRecord& operator=(const ChoiceRecord&) = delete;
-  void consider(const KernelInfo& kernel, const char* reason, double score);
+  void refuse(const KernelInfo& kernel, const char* reason);
+  void consider(const KernelInfo& kernel, const Cost& cost, const Outlook& outlook);
   void choose(const KernelInfo& kernel) { chosen_ = &kernel; }
 
  private:
+  void note(const KernelInfo& kernel, const char* reason, const std::string& numbers);
+
   const bool listening_;
   const char* const op_;
   const DeviceInfo& device_;
@@ -105,14 +114,14 @@ Chosen<Variant> choose_if_any(int family, const Call& call, const DeviceInfo& de
     if (variant.info.arch.runs_on(device.arch)) refusal = disabled(variant.info);
     if (!refusal) refusal = variant.refusal(call, device);
     if (refusal) {
-      record.consider(variant.info, refusal, 0);
+      record.refuse(variant.info, refusal);
       if (is_forced) refuse_forced(variant.info, refusal);
       continue;
     }
     typename Variant::Candidate candidate = variant.candidate(call, device);
-    const double points = score(candidate.cost, device);
-    record.consider(variant.info, candidate.cost.objection, points);
-    const double rank = &variant.info == preferred ? std::numeric_limits<double>::infinity() : points;
+    const Outlook found = outlook(candidate.cost, device);
+    record.consider(variant.info, candidate.cost, found);
+    const double rank = &variant.info == preferred ? std::numeric_limits<double>::infinity() : found.score;
     if (forced ? is_forced : rank > best_score) {
       best = {&variant, candidate};
       best_score = rank;
@@ -149,6 +158,7 @@ __attribute__((visibility("default"))) void fastconv_cuda_disable_kernels(const 
 // Whether choices are noted from now on, by all threads; forgets those that were.
 __attribute__((visibility("default"))) void fastconv_cuda_record_choices(int on);
 // The choices that were noted, as JSON, a list of {"op", "arch", "multiprocessors", "chosen", "candidates"}, of which
-// the last is a list of {"kernel", "reason", "score"}; forgets them. Valid until the thread's next call.
+// the last is a list of {"kernel", "reason"}, and where it can run the call {"score", "blocks", "resident", "fill",
+// "waves", "splits"}; forgets them. Valid until the thread's next call.
 __attribute__((visibility("default"))) const char* fastconv_cuda_take_choices();
 }

@@ -43,6 +43,8 @@ def test_all_kernels_are_considered(case: Case, backend: str) -> None:
         assert all(0 < score <= 1 for score in scores.values())
         assert choice.chosen == max(scores, key=scores.__getitem__, default="")
         assert all(c.score == 0 for c in choice.candidates if c.reason)
+        assert all(c.blocks > 0 and c.resident > 0 and c.splits > 0 for c in choice.candidates if c.score)
+        assert all(0 < c.fill <= 1 and 0 < c.waves <= 1 for c in choice.candidates if c.score)
         assert str(choice).count("\n") == len(listed)
 
 
