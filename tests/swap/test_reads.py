@@ -7,6 +7,8 @@ import functools
 import operator
 import sys
 import types
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -178,6 +180,40 @@ def test_programs_come_back_for_content_that_was_seen() -> None:
     assert not explain(fast).untraced
     change(fast)
     assert not explain(fast).untraced
+
+
+def _load(n: int) -> dict[str, Any]:
+    """What a module of this text has; its code is equal each time."""
+    content = {"__name__": "loaded", "n": n}
+    exec("def times(h):\n    return h * n\n\ndef make(n):\n    return lambda h: h * n", content)
+    return content
+
+
+LOADED = {
+    "text, globals": lambda: (_load(2)["times"], _load(3)["times"]),
+    "text, variables": lambda: (_load(0)["make"](2), _load(0)["make"](3)),
+    "code, globals": lambda: (times := _load(2)["times"], types.FunctionType(times.__code__, _load(3))),
+    "code, variables": lambda: map(_load(0)["make"], (2, 3)),
+    "code, globals and variables": lambda: (
+        made := _load(0)["make"](2),
+        types.FunctionType(made.__code__, _load(0), closure=(types.CellType(3),)),
+    ),
+}
+
+
+@pytest.mark.parametrize("make", LOADED.values(), ids=LOADED)
+def test_functions_are_told_apart(make: Callable[[], Iterable[types.FunctionType]]) -> None:
+    """By more than their code: what each reads is looked at."""
+    first, second = make()
+    model = seeded(Acting(lambda s, h: s.fs[1](s.fs[0](h)), {"fs": (first, second)})).eval()
+    fast = swap(model)
+    assert not explain(fast).untraced
+    for function in (first, second):
+        if function.__closure__:
+            function.__closure__[0].cell_contents = 5
+        else:
+            function.__globals__["n"] = 5
+        torch.testing.assert_close(fast(features()), model(features()), rtol=1e-4, atol=1e-5)
 
 
 def test_a_forward_that_fails_is_not_traced_for_ever() -> None:

@@ -57,12 +57,12 @@ class _Index:
         self.ids = frozenset(map(id, self.modules))
         self.attributes: dict[str, list[Any]] = {}
         self.of_leaves: dict[str, list[dict[str, Any]]] = {}
-        self.functions: dict[types.CodeType, list[types.FunctionType]] = {}  # that are attributes, by their code
+        self.functions: dict[int, list[types.FunctionType]] = {}  # that are attributes, by the id of their code
         for module in self.modules:
             leaves = module is not root and is_leaf(module)
             for name, value in vars(module).items():
                 if isinstance(value, types.FunctionType):
-                    self.functions.setdefault(value.__code__, []).append(value)
+                    self.functions.setdefault(id(value.__code__), []).append(value)
                 if name in BOOKKEEPING:
                     continue
                 if not is_fixed(value, self.ids):
@@ -160,8 +160,8 @@ class Reads:
                 found = getattr(found, "__func__", found)
                 if isinstance(found, types.FunctionType) and found.__code__ is code:
                     return [(found, place)]
-            if code in self._index.functions:
-                return [(function, {}) for function in self._index.functions[code]]
+            if id(code) in self._index.functions:
+                return [(function, {}) for function in self._index.functions[id(code)]]
         return [(found, {}) for found in gc.get_referrers(code) if isinstance(found, types.FunctionType)]
 
     def _note(self, store: Any, name: str, words: str, names: frozenset[str]) -> None:
