@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import operator
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +21,7 @@ from support.swap_models import Acting, features, seeded
 
 FLAG = True
 CONFIG = {"scale": 2}
+LATE: Any = None
 
 
 class Settings:
@@ -214,6 +217,56 @@ def test_functions_are_told_apart(make: Callable[[], Iterable[types.FunctionType
         else:
             function.__globals__["n"] = 5
         torch.testing.assert_close(fast(features()), model(features()), rtol=1e-4, atol=1e-5)
+
+
+def _count(monkeypatch: pytest.MonkeyPatch, then: Callable[[], Any] = lambda: None) -> list[Any]:
+    """What all objects are searched for, from now on; and what happens right after each search."""
+    searches: list[Any] = []
+    search = gc.get_referrers
+
+    def get_referrers(*objects: Any) -> list[Any]:
+        searches.append(objects)
+        found = search(*objects)
+        then()
+        return found
+
+    monkeypatch.setattr(gc, "get_referrers", get_referrers)
+    return searches
+
+
+def test_all_objects_are_searched_once_in_a_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches = _count(monkeypatch)
+    acts = [lambda h: h + 1, lambda h: h * 2, lambda h: h - 3]
+    swap(Acting(lambda s, h: acts[2](acts[1](acts[0](h))), {}))
+    assert len(searches) == 2  # in either mode
+
+
+def late(h: Tensor) -> Tensor:
+    return LATE(h)
+
+
+def test_functions_that_another_thread_makes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(n: int) -> Callable[[Tensor], Tensor]:
+        return lambda h: h * n
+
+    monkeypatch.setitem(globals(), "LATE", None)
+    searches = _count(monkeypatch, lambda: globals().update(LATE=globals()["LATE"] or make(2)))
+    bias = 1
+    model = seeded(Acting(lambda s, h: late(h + bias), {})).eval()
+    fast = swap(model)
+    assert searches  # for the lambda, of which `bias` is a variable
+    assert not explain(fast).untraced
+    LATE.__closure__[0].cell_contents = 3
+    torch.testing.assert_close(fast(features()), model(features()), rtol=1e-4, atol=1e-5)
+
+
+def test_functions_that_were_not_read_do_not_stay_alive() -> None:
+    content = _load(2)
+    fast = swap(Acting(lambda s, h: s.f(h), {"f": content["make"](2)}))
+    assert not explain(fast).untraced
+    function = weakref.ref(content.pop("times"))
+    gc.collect()
+    assert function() is None
 
 
 def test_a_forward_that_fails_is_not_traced_for_ever() -> None:

@@ -149,6 +149,7 @@ class Observer:
             place.restore()
         for place in self._places():
             place.settle()
+        self.reads.settle()
         sets_modes = ambient() != self.ambient
         torch._C._set_grad_enabled(self.ambient[0])
         if first_refusal():

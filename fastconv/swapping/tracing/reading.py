@@ -77,6 +77,30 @@ class _Index:
                 self.attributes.setdefault(name, []).append(_OfClass(cls))
 
 
+class _Functions:
+    """The functions of the process: Python does not tell which of them a frame runs.
+
+    To look through all objects takes long, so it is done once for all functions with the same globals. Later functions
+    are young: the garbage collector, by which they would age, is off while a forward is traced.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, list[types.FunctionType]] = {}  # by the id of their globals
+
+    def of(self, frame: types.FrameType) -> list[types.FunctionType]:
+        """Those with the code and the globals of a frame."""
+        code, scope = frame.f_code, frame.f_globals
+        if id(scope) not in self._found:
+            self._found[id(scope)] = _functions_among(gc.get_referrers(scope))
+        functions = dict.fromkeys(self._found[id(scope)] + _functions_among(gc.get_objects(generation=0)))
+        return [function for function in functions if function.__code__ is code and function.__globals__ is scope]
+
+
+def _functions_among(objects: list[Any]) -> list[types.FunctionType]:
+    # Not isinstance(), which may run code of an object's class.
+    return [value for value in objects if type(value) is types.FunctionType]
+
+
 class Reads:
     """What a forward reads and may change, noted while it runs.
 
@@ -94,6 +118,7 @@ class Reads:
         self.places: list[Place | ClassPlace] = []
         self.of_leaves: list[tuple[dict[str, Any], str, Any]] = []
         self._index = _Index(root)
+        self._functions = _Functions()
         self.modules, self.ids = self._index.modules, self._index.ids
         self._classes: set[type] = set()
         self._known: set[tuple[Any, str]] = set()
@@ -162,7 +187,11 @@ class Reads:
                     return [(found, place)]
             if id(code) in self._index.functions:
                 return [(function, {}) for function in self._index.functions[id(code)]]
-        return [(found, {}) for found in gc.get_referrers(code) if isinstance(found, types.FunctionType)]
+        return [(function, {}) for function in self._functions.of(frame)]
+
+    def settle(self) -> None:
+        """The forward has run: functions that it has not read need not stay alive."""
+        self._functions = _Functions()
 
     def _note(self, store: Any, name: str, words: str, names: frozenset[str]) -> None:
         """Notes a value; of Python modules, whose content is not their own, and functions what the names tell."""
