@@ -9,12 +9,12 @@ namespace fastconv::cuda {
 namespace {
 
 constexpr int kFewestTilesDeep = 4;  // for a split to be worth its reduction
-constexpr int64_t kMostSplits = 256;
+constexpr int64_t kMostSplits = 512;
 constexpr int kMostRounds = 8;  // of blocks on a multiprocessor that a split aims at
 
 // Estimates, in clocks: what a block does before its first and after its last product, in tiles of its depth; a second
 // launch; bytes that the device moves meanwhile
-constexpr double kTilesAround = 4, kLaunchClocks = 4000, kBytesPerClock = 1100;
+constexpr double kTilesAround = 4, kLaunchClocks = 2500, kBytesPerClock = 1100;
 
 bool is_multiple(int64_t value, int divisor) { return value % divisor == 0; }
 // Whether the channels of each pixel can be moved by `vector` elements at once.

@@ -31,7 +31,7 @@ def variants() -> list[tuple[str, str]]:
             tiles += ["128x128", "128x64"]
         if FORMATS[name] is not torch.float32:
             tiles += ["256x128", "256x64"]
-            tiles += ["64x128", "64x128_narrow"] if kind == "wgrad" else ["128x64_narrow"]
+            tiles += ["64x128", "32x256", "64x128_narrow"] if kind == "wgrad" else ["256x32", "128x64_narrow"]
         found += [(kind, f"{name}_{tile}") for tile in tiles]
     return found
 

@@ -88,9 +88,11 @@ void register_tensor_cores(const char* type) {
     if constexpr (kPass == Pass::kWgrad) {
       // Few filters, but many taps
       Register<ConvVariant>(kFamily, {variant<Config<Math, 64, 128, 2, 2, 3>>(type, "64x128", 0.85),
+                                      variant<Config<Math, 32, 256, 1, 4, 3>>(type, "32x256", 0.85),
                                       variant<Config<Math, 64, 128, 2, 2, 2, kNarrow>>(type, "64x128_narrow", 0.7)});
     } else {
-      Register<ConvVariant>(kFamily, {variant<Config<Math, 128, 64, 2, 2, 2, kNarrow>>(type, "128x64_narrow", 0.7)});
+      Register<ConvVariant>(kFamily, {variant<Config<Math, 256, 32, 4, 1, 3>>(type, "256x32", 0.85),
+                                      variant<Config<Math, 128, 64, 2, 2, 2, kNarrow>>(type, "128x64_narrow", 0.7)});
     }
   }
   Register<ConvVariant>(kFamily, {variant<Config<Math, 64, 64, 4, 2, 1, 1>>(type, "gather", 0.1)});

@@ -16,10 +16,11 @@ struct Tile {
   static constexpr int kChunk = 16 / sizeof(T);
   static constexpr int kRowBytes = kRow * sizeof(T);
   static constexpr int kBytes = kExtent * kDepth * sizeof(T);
-  static_assert(kDepthContiguous ? kRowBytes == 64 : kRowBytes % 128 == 0);
+  static_assert(kRowBytes == 64 || (!kDepthContiguous && kRowBytes % 128 == 0));
+  static constexpr uint32_t kPermuted = kRowBytes == 64 ? 63 : 127;  // bits of an offset that the permutation reaches
 
   FASTCONV_DEVICE static int swizzle(int row) {
-    if constexpr (kDepthContiguous) return row >> 1 & 3;
+    if constexpr (kRowBytes == 64) return row >> 1 & 3;
     return sizeof(T) == 2 ? row & 7 : (row & 3) << 1;
   }
   // Bytes from the start of the tile
@@ -34,7 +35,7 @@ struct Tile {
       return (offset ^ static_cast<uint32_t>(deeper * sizeof(T))) + static_cast<uint32_t>(blocks * kRowBytes);
     } else {
       const uint32_t bytes = static_cast<uint32_t>(blocks * sizeof(T));
-      return (offset ^ (bytes & 127) ^ static_cast<uint32_t>(swizzle(deeper) * 16)) + (bytes & ~127u) +
+      return (offset ^ (bytes & kPermuted) ^ static_cast<uint32_t>(swizzle(deeper) * 16)) + (bytes & ~kPermuted) +
              static_cast<uint32_t>(deeper * kRowBytes);
     }
   }
