@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import operator
 import sys
 import types
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from support.swap_models import Acting, features, seeded
 
 FLAG = True
 CONFIG = {"scale": 2}
+LATE: Any = None
 
 
 class Settings:
@@ -178,6 +183,90 @@ def test_programs_come_back_for_content_that_was_seen() -> None:
     assert not explain(fast).untraced
     change(fast)
     assert not explain(fast).untraced
+
+
+def _load(n: int) -> dict[str, Any]:
+    """What a module of this text has; its code is equal each time."""
+    content = {"__name__": "loaded", "n": n}
+    exec("def times(h):\n    return h * n\n\ndef make(n):\n    return lambda h: h * n", content)
+    return content
+
+
+LOADED = {
+    "text, globals": lambda: (_load(2)["times"], _load(3)["times"]),
+    "text, variables": lambda: (_load(0)["make"](2), _load(0)["make"](3)),
+    "code, globals": lambda: (times := _load(2)["times"], types.FunctionType(times.__code__, _load(3))),
+    "code, variables": lambda: map(_load(0)["make"], (2, 3)),
+    "code, globals and variables": lambda: (
+        made := _load(0)["make"](2),
+        types.FunctionType(made.__code__, _load(0), closure=(types.CellType(3),)),
+    ),
+}
+
+
+@pytest.mark.parametrize("make", LOADED.values(), ids=LOADED)
+def test_functions_are_told_apart(make: Callable[[], Iterable[types.FunctionType]]) -> None:
+    """By more than their code: what each reads is looked at."""
+    first, second = make()
+    model = seeded(Acting(lambda s, h: s.fs[1](s.fs[0](h)), {"fs": (first, second)})).eval()
+    fast = swap(model)
+    assert not explain(fast).untraced
+    for function in (first, second):
+        if function.__closure__:
+            function.__closure__[0].cell_contents = 5
+        else:
+            function.__globals__["n"] = 5
+        torch.testing.assert_close(fast(features()), model(features()), rtol=1e-4, atol=1e-5)
+
+
+def _count(monkeypatch: pytest.MonkeyPatch, then: Callable[[], Any] = lambda: None) -> list[Any]:
+    """What all objects are searched for, from now on; and what happens right after each search."""
+    searches: list[Any] = []
+    search = gc.get_referrers
+
+    def get_referrers(*objects: Any) -> list[Any]:
+        searches.append(objects)
+        found = search(*objects)
+        then()
+        return found
+
+    monkeypatch.setattr(gc, "get_referrers", get_referrers)
+    return searches
+
+
+def test_all_objects_are_searched_once_in_a_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches = _count(monkeypatch)
+    acts = [lambda h: h + 1, lambda h: h * 2, lambda h: h - 3]
+    swap(Acting(lambda s, h: acts[2](acts[1](acts[0](h))), {}))
+    assert len(searches) == 2  # in either mode
+
+
+def late(h: Tensor) -> Tensor:
+    return LATE(h)
+
+
+def test_functions_that_another_thread_makes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(n: int) -> Callable[[Tensor], Tensor]:
+        return lambda h: h * n
+
+    monkeypatch.setitem(globals(), "LATE", None)
+    searches = _count(monkeypatch, lambda: globals().update(LATE=globals()["LATE"] or make(2)))
+    bias = 1
+    model = seeded(Acting(lambda s, h: late(h + bias), {})).eval()
+    fast = swap(model)
+    assert searches  # for the lambda, of which `bias` is a variable
+    assert not explain(fast).untraced
+    LATE.__closure__[0].cell_contents = 3
+    torch.testing.assert_close(fast(features()), model(features()), rtol=1e-4, atol=1e-5)
+
+
+def test_functions_that_were_not_read_do_not_stay_alive() -> None:
+    content = _load(2)
+    fast = swap(Acting(lambda s, h: s.f(h), {"f": content["make"](2)}))
+    assert not explain(fast).untraced
+    function = weakref.ref(content.pop("times"))
+    gc.collect()
+    assert function() is None
 
 
 def test_a_forward_that_fails_is_not_traced_for_ever() -> None:

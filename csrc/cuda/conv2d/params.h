@@ -47,8 +47,7 @@ constexpr int branch_width(int filters) { return static_cast<int>(ceil_div(filte
 // How pixels of one side of a convolution and positions in the filter meet pixels of an image: pixel (i, j) and
 // position (r, s) meet row i * step_h + r * tap_h + first_h, and likewise for columns.
 struct Walk {
-  const void* data;   // the first image's first pixel
-  int64_t first;      // from there to row first_h, column first_w, in elements
+  const void* data;   // the first image's row first_h, column first_w, which may be padding
   int64_t n, h, w;    // strides in what a kernel reads at once, its vectors
   int64_t c, group;   // strides between channels and between groups, in elements
   int height, width;  // of the image
@@ -68,12 +67,13 @@ struct Phase {
 // of its index arithmetic.
 struct ConvParams {
   ConvArguments arg;
+  const void* weights;                 // the one that lies first in memory; in fprop
   Walk walk;                           // over the input, in dgrad over the gradient of the output
   Strides gradient;                    // of grad_output, like the walk's; in wgrad
   Phase rows, columns;                 // of the pixels that are computed and the filter's positions; whole but in dgrad
   int c_group;                         // channels of a group
   int k_group;                         // filters of a group, gaps between branches and channels of 0 included
-  int filters;                         // of a group of the last branch
+  int filters[kMaxBranches];           // of a group of each branch
   int channels;                        // of a position along the depth of fprop and dgrad, or along extent b of wgrad
   int first_filter[kMaxBranches + 1];  // of each branch among all of a group
   int extent_a, extent_b, depth;       // of the GEMM of a group

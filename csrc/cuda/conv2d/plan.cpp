@@ -1,6 +1,7 @@
 #include "cuda/conv2d/plan.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <stdexcept>
 
@@ -46,6 +47,12 @@ Meeting meeting(const Phase& of, int stride, int padding, int dilation) {
           static_cast<int>(-(int64_t{of.step_position} * dilation / stride))};
 }
 
+const void* first_weight(const ConvArguments& arg) {
+  const void* first = arg.branch[0].weight;
+  for (int i = 1; i < arg.branches; ++i) first = std::min(first, arg.branch[i].weight, std::less<>{});
+  return first;
+}
+
 // The GEMM's extents, the branches' places in it and the constants of its index arithmetic; what depends on the kernel
 // is added before the launch.
 ConvParams parameters(Pass pass, const ConvArguments& arg, const Phase& rows, const Phase& columns) {
@@ -57,7 +64,7 @@ ConvParams parameters(Pass pass, const ConvArguments& arg, const Phase& rows, co
     const int filters = arg.branch[i].k / arg.groups;
     const bool has_gap = pass == Pass::kFprop && i + 1 < arg.branches;
     p.first_filter[i + 1] = p.first_filter[i] + (has_gap ? branch_width(filters) : filters);
-    p.filters = filters;
+    p.filters[i] = filters;
   }
   p.k_group = pass == Pass::kFprop ? p.first_filter[arg.branches] : arg.grad_channels / arg.groups;
   if (pass != Pass::kFprop) p.first_filter[arg.branches] = p.k_group;
@@ -85,9 +92,9 @@ ConvParams parameters(Pass pass, const ConvArguments& arg, const Phase& rows, co
     walk.first_h = -arg.pad_h, walk.step_h = arg.stride_h, walk.tap_h = arg.dilation_h;
     walk.first_w = -arg.pad_w, walk.step_w = arg.stride_w, walk.tap_w = arg.dilation_w;
   }
-  walk.first = walk.first_h * walk.h + walk.first_w * walk.w;
   walk.by_pixels = Divider(pass == Pass::kDgrad ? rows.pixels * columns.pixels : arg.p * arg.q);
   walk.by_columns = Divider(pass == Pass::kDgrad ? columns.pixels : arg.q);
+  p.weights = first_weight(arg);
   p.by_s = Divider(std::max(columns.positions, 1)), p.by_channels = Divider(p.channels);
   return p;
 }
@@ -129,6 +136,13 @@ const char* refuses_vectors(Pass pass, const ConvParams& p, int vector) {
       if (!is_aligned(arg.branch[i].weight, vector * element)) return "the weight is not aligned to vectors";
     }
     if (p.rows.positions > 15 || p.columns.positions > 16) return "the filter has more than 15 rows or 16 columns";
+  }
+  if (pass == Pass::kFprop) {
+    for (int i = 0; i < arg.branches; ++i) {
+      const int64_t begin = static_cast<const char*>(arg.branch[i].weight) - static_cast<const char*>(p.weights);
+      const int64_t end = begin / element + int64_t{arg.branch[i].k} * p.depth;
+      if (end / vector > std::numeric_limits<uint32_t>::max()) return "the weights lie too far apart";
+    }
   }
   // What a kernel computes with, padding and places beyond the depth included, has 32 bits.
   const auto farthest = [&](const Strides& s, int64_t rows, int64_t columns) {
@@ -174,6 +188,8 @@ ConvPlan::Launch launch_of(const ConvVariant& variant, const ConvParams& params,
   ConvParams& p = found.params;
   const auto& [tile_a, tile_b, tile_depth] = variant.info.tile;
   Walk& walk = p.walk;
+  const int64_t first = walk.first_h * walk.h + walk.first_w * walk.w;
+  walk.data = static_cast<const char*>(walk.data) + first * element_bytes(p.arg.dtype);
   walk.n /= variant.vector, walk.h /= variant.vector, walk.w /= variant.vector;
   walk.tap_row = walk.tap_h * walk.h, walk.tap_column = walk.tap_w * walk.w;
   p.gradient = {p.arg.y.n / variant.vector, 1, p.arg.y.h / variant.vector, p.arg.y.w / variant.vector};
@@ -181,7 +197,10 @@ ConvPlan::Launch launch_of(const ConvVariant& variant, const ConvParams& params,
   p.splits = splits, p.by_splits = Divider(splits);
   p.split_depth = static_cast<int>(ceil_div(ceil_div(p.depth, tile_depth), splits)) * tile_depth;
   const int run = run_of(p);
-  for (int i = 0; i < p.arg.branches; ++i) p.wide[i] = writes_wide(variant.pass, p, i, run);
+  bool all_wide = true;
+  for (int i = 0; i < p.arg.branches; ++i) all_wide &= p.wide[i] = writes_wide(variant.pass, p, i, run);
+  // In wgrad a column belongs to all branches.
+  if (variant.pass == Pass::kWgrad) p.wide[0] = all_wide;
   found.shape = shape_of(variant, p, int64_t{tiles_of(p.extent_a, tile_a)} * p.tiles_b, splits);
   p.pitch_b = pitch_of(p);
   const int runs = tiles_of(p.extent_b, run);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/depthwise_conv2d/params.h"
+#include "cuda/runtime/divider.h"
 
 namespace fastconv::cuda {
 
@@ -27,6 +28,10 @@ struct DepthwiseSeparableConv2dParams {
   int channels_at_once;     // whose filters lie in shared memory together
   int out_tiles;            // of out_channels, in all
   int out_tiles_per_block;  // those of a block
+  Divider by_rows;          // tiles of pixels below each other
+  Divider by_row_tiles;     // and side by side
+  Divider by_lanes;         // threads to a tile, for channels_at_once
+  Divider by_last_lanes;    // the same for the channels that remain
   bool wide;                // whether results can be written by 16 bytes
   bool channels_last;       // whether the output is to be; kernels do not look at it
 };

@@ -89,6 +89,11 @@ SeparableCandidate SeparableVariant::candidate(const Params& given, const Device
   p.padded_channels = static_cast<int>(padded_channels(p));
   p.channels_at_once = static_cast<int>(channels_at_once(p));
   p.out_tiles = static_cast<int>(ceil_div(p.out_channels, kSeparableColumns));
+  p.by_rows = Divider(d.out_height);
+  p.by_row_tiles = Divider(d.row_tiles);
+  const int lanes = lane_channels(d.dtype), last = p.padded_channels % p.channels_at_once;
+  p.by_lanes = Divider(p.channels_at_once / lanes);
+  p.by_last_lanes = Divider(std::max(last / lanes, 1));
   const int64_t blocks = blocks_of(d, pixels);
   const int64_t sharing = std::clamp<int64_t>(ceil_div(device.multiprocessors, blocks), 1, p.out_tiles);
   p.out_tiles_per_block = static_cast<int>(ceil_div(p.out_tiles, sharing));

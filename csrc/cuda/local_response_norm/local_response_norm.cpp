@@ -23,9 +23,8 @@ LocalResponseNormParams make_params(const char* op, Device& device, const Tensor
   const int64_t reach = std::max<int64_t>(channels, 2);
   params.before = static_cast<int>(std::min(settings.size / 2, reach));
   params.after = static_cast<int>(std::min((settings.size - 1) / 2, reach));
-  params.scale = settings.alpha / static_cast<double>(settings.size);
-  params.beta = settings.beta;
-  params.k = settings.k;
+  const double scale = settings.alpha / static_cast<double>(settings.size);
+  params.coefficients = {scale, settings.k, settings.beta, 2 * scale * settings.beta};
   params.activation = settings.activation;
   return params;
 }

@@ -7,6 +7,7 @@
 namespace fastconv::cuda {
 
 enum class LrnWalk {
+  kLanes,   // channels side by side, size 5
   kRows,    // channels side by side
   kPlanes,  // channels that are some stride apart, size 5
   kWide,    // anything, an element to a thread
@@ -14,7 +15,7 @@ enum class LrnWalk {
 
 struct LrnCandidate {
   Cost cost;
-  int channels_per_block = 0;  // planes
+  LocalResponseNormParams params;
 };
 
 struct LrnVariant {

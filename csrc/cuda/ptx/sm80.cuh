@@ -104,6 +104,30 @@ FASTCONV_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], con
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Good to about 22 bits. Of v that is neither subnormal nor negative; infinity and NaN as the exact functions have
+// them.
+FASTCONV_DEVICE float rsqrt_approx(float v) {
+  float result;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+FASTCONV_DEVICE float sqrt_approx(float v) {
+  float result;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+FASTCONV_DEVICE float log2_approx(float v) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+// Of any v; results may be subnormal.
+FASTCONV_DEVICE float exp2_approx(float v) {
+  float result;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
 // Rounds to nearest, ties away from zero.
 FASTCONV_DEVICE uint32_t to_tf32(float v) {
   uint32_t result;

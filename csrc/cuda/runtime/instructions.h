@@ -28,6 +28,9 @@ constexpr Instructions kRsqrt = 1 << 11;
 constexpr Instructions kPower = 1 << 12;
 constexpr Instructions kLoadStore = 1 << 13;
 constexpr Instructions kShuffle = 1 << 14;
+constexpr Instructions kSqrt = 1 << 15;
+constexpr Instructions kLog2 = 1 << 16;
+constexpr Instructions kExp2 = 1 << 17;
 
 // Of a kernel whose variant serves all types
 constexpr Instructions kConvert = kConvertHalf | kConvertBFloat16;
@@ -35,9 +38,24 @@ constexpr Instructions kConvert = kConvertHalf | kConvertBFloat16;
 
 // In the order of their bits
 inline constexpr const char* kInstructionNames[] = {
-    "smem_address",     "cp_async", "ldmatrix",    "mma_m16n8k16_f16", "mma_m16n8k16_bf16",
-    "mma_m16n8k8_tf32", "to_tf32",  "convert_f16", "convert_bf16",     "activate",
-    "passes_gradient",  "rsqrtf",   "powf",        "load_store",       "shuffle",
+    "smem_address",
+    "cp_async",
+    "ldmatrix",
+    "mma_m16n8k16_f16",
+    "mma_m16n8k16_bf16",
+    "mma_m16n8k8_tf32",
+    "to_tf32",
+    "convert_f16",
+    "convert_bf16",
+    "activate",
+    "passes_gradient",
+    "rsqrt",
+    "powf",
+    "load_store",
+    "shuffle",
+    "sqrt",
+    "log2",
+    "exp2",
 };
 
 // A list of their names

@@ -69,8 +69,9 @@ class Observer:
         self.ambient = ambient()
         self.tests_none = False
         self._arguments: Place | None = None
-        self._codes: dict[types.CodeType, bool] = {}  # those that ran: whether they are trusted
-        self._inner: set[types.CodeType] = set()  # defined by functions that ran
+        self._trusted: dict[tuple[int, int], bool] = {}  # of each function that ran, by `_key`
+        self._kept: list[Any] = []  # alive, so that nothing else gets their ids
+        self._inner: set[int] = set()  # the ids of code that is defined by functions that ran
         self._calls: list[Any] = []  # functions of C that user code is in
         self._failed = ""
         self._events = 0
@@ -148,6 +149,7 @@ class Observer:
             place.restore()
         for place in self._places():
             place.settle()
+        self.reads.settle()
         sets_modes = ambient() != self.ambient
         torch._C._set_grad_enabled(self.ambient[0])
         if first_refusal():
@@ -170,7 +172,7 @@ class Observer:
         if event == "call" and frame.f_code is _IMPORT:
             self._importing = frame
             return
-        trusted = self._codes.get(frame.f_code)
+        trusted = self._trusted.get(_key(frame))
         if trusted is None:
             trusted = self._meet(frame)
         if trusted:
@@ -204,13 +206,13 @@ class Observer:
                 return True
             raise Refusal(f"its forward calls torch.{code.co_name}")
         if is_trusted(module):
-            self._codes[code] = True
+            self._remember(frame, trusted=True)
             return True
         if is_of_python(module) or module.startswith("torch."):
             if self._is_for_torch(frame):
                 return True
             raise Refusal(f"its forward uses {module}.{code.co_name}")
-        self._codes[code] = False
+        self._remember(frame, trusted=False)
         facts = facts_of(code)
         if facts.refusal:
             raise Refusal(facts.refusal)
@@ -220,13 +222,17 @@ class Observer:
         self.tests_none = self.tests_none or facts.tests_none
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
-                self._inner.add(constant)
+                self._inner.add(id(constant))
         self.reads.note_globals(frame, facts)
         self._check_builtins(frame, facts)
-        if code not in self._inner:
+        if id(code) not in self._inner:
             self.reads.note_function(frame, facts.names)
         self.reads.note_call(frame, facts.names)
         return False
+
+    def _remember(self, frame: types.FrameType, *, trusted: bool) -> None:
+        self._trusted[_key(frame)] = trusted
+        self._kept += [frame.f_code, frame.f_globals]
 
     def _check_builtins(self, frame: types.FrameType, facts: Code) -> None:
         """Refuses what a call does not show: the type of a traced value, and functions of C that others of C call."""
@@ -243,11 +249,16 @@ class Observer:
     def _is_for_torch(self, frame: types.FrameType) -> bool:
         """Whether it was torch that called the function, and not the user."""
         caller = frame.f_back
-        while caller is not None and self._codes.get(caller.f_code) is not False:
+        while caller is not None and self._trusted.get(_key(caller)) is not False:
             if caller.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fastconv"):
                 return True
             caller = caller.f_back
         return False
+
+
+def _key(frame: types.FrameType) -> tuple[int, int]:
+    """What tells functions apart. Code of one text is equal, wherever it stands, and may run with several globals."""
+    return id(frame.f_code), id(frame.f_globals)
 
 
 def _put_back(store: dict[str, Any], old: dict[str, Any]) -> list[str]:

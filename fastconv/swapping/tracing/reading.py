@@ -57,12 +57,12 @@ class _Index:
         self.ids = frozenset(map(id, self.modules))
         self.attributes: dict[str, list[Any]] = {}
         self.of_leaves: dict[str, list[dict[str, Any]]] = {}
-        self.functions: dict[types.CodeType, list[types.FunctionType]] = {}  # that are attributes, by their code
+        self.functions: dict[int, list[types.FunctionType]] = {}  # that are attributes, by the id of their code
         for module in self.modules:
             leaves = module is not root and is_leaf(module)
             for name, value in vars(module).items():
                 if isinstance(value, types.FunctionType):
-                    self.functions.setdefault(value.__code__, []).append(value)
+                    self.functions.setdefault(id(value.__code__), []).append(value)
                 if name in BOOKKEEPING:
                     continue
                 if not is_fixed(value, self.ids):
@@ -75,6 +75,30 @@ class _Index:
             caches = isinstance(value, functools._lru_cache_wrapper)
             if caches or not (name.startswith("__") or hasattr(value, "__get__") or is_fixed(value, self.ids)):
                 self.attributes.setdefault(name, []).append(_OfClass(cls))
+
+
+class _Functions:
+    """The functions of the process: Python does not tell which of them a frame runs.
+
+    To look through all objects takes long, so it is done once for all functions with the same globals. Later functions
+    are young: the garbage collector, by which they would age, is off while a forward is traced.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, list[types.FunctionType]] = {}  # by the id of their globals
+
+    def of(self, frame: types.FrameType) -> list[types.FunctionType]:
+        """Those with the code and the globals of a frame."""
+        code, scope = frame.f_code, frame.f_globals
+        if id(scope) not in self._found:
+            self._found[id(scope)] = _functions_among(gc.get_referrers(scope))
+        functions = dict.fromkeys(self._found[id(scope)] + _functions_among(gc.get_objects(generation=0)))
+        return [function for function in functions if function.__code__ is code and function.__globals__ is scope]
+
+
+def _functions_among(objects: list[Any]) -> list[types.FunctionType]:
+    # Not isinstance(), which may run code of an object's class.
+    return [value for value in objects if type(value) is types.FunctionType]
 
 
 class Reads:
@@ -94,6 +118,7 @@ class Reads:
         self.places: list[Place | ClassPlace] = []
         self.of_leaves: list[tuple[dict[str, Any], str, Any]] = []
         self._index = _Index(root)
+        self._functions = _Functions()
         self.modules, self.ids = self._index.modules, self._index.ids
         self._classes: set[type] = set()
         self._known: set[tuple[Any, str]] = set()
@@ -160,9 +185,13 @@ class Reads:
                 found = getattr(found, "__func__", found)
                 if isinstance(found, types.FunctionType) and found.__code__ is code:
                     return [(found, place)]
-            if code in self._index.functions:
-                return [(function, {}) for function in self._index.functions[code]]
-        return [(found, {}) for found in gc.get_referrers(code) if isinstance(found, types.FunctionType)]
+            if id(code) in self._index.functions:
+                return [(function, {}) for function in self._index.functions[id(code)]]
+        return [(function, {}) for function in self._functions.of(frame)]
+
+    def settle(self) -> None:
+        """The forward has run: functions that it has not read need not stay alive."""
+        self._functions = _Functions()
 
     def _note(self, store: Any, name: str, words: str, names: frozenset[str]) -> None:
         """Notes a value; of Python modules, whose content is not their own, and functions what the names tell."""

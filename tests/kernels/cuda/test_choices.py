@@ -123,7 +123,7 @@ def test_small_grids_keep_the_faster_kernel() -> None:
     """Slower kernels have more blocks, and fill more of a large device; the rates make up for that."""
     with emulated_gpu(multiprocessors=108):
         (choice,) = made(ops.local_response_norm, image("cuda-emulated", 1, 96, 27, 27), 5)
-        assert choice.chosen == "local_response_norm_fprop_nhwc_vec"
+        assert choice.chosen == "local_response_norm_fprop_nhwc_lanes"
         x, taps = image("cuda-emulated", 1, 64, 9, 9), torch.randn(64, 1, 3, 3).half().requires_grad_()
         with kernels.choices() as found:
             output = ops.depthwise_conv2d(x, taps, padding=1)
@@ -382,4 +382,4 @@ def test_explain_names_the_kernels(backend: str) -> None:
     assert conv.kernel.startswith(f"conv2d_relu float16, {backend}")
     assert conv.kernel.endswith(f": {conv.choices[0].chosen}")
     assert conv.choices[0].op == "conv2d_fprop"
-    assert lrn.kernel == f"local_response_norm float16, {backend}: local_response_norm_fprop_nhwc_vec"
+    assert lrn.kernel == f"local_response_norm float16, {backend}: local_response_norm_fprop_nhwc_lanes"

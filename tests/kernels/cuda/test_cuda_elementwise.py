@@ -35,8 +35,8 @@ KERNELS = {
     "add_relu_fprop": ("vec16", "vec1", "strided"),
     "activation_fprop": ("vec16", "vec1"),
     "activation_dgrad": ("vec16", "vec1", "strided"),
-    "local_response_norm_fprop": ("nhwc_vec", "nhwc", "nchw_vec", "nchw", "wide"),
-    "local_response_norm_dgrad": ("nhwc_vec", "nhwc", "nchw_vec", "nchw", "wide"),
+    "local_response_norm_fprop": ("nhwc_lanes", "nhwc_vec", "nhwc", "nchw_vec", "nchw", "wide"),
+    "local_response_norm_dgrad": ("nhwc_lanes", "nhwc_vec", "nhwc", "nchw_vec", "nchw", "wide"),
 }
 
 
@@ -190,6 +190,12 @@ def check_lrn(input: Tensor, grad: Tensor, *options: float, activation: str, wha
 
 # For each kernel shapes that fill its blocks and shapes that do not, with the sizes that it takes
 LRN = {
+    # whole pixels to a warp (64 channels), or an overlap of warps; with the ends of a pixel anywhere in them
+    "nhwc_lanes": (
+        "channels_last",
+        [(3, 64, 3, 5), (2, 88, 3, 5), (3, 8, 1, 1), (1, 2064, 1, 2), (2, 24, 5, 7)],
+        (5,),
+    ),
     "nhwc_vec": ("channels_last", [(2, 24, 3, 5), (3, 8, 1, 1), (1, 2064, 1, 2)], (1, 4, 5, 9)),
     "nhwc": ("channels_last", [(2, 19, 3, 5), (3, 7, 1, 1), (1, 300, 1, 2)], (1, 4, 5, 9)),
     "nchw_vec": ("contiguous", [(2, 7, 4, 4), (1, 3, 2, 4), (1, 37, 4, 8), (2, 1, 4, 4)], (5,)),
@@ -198,8 +204,11 @@ LRN = {
 }
 
 
-@dtypes
-@pytest.mark.parametrize("rest", LRN)
+@pytest.mark.parametrize(
+    ("rest", "dtype"),
+    [pair for pair in itertools.product(LRN, DTYPES) if pair != ("nhwc_lanes", torch.float64)],
+    ids=str,
+)
 def test_every_lrn_kernel(backend: str, rest: str, dtype: torch.dtype) -> None:
     layout, shapes, sizes = LRN[rest]
     passes = [f"local_response_norm_{kind}" for kind in ("fprop", "dgrad")]
@@ -241,10 +250,11 @@ def test_lrn_of_other_tensors(backend: str, name: str) -> None:
 @dtypes
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize(("size", "activation"), [(4, "none"), (5, "none"), (5, "relu")])
+@pytest.mark.parametrize("channels", [37, 40])
 def test_an_odd_value_stays_in_its_windows(
-    backend: str, size: int, activation: str, value: float, dtype: torch.dtype, layout: str
+    backend: str, channels: int, size: int, activation: str, value: float, dtype: torch.dtype, layout: str
 ) -> None:
-    input = random(backend, 2, 37, 3, 5, dtype=dtype, layout=layout)
+    input = random(backend, 2, channels, 3, 5, dtype=dtype, layout=layout)
     odd = input.clone(memory_format=torch.preserve_format)
     odd[1, 20, 1, 2] = value
     outputs, gradients = [], []
@@ -264,26 +274,48 @@ def test_an_odd_value_stays_in_its_windows(
 
 @layouts
 @pytest.mark.parametrize("beta", [0.3, 0.5, 0.75, 1.0])
-@pytest.mark.parametrize("scale", [1e-20, 1e15, 1e18])
-def test_lrn_of_any_magnitude(backend: str, scale: float, beta: float, layout: str) -> None:
+@pytest.mark.parametrize(("scale", "k"), [(1e-20, 1.0), (1e-20, 1e-30), (1e15, 1.0), (1e18, 1.0)])
+@pytest.mark.parametrize(
+    ("dtype", "channels", "size"), [(torch.float32, 9, 3), (torch.float32, 8, 5), (torch.bfloat16, 16, 5)], ids=str
+)
+def test_lrn_of_any_magnitude(
+    backend: str, dtype: torch.dtype, channels: int, size: int, scale: float, k: float, beta: float, layout: str
+) -> None:
     """d^beta must not overflow on the way where it does not in the end."""
-    input = random(backend, 2, 9, 4, 5, dtype=torch.float32, layout=layout, scale=scale)
-    oracle = ops.local_response_norm(input.double(), 3, 1e-4, beta, 1.0, backend="reference")
-    baseline = ops.local_response_norm(input, 3, 1e-4, beta, 1.0, backend="reference")
-    assert_close_to_oracle(ops.local_response_norm(input, 3, 1e-4, beta, 1.0), oracle, baseline, what="magnitude")
+    input = random(backend, 2, channels, 4, 4, dtype=dtype, layout=layout, scale=scale)
+    oracle = ops.local_response_norm(input.double(), size, 1e-4, beta, k, backend="reference")
+    baseline = ops.local_response_norm(input, size, 1e-4, beta, k, backend="reference")
+    found = ops.local_response_norm(input, size, 1e-4, beta, k)
+    assert_close_to_oracle(found, oracle, baseline, what="magnitude")
 
 
 @layouts
 @dtypes
-@pytest.mark.parametrize("k", [-1.0, -100.0, 0.0])
-@pytest.mark.parametrize("beta", [0.75, 0.3])
-def test_lrn_of_odd_bases(backend: str, beta: float, k: float, dtype: torch.dtype, layout: str) -> None:
-    """A power of a negative number is NaN, and of zero a quotient by zero."""
-    input = random(backend, 1, 5, 3, 4, dtype=dtype, layout=layout)
+@pytest.mark.parametrize(
+    ("beta", "k"),
+    [*itertools.product((0.75, 0.3), (-1.0, -100.0, 0.0)), (1.0, -100.0), (0.0, 0.0), (0.0, -1.0), (-2.0, 0.0)],
+)
+@pytest.mark.parametrize(("channels", "size"), [(5, 3), (8, 5)])
+def test_lrn_of_odd_bases(
+    backend: str, beta: float, k: float, channels: int, size: int, dtype: torch.dtype, layout: str
+) -> None:
+    """A power of a negative number is NaN unless it is an integer one, and of zero a quotient by zero."""
+    input = random(backend, 1, channels, 3, 4, dtype=dtype, layout=layout)
     input[:, :, 1] = 0
-    found = ops.local_response_norm(input, 3, 1.0, beta, k)
-    expected = ops.local_response_norm(input, 3, 1.0, beta, k, backend="reference")
+    found = ops.local_response_norm(input, size, 1.0, beta, k)
+    expected = ops.local_response_norm(input, size, 1.0, beta, k, backend="reference")
     torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("channels", [7, 8, 96])
+def test_lrn_beside_what_does_not_exist(backend: str, channels: int, dtype: torch.dtype, layout: str) -> None:
+    """Windows of zeros alone, which channels beyond the ends would have, have no gradient: 0 / 0."""
+    input = random(backend, 1, channels, 3, 4, dtype=dtype, layout=layout)
+    input[:, :2] = input[:, -2:] = 0
+    grad = random(backend, 1, channels, 3, 4, dtype=dtype, layout=layout, seed=1)
+    check_lrn(input, grad, 5, 1.0, 0.75, 0.0, activation="none", what="zeros at the ends")
 
 
 def test_float16_squares_do_not_overflow(backend: str) -> None:

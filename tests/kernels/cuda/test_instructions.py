@@ -50,8 +50,8 @@ def others(dtype: torch.dtype, layout: str) -> Iterator[Call]:
     for other in (x, x.contiguous(), x.transpose(2, 3).contiguous().transpose(2, 3)):
         yield functools.partial(gradients, ops.add_relu, x, other)
         yield functools.partial(operators(BACKEND).add_relu_backward, x, other, "relu")
-    for beta in (0.75, 0.6):
-        yield functools.partial(gradients, ops.local_response_norm, x, 5, beta=beta)
+    for beta, activation in itertools.product((0.75, 0.6), ("none", "relu")):
+        yield functools.partial(gradients, ops.local_response_norm, x, 5, beta=beta, activation=activation)
 
 
 def gradients(op: Callable[..., Any], *tensors: Any, **options: Any) -> None:

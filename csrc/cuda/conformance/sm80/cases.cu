@@ -143,7 +143,23 @@ struct Passes {
   static FASTCONV_DEVICE uint32_t of(uint32_t word) { return passes_gradient(__uint_as_float(word), kActivation); }
 };
 struct Rsqrt {
-  static FASTCONV_DEVICE uint32_t of(uint32_t word) { return __float_as_uint(rsqrtf(__uint_as_float(word))); }
+  static FASTCONV_DEVICE uint32_t of(uint32_t word) {
+    return __float_as_uint(ptx::rsqrt_approx(__uint_as_float(word)));
+  }
+};
+struct Sqrt {
+  static FASTCONV_DEVICE uint32_t of(uint32_t word) { return __float_as_uint(ptx::sqrt_approx(__uint_as_float(word))); }
+};
+// Its error is an absolute one near 1: away from 0 it is within what rounded results are allowed.
+struct Log2 {
+  static FASTCONV_DEVICE uint32_t of(uint32_t word) {
+    return __float_as_uint(64.0f + ptx::log2_approx(__uint_as_float(word)));
+  }
+};
+struct Exp2 {
+  static FASTCONV_DEVICE uint32_t of(uint32_t word) {
+    return __float_as_uint(ptx::exp2_approx(-0.75f * ptx::log2_approx(__uint_as_float(word))));
+  }
 };
 struct Power {
   static FASTCONV_DEVICE uint32_t of(uint32_t word) { return __float_as_uint(powf(__uint_as_float(word), -0.75f)); }
@@ -219,7 +235,10 @@ const RegisterCases registered{
     make<EachWord<Activate<kRelu6>>>("activate relu6", uses::kActivate, "floats"),
     make<EachWord<Passes<kRelu>>>("passes_gradient relu", uses::kPassesGradient, "floats"),
     make<EachWord<Passes<kRelu6>>>("passes_gradient relu6", uses::kPassesGradient, "floats"),
-    make<EachWord<Rsqrt>>("rsqrtf", uses::kRsqrt, "positive floats", false),
+    make<EachWord<Rsqrt>>("rsqrt_approx", uses::kRsqrt, "positive floats", false),
+    make<EachWord<Sqrt>>("sqrt_approx", uses::kSqrt, "positive floats", false),
+    make<EachWord<Log2>>("log2_approx", uses::kLog2, "positive floats", false),
+    make<EachWord<Exp2>>("exp2_approx", uses::kLog2 | uses::kExp2, "positive floats", false),
     make<EachWord<Power>>("powf", uses::kPower, "positive floats", false),
     make<LoadStore<Half, 1>>("load, store 2 bytes", uses::kLoadStore, "bits"),
     make<LoadStore<BFloat16, 2>>("load, store 4 bytes", uses::kLoadStore, "bits"),

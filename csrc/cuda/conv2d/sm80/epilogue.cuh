@@ -21,10 +21,10 @@ class Results {
     if constexpr (kPass == Pass::kFprop) {
       branch = branch_of(p, min(first, p.extent_b - 1));
       column -= p.first_filter[branch];
-      columns = p.arg.branch[branch].k / p.arg.groups;
+      columns = p.filters[branch];
     }
     count = columns - column;
-    wide = p.wide[branch] && count >= kRun;
+    whole = p.wide[branch] && count >= kRun;
     if constexpr (kPass == Pass::kFprop) {
       const ConvBranch& of = p.arg.branch[branch];
       column += group * columns;
@@ -42,66 +42,71 @@ class Results {
     } else {
       strides = {0, 1, 0, 0};
     }
-    first_group = group;
+    group_of_rows = group;
     offset = column * strides.c;
   }
 
-  // Whether any column of the run exists
+  // Whether any column of the run exists; whether all do, and can be written at once
   FASTCONV_DEVICE bool exists() const { return count > 0; }
+  FASTCONV_DEVICE bool is_whole() const { return whole; }
 
-  // What is to be added to a row, ahead of time; only where it takes one load
+  // What is to be added to a row of a whole run, ahead of time
   FASTCONV_DEVICE Vector residual_of(int row) const {
     Vector found;
     if constexpr (kPass == Pass::kFprop) {
-      if (residual && wide && row < p.extent_a) found = load<kRun>(residual + place(row));
+      if (residual && whole && row < p.extent_a) found = load<kRun>(residual + place(row));
     }
     return found;
   }
 
+  // A row of a whole run
   FASTCONV_DEVICE void finish(int row, float (&sums)[kRun], const Vector& others) const {
-    T* to;
-    bool whole = wide;
-    if constexpr (kPass == Pass::kWgrad) {
-      const int branch = branch_of(p, row), filter = row - p.first_filter[branch];
-      const int filters = p.arg.branch[branch].k / p.arg.groups;
-      if (filter >= filters) return;  // between two branches
-      whole = p.wide[branch] && count >= kRun;
-      to = static_cast<T*>(p.arg.branch[branch].grad_weight);
-      to += (int64_t{first_group} * filters + filter) * p.extent_b + offset;
-    } else {
-      const int64_t at = place(row);
-      to = result + at;
-      if constexpr (kPass == Pass::kFprop) {
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) sums[i] += bias[i];
-        if (residual && whole) {
-#pragma unroll
-          for (int i = 0; i < kRun; ++i) sums[i] += to_float(others.v[i]);
-        } else if (residual) {
-#pragma unroll
-          for (int i = 0; i < kRun; ++i) {
-            if (i < count) sums[i] += to_float(residual[at + i * strides.c]);
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) sums[i] = activate(sums[i], activation);
-      }
-    }
-    if (whole) {
-      Vector rounded;
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) rounded.v[i] = from_float<T>(sums[i]);
-      store(to, rounded);
-    } else {
+    T* const to = address(row);
+    if (to == nullptr) return;
+    if constexpr (kPass == Pass::kFprop) {
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        if (i < count) to[i * strides.c] = from_float<T>(sums[i]);
+        sums[i] += bias[i];
+        if (residual) sums[i] += to_float(others.v[i]);
+        sums[i] = activate(sums[i], activation);
       }
+    }
+    Vector rounded;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) rounded.v[i] = from_float<T>(sums[i]);
+    store(to, rounded);
+  }
+
+  // A row of any run, element by element
+  FASTCONV_DEVICE void finish(int row, float (&sums)[kRun]) const {
+    T* const to = address(row);
+    if (to == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      if (i >= count) break;
+      if constexpr (kPass == Pass::kFprop) {
+        sums[i] += bias[i];
+        if (residual) sums[i] += to_float(residual[place(row) + i * strides.c]);
+        sums[i] = activate(sums[i], activation);
+      }
+      to[i * strides.c] = from_float<T>(sums[i]);
     }
   }
 
  private:
-  // Of a pixel's first column of the run
+  // Of a row's first column of the run; null for a row that no branch has
+  FASTCONV_DEVICE T* address(int row) const {
+    if constexpr (kPass == Pass::kWgrad) {
+      const int branch = branch_of(p, row), filter = row - p.first_filter[branch];
+      const int filters = p.filters[branch];
+      T* const weights = static_cast<T*>(p.arg.branch[branch].grad_weight);
+      const int64_t first = (int64_t{group_of_rows} * filters + filter) * p.extent_b;
+      return filter < filters ? weights + (first + offset) : nullptr;
+    } else {
+      return result + place(row);
+    }
+  }
+  // The same within the tensor, of a pixel
   FASTCONV_DEVICE int64_t place(int pixel) const {
     int inner, column;
     const int n = divide(p.walk.by_pixels, pixel, inner);
@@ -116,8 +121,8 @@ class Results {
   int64_t offset;
   Strides strides;
   Activation activation = Activation::kNone;
-  int count, first_group;
-  bool wide;
+  int count, group_of_rows;
+  bool whole;
   float bias[kRun];
 };
 

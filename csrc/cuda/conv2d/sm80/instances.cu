@@ -88,12 +88,12 @@ void register_tensor_cores(const char* type) {
     if constexpr (kPass == Pass::kWgrad) {
       // Few filters, but many taps
       Register<ConvVariant>(kFamily, {variant<Config<Math, 64, 128, 2, 2, 3>>(type, "64x128", 0.85),
-                                      variant<Config<Math, 64, 128, 2, 2, 3, kNarrow>>(type, "64x128_narrow", 0.7)});
+                                      variant<Config<Math, 64, 128, 2, 2, 2, kNarrow>>(type, "64x128_narrow", 0.7)});
     } else {
-      Register<ConvVariant>(kFamily, {variant<Config<Math, 128, 64, 2, 2, 3, kNarrow>>(type, "128x64_narrow", 0.7)});
+      Register<ConvVariant>(kFamily, {variant<Config<Math, 128, 64, 2, 2, 2, kNarrow>>(type, "128x64_narrow", 0.7)});
     }
   }
-  Register<ConvVariant>(kFamily, {variant<Config<Math, 64, 64, 2, 2, 3, 1>>(type, "gather", 0.1)});
+  Register<ConvVariant>(kFamily, {variant<Config<Math, 64, 64, 4, 2, 1, 1>>(type, "gather", 0.1)});
 }
 
 const bool registered = [] {
@@ -103,7 +103,7 @@ const bool registered = [] {
     register_tensor_cores<Tf32Math>("tf32");
     // Without tensor cores one size of tiles does, whose accumulators leave room for loads.
     Register<ConvVariant>(kFamily, {variant<Config<FloatMath, 64, 64, 2, 2, 3>>("fp32", "64x64", 0.8),
-                                    variant<Config<FloatMath, 64, 64, 2, 2, 3, 1>>("fp32", "gather", 0.4)});
+                                    variant<Config<FloatMath, 64, 64, 4, 2, 1, 1>>("fp32", "gather", 0.4)});
   }
   return true;
 }();

@@ -103,7 +103,22 @@ struct Slab {
   FASTCONV_DEVICE float* at(int row, int column) const {
     return floats + row * C::kSlabRow + (column ^ (column >> 5 & 1) * 4);
   }
+  template <int kRun>
+  FASTCONV_DEVICE void load_run(int row, int column, float (&run)[kRun]) const {
+#pragma unroll
+    for (int v = 0; v < kRun; v += 4) {
+      const Vec<float, 4> four = load<4>(at(row, column + v));
+#pragma unroll
+      for (int e = 0; e < 4; ++e) run[v + e] = four.v[e];
+    }
+  }
 };
+
+template <int kRun>
+FASTCONV_DEVICE void store_run(float* to, const float (&run)[kRun]) {
+#pragma unroll
+  for (int v = 0; v < kRun; v += 4) store(to + v, Vec<float, 4>{run[v], run[v + 1], run[v + 2], run[v + 3]});
+}
 
 template <Pass kPass, class C>
 FASTCONV_KERNEL(C::kThreads, C::kBlocks)
@@ -122,9 +137,10 @@ conv2d_kernel(const __grid_constant__ ConvParams p) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_of_warp();
   const int warp_a = warp / C::kWarpsB * C::kWarpA, warp_b = warp % C::kWarpsB * C::kWarpB;
 
-  int depth = at.split * p.split_depth;
+  int depth = at.split * p.split_depth;  // of the tile that is fetched next
   const int end = min(p.depth, depth + p.split_depth);
-  const int tiles = (end - depth + C::kTileDepth - 1) / C::kTileDepth;
+  // Where that is when all tiles are done, as it runs ahead by all stages but one
+  const int last = depth + ((end - depth + C::kTileDepth - 1) / C::kTileDepth + C::kStages - 1) * C::kTileDepth;
   const typename Ops::A a(p, at.group, at.a, end);
   const typename Ops::B b(p, at.group, at.b, end);
 
@@ -153,16 +169,16 @@ conv2d_kernel(const __grid_constant__ ConvParams p) {
   load_fragments(0);
   Accumulator<kBlocksA, kBlocksB> c{};
 #pragma unroll 1
-  for (int tile = 1; tile <= tiles; ++tile) {
+  while (depth < last) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       if (step == kSteps - 1) {
         ptx::cp_async_wait<C::kStages - 2>();
         __syncthreads();  // the next tile is complete, and everyone has loaded what there was to load of this one
-        read = tile < tiles ? following(read) : read;
+        read = depth < last ? following(read) : read;
       }
-      load_fragments(step + 1);
       if (step == 0) fetch();
+      load_fragments(step + 1);
       Math::multiply(c, fragments[step % 2]);
     }
   }
@@ -195,24 +211,31 @@ conv2d_kernel(const __grid_constant__ ConvParams p) {
       }
     }
     __syncwarp();
+    if (is_part) {
 #pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) {
-      const int row = row_of(i, turn);
-      float sums[kRun];
-#pragma unroll
-      for (int v = 0; v < kRun; v += 4) {
-        const Vec<float, 4> four = load<4>(slab.at(first_row + turn * kRowsAtOnce, run + v));
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[v + e] = four.v[e];
+      for (int turn = 0; turn < kTurns; ++turn) {
+        float sums[kRun];
+        slab.load_run(first_row + turn * kRowsAtOnce, run, sums);
+        const int row = row_of(i, turn);
+        if (row < p.extent_a && results.exists()) {
+          store_run(part(p, at.split, at.group, row, at.b + warp_b + run), sums);
+        }
       }
-      if (row >= p.extent_a || !results.exists()) continue;
-      if (is_part) {
-        float* const parts = part(p, at.split, at.group, row, at.b + warp_b + run);
+    } else if (results.is_whole()) {
 #pragma unroll
-        for (int v = 0; v < kRun; v += 4)
-          store(parts + v, Vec<float, 4>{sums[v], sums[v + 1], sums[v + 2], sums[v + 3]});
-      } else {
-        results.finish(row, sums, others[i % 2][turn]);
+      for (int turn = 0; turn < kTurns; ++turn) {
+        float sums[kRun];
+        slab.load_run(first_row + turn * kRowsAtOnce, run, sums);
+        const int row = row_of(i, turn);
+        if (row < p.extent_a) results.finish(row, sums, others[i % 2][turn]);
+      }
+    } else if (results.exists()) {
+#pragma unroll 1
+      for (int turn = 0; turn < kTurns; ++turn) {
+        float sums[kRun];
+        slab.load_run(first_row + turn * kRowsAtOnce, run, sums);
+        const int row = row_of(i, turn);
+        if (row < p.extent_a) results.finish(row, sums);
       }
     }
     __syncwarp();
@@ -222,7 +245,7 @@ conv2d_kernel(const __grid_constant__ ConvParams p) {
 // Adds the parts of a split depth in their order, a thread for each run of results.
 constexpr int kReduceThreads = 128;
 template <Pass kPass, class T>
-FASTCONV_KERNEL(kReduceThreads, 8)
+FASTCONV_KERNEL(kReduceThreads, 4)
 conv2d_reduce_kernel(const __grid_constant__ ConvParams p) {
   constexpr int kRun = Results<kPass, T>::kRun;
   const int index = static_cast<int>(blockIdx.x) * kReduceThreads + static_cast<int>(threadIdx.x);
@@ -244,7 +267,11 @@ conv2d_reduce_kernel(const __grid_constant__ ConvParams p) {
       for (int e = 0; e < 4; ++e) sums[v + e] += four.v[e];
     }
   }
-  results.finish(row, sums, others);
+  if (results.is_whole()) {
+    results.finish(row, sums, others);
+  } else {
+    results.finish(row, sums);
+  }
 }
 
 }  // namespace fastconv::cuda::inline sm80

@@ -69,11 +69,6 @@ template <class T, int kVector>
 FASTCONV_DEVICE const T* advance(const T* data, Offset<kVector> vectors) {
   return data + static_cast<int64_t>(vectors) * kVector;
 }
-template <class T>
-FASTCONV_DEVICE const T* group_of(const Walk& walk, int group) {
-  return static_cast<const T*>(walk.data) + (walk.first + group * walk.group);
-}
-
 // A row for each pixel, the taps along the depth
 template <class T, class Tile, int kVector, int kThreads>
 struct Pixels {
@@ -87,17 +82,17 @@ struct Pixels {
   static constexpr uint32_t kNowhere = 1u << 15;
 
   const ConvParams& p;
-  const T* const data;
   const int end;  // of the depth
   const Mine mine;
-  Row rows[Mine::kPasses];
+  Row rows[Mine::kPasses];  // of the group
 
-  FASTCONV_DEVICE Pixels(const ConvParams& params, int group, int first, int end_depth)
-      : p(params), data(group_of<T>(params.walk, group)), end(end_depth) {
+  FASTCONV_DEVICE Pixels(const ConvParams& params, int group, int first, int end_depth) : p(params), end(end_depth) {
+    const auto of_group = static_cast<Offset<kVector>>(group * p.walk.group / kVector);
 #pragma unroll
     for (int i = 0; i < Mine::kPasses; ++i) {
       const int pixel = first + mine.row + i * Mine::kRowsAtOnce;
-      const Anchor<kVector> at = anchor<kVector>(p.walk, min(pixel, p.extent_a - 1));
+      Anchor<kVector> at = anchor<kVector>(p.walk, min(pixel, p.extent_a - 1));
+      at.offset += of_group;
       if constexpr (kVectors) {
         rows[i] = {at.offset, pixel < p.extent_a ? outside(at) : ~0u};
       } else {
@@ -110,7 +105,7 @@ struct Pixels {
   FASTCONV_DEVICE void fetch(unsigned char* tile, int depth) const {
     const int index = depth + mine.column;
     const Tap t = tap(p, index);
-    const T* const base = data + offset<kVector>(p.walk, t) * kVector;
+    const T* const base = static_cast<const T*>(p.walk.data) + offset<kVector>(p.walk, t) * kVector;
     if constexpr (kVectors) {
       const uint32_t bits = index < end ? 1u << t.r | 65536u << t.s : kNowhere;
 #pragma unroll
@@ -150,23 +145,26 @@ FASTCONV_DEVICE int branch_of(const ConvParams& p, int filter) {
 template <class T, class Tile, int kVector, int kThreads>
 struct Filters {
   using Mine = Share<T, Tile, kVector, kThreads>;
+  const ConvParams& p;
   const int end;
   const Mine mine;
-  const T* rows[Mine::kPasses];
+  Offset<kVector> rows[Mine::kPasses];  // from the first of the branches' weights
 
-  FASTCONV_DEVICE Filters(const ConvParams& p, int group, int first, int end_depth) : end(end_depth) {
+  FASTCONV_DEVICE Filters(const ConvParams& params, int group, int first, int end_depth) : p(params), end(end_depth) {
 #pragma unroll
     for (int i = 0; i < Mine::kPasses; ++i) {
       const int filter = min(first + mine.row + i * Mine::kRowsAtOnce, p.extent_b - 1), branch = branch_of(p, filter);
-      const int of_branch = p.arg.branch[branch].k / p.arg.groups;
+      const int of_branch = p.filters[branch];
       const int64_t row = int64_t{group} * of_branch + min(filter - p.first_filter[branch], of_branch - 1);
-      rows[i] = static_cast<const T*>(p.arg.branch[branch].weight) + row * p.depth;
+      const T* const weight = static_cast<const T*>(p.arg.branch[branch].weight);
+      rows[i] = static_cast<Offset<kVector>>((weight - static_cast<const T*>(p.weights) + row * p.depth) / kVector);
     }
   }
   FASTCONV_DEVICE void fetch(unsigned char* tile, int depth) const {
     const int index = depth + mine.column;
+    const T* const base = static_cast<const T*>(p.weights) + index;
 #pragma unroll
-    for (int i = 0; i < Mine::kPasses; ++i) mine.copy(tile, i, rows[i] + index, index < end);
+    for (int i = 0; i < Mine::kPasses; ++i) mine.copy(tile, i, advance<T, kVector>(base, rows[i]), index < end);
   }
 };
 
@@ -194,7 +192,7 @@ struct FilterRows {
   const T* data;  // of this thread's column
 
   FASTCONV_DEVICE FilterRows(const ConvParams& params, int group, int first, int end_depth)
-      : p(params), first_filter(group * params.filters), end(end_depth) {
+      : p(params), first_filter(group * params.filters[0]), end(end_depth) {
     data = static_cast<const T*>(p.arg.branch[0].weight) + min(first + mine.column, p.c_group - kVector);
   }
   FASTCONV_DEVICE void fetch(unsigned char* tile, int depth) const {
@@ -213,7 +211,7 @@ struct FilterRows {
     const int r = p.rows.first_position + t.r * p.rows.step_position;
     const int s = p.columns.first_position + t.s * p.columns.step_position;
     const int found = ((first_filter + t.c) * p.arg.r + r) * p.arg.s + s;
-    return index < end && t.c < p.filters ? found : -1;
+    return index < end && t.c < p.filters[0] ? found : -1;
   }
 };
 
@@ -261,7 +259,7 @@ struct PixelRows {
 
   FASTCONV_DEVICE PixelRows(const ConvParams& params, int group, int first, int end_depth) : p(params), end(end_depth) {
     const Tap t = tap(p, min(first + mine.column, p.extent_b - kVector));
-    data = group_of<T>(p.walk, group) + offset<kVector>(p.walk, t) * kVector;
+    data = static_cast<const T*>(p.walk.data) + (group * p.walk.group + offset<kVector>(p.walk, t) * kVector);
     h = t.r * p.walk.tap_h, w = t.s * p.walk.tap_w;
   }
   FASTCONV_DEVICE void fetch(unsigned char* tile, int depth) const {

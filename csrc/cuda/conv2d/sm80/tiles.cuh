@@ -53,8 +53,11 @@ struct Share {
 
   // Copies this thread's i-th vector into the tile; zeros where it does not `exist`.
   FASTCONV_DEVICE void copy(unsigned char* tile, int i, const T* source, bool exists) const {
-    const int r = row + i * kRowsAtOnce;
-    unsigned char* const to = tile + (Tile::kDepthContiguous ? Tile::offset(r, column) : Tile::offset(column, r));
+    // The permutation repeats after 8 rows.
+    constexpr bool kRepeats = kRowsAtOnce % 8 == 0;
+    const int r = kRepeats ? row : row + i * kRowsAtOnce;
+    unsigned char* const to = tile + (Tile::kDepthContiguous ? Tile::offset(r, column) : Tile::offset(column, r)) +
+                              (kRepeats ? i * kRowsAtOnce * Tile::kRowBytes : 0);
     if constexpr (kVector * sizeof(T) >= 4) {
       ptx::cp_async<kVector * sizeof(T)>(ptx::smem_address(to), source, exists);
     } else {

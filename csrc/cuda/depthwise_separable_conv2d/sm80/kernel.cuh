@@ -22,6 +22,7 @@
 #include "cuda/depthwise_conv2d/sm80/tile.cuh"
 #include "cuda/depthwise_separable_conv2d/params.h"
 #include "cuda/ptx/sm80.cuh"
+#include "cuda/runtime/divider.cuh"
 
 namespace fastconv::cuda::inline sm80::depthwise_separable {
 
@@ -49,6 +50,13 @@ FASTCONV_DEVICE float to_factor(float v) { return __uint_as_float(ptx::to_tf32(v
 
 // ----------------------------------------------------------------------------------------- the depthwise tile
 
+// A tile of pixels by its number, of those that lie below each other first
+FASTCONV_DEVICE TilePosition tile_position(const DepthwiseSeparableConv2dParams& p, int tile) {
+  TilePosition at(0, 1, p.depthwise);
+  at.n = divide(p.by_row_tiles, divide(p.by_rows, tile, at.row), at.column);
+  return at;
+}
+
 template <class T, int kPixels, int kFilter, int kStride>
 FASTCONV_DEVICE void compute_hidden(const DepthwiseSeparableConv2dParams& p, T* hidden, float* filters) {
   constexpr int kTiles = kPixels / kTile, kWidth = kLane<T>;
@@ -60,14 +68,18 @@ FASTCONV_DEVICE void compute_hidden(const DepthwiseSeparableConv2dParams& p, T* 
     __syncthreads();  // the filters before are done with
     fill_filters<T>(filters, d, first, count);
     __syncthreads();
-    const int lanes = count / kWidth;
-    for (int item = threadIdx.x; item < lanes * kTiles; item += kThreads) {
-      const int local = item / lanes, lane = (item - local * lanes) * kWidth, channel = first + lane;
+    const Divider& by_lanes = count == p.channels_at_once ? p.by_lanes : p.by_last_lanes;
+    const int items = count / kWidth * kTiles;
+    for (int item = threadIdx.x; item < items; item += kThreads) {
+      int lane;
+      const int local = divide(by_lanes, item, lane);
+      lane *= kWidth;
+      const int channel = first + lane;
       const int64_t tile = int64_t{blockIdx.x} * kTiles + local;
       float sums[kTile][kWidth];
       int pixels = 0;  // that exist; what lies beyond, and channels of the padding, must be 0 and not NaN
       if (tile < d.tiles && channel < d.channels) {
-        const TilePosition at(static_cast<unsigned>(tile), d.out_height, d);
+        const TilePosition at = tile_position(p, static_cast<int>(tile));
         convolve_tile<kFilter, kStride>(d, static_cast<const T*>(d.input) + channel, filters + lane, count, at, sums);
         pixels = d.out_width - at.column * kTile;
       }
@@ -87,28 +99,54 @@ FASTCONV_DEVICE void compute_hidden(const DepthwiseSeparableConv2dParams& p, T* 
 
 // -------------------------------------------------------------------------------------------- the pointwise part
 
-// The stage `step` of w2: kColumns rows of kDepth<T> channels, zeros beyond the matrix
-template <class T>
-FASTCONV_DEVICE void issue_stage(const DepthwiseSeparableConv2dParams& p, uint32_t ring, int step, int steps,
-                                 int depth_steps) {
-  if (step < steps) {
-    const T* weight = static_cast<const T*>(p.weight);
-    const int channels = p.depthwise.channels;
-    const int column0 = (static_cast<int>(blockIdx.y) * p.out_tiles_per_block + step / depth_steps) * kColumns;
-    const int depth0 = step % depth_steps * kDepth<T>;
-    const uint32_t stage = ring + step % kStages * kStageBytes;
-    constexpr int kChunks = kDepthBytes / kChunkBytes;
-#pragma unroll
-    for (int i = 0; i < kColumns * kChunks / kThreads; ++i) {
-      const int chunk = static_cast<int>(threadIdx.x) + i * kThreads;
-      const int row = chunk / kChunks, at = chunk % kChunks * kChunk<T>;
-      const bool exists = column0 + row < p.out_channels && depth0 + at < channels;
-      const T* source = exists ? weight + int64_t{column0 + row} * channels + depth0 + at : weight;
-      ptx::cp_async<kChunkBytes>(stage + row * kPitchBytes + chunk % kChunks * kChunkBytes, source, exists);
-    }
-  }
-  ptx::cp_async_commit();  // also an empty group: the count of groups tells which have landed
+// The next stage of the ring, which goes round
+FASTCONV_DEVICE void advance(uint32_t& stage, uint32_t ring) {
+  stage = stage == ring + (kStages - 1) * kStageBytes ? ring : stage + kStageBytes;
 }
+
+// Brings w2 into the ring, a stage at a time: kColumns rows of kDepth<T> channels, zeros beyond the matrix. The depth
+// runs fastest, then the tiles of output channels.
+template <class T>
+struct WeightLoader {
+  static constexpr int kChunks = kDepthBytes / kChunkBytes, kRows = kThreads / kChunks;  // of a row; at once
+
+  FASTCONV_DEVICE WeightLoader(const DepthwiseSeparableConv2dParams& p, uint32_t ring, int first_tile, int tiles)
+      : ring(ring), stage(ring), tiles(tiles) {
+    const int thread = static_cast<int>(threadIdx.x), row = thread / kChunks, chunk = thread % kChunks;
+    offset = row * kPitchBytes + chunk * kChunkBytes;
+    column = first_tile * kColumns + row;
+    depth = chunk * kChunk<T>;
+    source = static_cast<const T*>(p.weight) + int64_t{column} * p.depthwise.channels + depth;
+    depth_end = p.padded_channels;
+  }
+
+  FASTCONV_DEVICE void issue(const DepthwiseSeparableConv2dParams& p) {
+    if (tiles > 0) {
+      const int channels = p.depthwise.channels;
+#pragma unroll
+      for (int row = 0; row < kColumns; row += kRows) {
+        const bool exists = depth < channels && column + row < p.out_channels;
+        const void* from = exists ? source + int64_t{row} * channels : p.weight;
+        ptx::cp_async<kChunkBytes>(stage + offset + row * kPitchBytes, from, exists);
+      }
+      advance(stage, ring);
+      depth += kDepth<T>;
+      source += kDepth<T>;
+      if (depth >= depth_end) {
+        depth -= depth_end;
+        source += int64_t{kColumns} * channels - depth_end;
+        column += kColumns;
+        --tiles;
+      }
+    }
+    ptx::cp_async_commit();  // also an empty group: the count of groups tells which have landed
+  }
+
+  uint32_t ring, stage, offset;  // in shared memory; the offset is that of this thread's first chunk
+  const T* source;               // of that chunk, whose output channel is `column` and whose channel `depth`
+  int column, depth, depth_end;
+  int tiles;  // that remain
+};
 
 // sums += a 16x16 tile of h times a 16x8 one of w2, or for TF32 half as deep
 template <class T>
@@ -198,7 +236,7 @@ fprop_nhwc(const DepthwiseSeparableConv2dParams p) {
       const int64_t tile = int64_t{blockIdx.x} * (kPixels / kTile) + pixel / kTile;
       offsets[m][half] = -1;
       if (tile < d.tiles) {
-        const TilePosition at(static_cast<unsigned>(tile), d.out_height, d);
+        const TilePosition at = tile_position(p, static_cast<int>(tile));
         const int q = at.column * kTile + pixel % kTile;
         if (q < d.out_width) offsets[m][half] = at.n * d.out.n + at.row * d.out.h + q * d.out.w;
       }
@@ -209,60 +247,50 @@ fprop_nhwc(const DepthwiseSeparableConv2dParams p) {
   const int first_tile = static_cast<int>(blockIdx.y) * p.out_tiles_per_block;
   const int own_tiles =
       p.out_tiles - first_tile < p.out_tiles_per_block ? p.out_tiles - first_tile : p.out_tiles_per_block;
-  const int steps = own_tiles * depth_steps;
   const uint32_t ring_address = ptx::smem_address(ring);
   // Rows and columns of the fragments that this lane points ldmatrix to
   const uint32_t a_address = ptx::smem_address(hidden) + (warp_row + lane % 16) * pitch_bytes + lane / 16 * kChunkBytes;
   const uint32_t b_offset = (warp_column + lane / 16 * 8 + lane % 8) * kPitchBytes + lane / 8 % 2 * kChunkBytes;
 
+  WeightLoader<T> loader(p, ring_address, first_tile, own_tiles);
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) issue_stage<T>(p, ring_address, stage, steps, depth_steps);
+  for (int stage = 0; stage < kStages - 1; ++stage) loader.issue(p);
 
-  float sums[kFragments][4][4];
-  for (int step = 0; step < steps; ++step) {
-    const int depth_step = step % depth_steps;
-    if (depth_step == 0) {
+  uint32_t stage = ring_address;
+  for (int tile = 0; tile < own_tiles; ++tile) {
+    float sums[kFragments][4][4] = {};
+    uint32_t a_step = a_address;
+    for (int depth_step = 0; depth_step < depth_steps; ++depth_step) {
+      ptx::cp_async_wait<kStages - 2>();
+      __syncthreads();  // the stage has landed for all, and the one before is free for the next copy
+      loader.issue(p);
 #pragma unroll
-      for (int m = 0; m < kFragments; ++m) {
+      for (int k = 0; k < kDepthBytes; k += 2 * kChunkBytes) {
+        uint32_t a[kFragments][4], b[2][4];
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
+        for (int m = 0; m < kFragments; ++m) ptx::ldmatrix_x4(a[m], a_step + 16 * m * pitch_bytes + k);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.0f;
+        for (int n = 0; n < 2; ++n) {
+          ptx::ldmatrix_x4(b[n], stage + b_offset + 16 * n * kPitchBytes + k);
+          if constexpr (sizeof(T) == 4) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) b[n][i] = ptx::to_tf32(__uint_as_float(b[n][i]));
+          }
+        }
+#pragma unroll
+        for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+            const uint32_t column[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
+            multiply<T>(sums[m][n], a[m], column);
+          }
         }
       }
+      a_step += kDepthBytes;
+      advance(stage, ring_address);
     }
-    ptx::cp_async_wait<kStages - 2>();
-    __syncthreads();  // the stage has landed for all, and the one before is free for the next copy
-    issue_stage<T>(p, ring_address, step + kStages - 1, steps, depth_steps);
 
-    const uint32_t stage = ring_address + step % kStages * kStageBytes;
-#pragma unroll
-    for (int k = 0; k < kDepthBytes; k += 2 * kChunkBytes) {
-      uint32_t a[kFragments][4], b[2][4];
-#pragma unroll
-      for (int m = 0; m < kFragments; ++m) {
-        ptx::ldmatrix_x4(a[m], a_address + 16 * m * pitch_bytes + depth_step * kDepthBytes + k);
-      }
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        ptx::ldmatrix_x4(b[n], stage + b_offset + 16 * n * kPitchBytes + k);
-        if constexpr (sizeof(T) == 4) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) b[n][i] = ptx::to_tf32(__uint_as_float(b[n][i]));
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < kFragments; ++m) {
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          const uint32_t column[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
-          multiply<T>(sums[m][n], a[m], column);
-        }
-      }
-    }
-    if (depth_step + 1 < depth_steps) continue;
-
-    const int column0 = (first_tile + step / depth_steps) * kColumns + warp_column;
+    const int column0 = (first_tile + tile) * kColumns + warp_column;
     const T* bias = static_cast<const T*>(p.bias);
     float biases[4][2];
 #pragma unroll

@@ -9,20 +9,25 @@
 // Nothing but the input is needed for the gradient. Every sum is taken afresh from its own terms: a running one would
 // let a NaN or a cancellation leak out of its window.
 //
-//   planes.cuh   NCHW and size 5
+//   lanes.cuh    NHWC and size 5
 //   rows.cuh     NHWC
+//   planes.cuh   NCHW and size 5
 //   wide.cuh     any layout and size
 //
 // All are bound by memory: x once and y, or x, g and dx. Chosen among in ../plan.cpp.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/local_response_norm/params.h"
+#include "cuda/ptx/sm80.cuh"
 #include "cuda/runtime/scalar.cuh"
 
 namespace fastconv::cuda::inline sm80::lrn {
 
 constexpr int kThreads = kLrnThreads;
 constexpr int kWindow = kLrnWindow;
+constexpr int kReach = kWindow / 2;
 
 FASTCONV_DEVICE float square_root(float v) { return sqrtf(v); }
 FASTCONV_DEVICE double square_root(double v) { return sqrt(v); }
@@ -30,36 +35,170 @@ FASTCONV_DEVICE float power(float base, float exponent) { return powf(base, expo
 FASTCONV_DEVICE double power(double base, double exponent) { return pow(base, exponent); }
 
 template <class A>
-struct Coefficients {
-  FASTCONV_DEVICE explicit Coefficients(const LocalResponseNormParams& p)
-      : scale(static_cast<A>(p.scale)),
-        k(static_cast<A>(p.k)),
-        beta(static_cast<A>(p.beta)),
-        slope(static_cast<A>(2 * p.scale * p.beta)),
-        three_quarters(p.beta == 0.75),
-        activation(p.activation) {}
-  A scale, k, beta, slope;
-  bool three_quarters;
-  Activation activation;
-};
-
-// dx from its two terms, of which the second lacks a factor
-template <class A>
-FASTCONV_DEVICE A gradient(A scaled, A x, A sum, const Coefficients<A>& of) {
-  return passes_gradient(x, of.activation) ? scaled - of.slope * x * sum : A(0);
+FASTCONV_DEVICE const LrnCoefficients<A>& coefficients(const LocalResponseNormParams& p) {
+  if constexpr (sizeof(A) == 8) {
+    return p.coefficients;
+  } else {
+    return p.coefficients32;
+  }
 }
 
-// v / d^beta for any d as pow() has it. For 16-bit results two approximate roots do; float32 takes exact ones, and
-// divides.
-template <class T, class A>
-FASTCONV_DEVICE A over_power(A v, A d, const Coefficients<A>& of) {
-  if (!of.three_quarters) return v / power(d, of.beta);
-  if constexpr (sizeof(T) == 2) {
-    const float inverse_root = rsqrtf(d);
-    return v * (inverse_root * sqrtf(inverse_root));
-  } else {
+// d, of a sum of squares
+template <class A>
+FASTCONV_DEVICE A denominator(A squares, const LocalResponseNormParams& p) {
+  return fused_multiply_add(coefficients<A>(p).scale, squares, coefficients<A>(p).k);
+}
+
+// v / d^beta, and that times x / d
+template <class A>
+struct Quotients {
+  A scaled, term;
+};
+
+// For 16-bit results approximations do; float32 takes exact roots, and divides.
+template <LrnPower kPower, class T, class A>
+FASTCONV_DEVICE Quotients<A> quotients(A v, A x, A d, const LocalResponseNormParams& p) {
+  const A beta = coefficients<A>(p).beta;
+  if constexpr (kPower == LrnPower::kAny) {
+    const A scaled = v / power(d, beta);
+    return {scaled, scaled * x / d};
+  } else if constexpr (sizeof(T) > 2) {
     const A root = square_root(d);
-    return v / (root * square_root(root));  // unlike sqrt(d * d * d), this overflows only where the result does
+    const A scaled =
+        v / (root * square_root(root));  // unlike sqrt(d * d * d), this overflows only where the result does
+    return {scaled, scaled * x / d};
+  } else {
+    A factor, inverse_root;
+    if constexpr (kPower == LrnPower::kRoots) {
+      inverse_root = ptx::rsqrt_approx(d);
+      factor = inverse_root * ptx::sqrt_approx(inverse_root);
+    } else {
+      const A logarithm = ptx::log2_approx(d);
+      inverse_root = ptx::exp2_approx(A(-0.5) * logarithm);
+      factor = ptx::exp2_approx(-beta * logarithm);
+    }
+    const A scaled = v * factor;
+    return {scaled, scaled * (x * (inverse_root * inverse_root))};
+  }
+}
+
+template <LrnPower kPower>
+struct PowerTag {
+  static constexpr LrnPower kValue = kPower;
+};
+
+// f(PowerTag<how this call has it>{}): one branch for all elements of a thread
+template <class T, class F>
+FASTCONV_DEVICE void with_power(const LocalResponseNormParams& p, F&& f) {
+  if (p.power == LrnPower::kRoots) {
+    f(PowerTag<LrnPower::kRoots>{});
+  } else if (sizeof(T) == 2 && p.power == LrnPower::kExp2) {
+    if constexpr (sizeof(T) == 2) f(PowerTag<LrnPower::kExp2>{});
+  } else {
+    f(PowerTag<LrnPower::kAny>{});
+  }
+}
+
+// A vector as it lies in memory: whole words where it has them, which cost less to set to zero and can be shuffled
+template <class T, int kWidth>
+struct RawVector {
+  static constexpr bool kInWords = sizeof(T) <= 4 && sizeof(T) * kWidth >= 4;
+  static constexpr int kCount = kInWords ? kWidth * static_cast<int>(sizeof(T)) / 4 : kWidth;
+  static constexpr int kPerUnit = kWidth / kCount;
+  using Unit = std::conditional_t<kInWords, uint32_t, T>;
+  Vec<Unit, kCount> units;
+};
+
+// Zeros where there is nothing to load
+template <int kWidth, class T>
+FASTCONV_DEVICE RawVector<T, kWidth> load_raw_if(bool exists, const T* source) {
+  using Raw = RawVector<T, kWidth>;
+  Raw raw{};
+  if (exists) raw.units = load<Raw::kCount>(reinterpret_cast<const typename Raw::Unit*>(source));
+  return raw;
+}
+
+template <class T>
+FASTCONV_DEVICE void widen_unit(T unit, Compute<T>* values) {
+  values[0] = widen(unit);
+}
+template <class T>
+FASTCONV_DEVICE void widen_unit(uint32_t word, float* values) {
+  if constexpr (sizeof(T) == 2) {
+    const float2 pair = unpack2<T>(word);
+    values[0] = pair.x;
+    values[1] = pair.y;
+  } else {
+    values[0] = __uint_as_float(word);
+  }
+}
+
+template <class T, int kWidth>
+FASTCONV_DEVICE void widen_raw(const RawVector<T, kWidth>& raw, Compute<T>* values) {
+  using Raw = RawVector<T, kWidth>;
+#pragma unroll
+  for (int i = 0; i < Raw::kCount; ++i) widen_unit<T>(raw.units.v[i], values + i * Raw::kPerUnit);
+}
+
+template <class A, int kWidth>
+FASTCONV_DEVICE void copy(const A* from, A (&to)[kWidth]) {
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) to[i] = from[i];
+}
+
+// x to y, of the sums of squares
+template <class T, class A, int kWidth>
+FASTCONV_DEVICE void normalize(A (&values)[kWidth], const A (&squares)[kWidth], const LocalResponseNormParams& p) {
+  with_power<T>(p, [&](auto tag) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      values[i] = quotients<decltype(tag)::kValue, T>(values[i], A(0), denominator(squares[i], p), p).scaled;
+    }
+  });
+}
+
+// g to g / d^beta, and the sums of squares to t
+template <class T, class A, int kWidth>
+FASTCONV_DEVICE void make_terms(A (&grads)[kWidth], const A (&x)[kWidth], A (&sums)[kWidth],
+                                const LocalResponseNormParams& p) {
+  with_power<T>(p, [&](auto tag) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const Quotients<A> found = quotients<decltype(tag)::kValue, T>(grads[i], x[i], denominator(sums[i], p), p);
+      grads[i] = found.scaled;
+      sums[i] = found.term;
+    }
+  });
+}
+
+// dx from its two terms, of which the second lacks a factor
+template <bool kActivated, class A, int kWidth>
+FASTCONV_DEVICE void make_gradients(A (&scaled)[kWidth], const A (&x)[kWidth], const A (&sums)[kWidth],
+                                    const LocalResponseNormParams& p) {
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const A gradient = fused_multiply_add(-coefficients<A>(p).slope * x[i], sums[i], scaled[i]);
+    scaled[i] = !kActivated || passes_gradient(x[i], p.activation) ? gradient : A(0);
+  }
+}
+
+// The sums of kWindow neighbours (or of their squares) from each of the first kWidth on: of pairs, which two sums
+// share.
+template <bool kSquares, class A, int kWidth, int kLength>
+FASTCONV_DEVICE void sum_windows(const A (&values)[kLength], A (&sums)[kWidth]) {
+  static_assert(kWindow == 5 && kLength == kWidth + kWindow - 1 && kWidth % 2 == 0);
+  const auto plus = [](A sum, A v) { return kSquares ? fused_multiply_add(v, v, sum) : sum + v; };
+  A pairs[kLength / 2];
+#pragma unroll
+  for (int i = 0; i < kLength / 2; ++i) {
+    const A v = values[2 * i];
+    pairs[i] = plus(kSquares ? v * v : v, values[2 * i + 1]);
+  }
+#pragma unroll
+  for (int i = 0; i + 1 < kLength / 2; ++i) {
+    const A four = pairs[i] + pairs[i + 1];
+    if (2 * i < kWidth) sums[2 * i] = plus(four, values[2 * i + 4]);
+    if (i > 0) sums[2 * i - 1] = plus(four, values[2 * i - 1]);
   }
 }
 

@@ -1,5 +1,6 @@
 // LRN of channels that are some stride apart (NCHW), for size 5: a thread owns a vector of pixels and slides along the
-// channels with the window in registers. A grid of few pixels is cut along the channels, too.
+// channels with the window in registers, the next channels on their way. A grid of few pixels is cut along the
+// channels, too.
 #pragma once
 
 #include "cuda/local_response_norm/sm80/arithmetic.cuh"
@@ -21,128 +22,146 @@ struct PlanePosition {
   int first, last;  // channels to compute: first ... last - 1
 };
 
-// How many channels are loaded before the first of them is used. The stores between would otherwise keep the loads
-// back, and a thread of single elements has too few of them under way.
-template <int kWidth>
-constexpr int kAhead = kWidth > 1 ? 2 : 4;
+// Channels come in twos: sums of squares (or of t) then share the sums of pairs, and of fours.
+constexpr int kStep = 2;
 
-// A row of channel `channel`: zeros where there is none.
-template <class T, int kWidth>
-FASTCONV_DEVICE Vec<T, kWidth> load_row(const T* rows, int channel, const LocalResponseNormParams& p) {
-  Vec<T, kWidth> row{};
-  if (channel >= 0 && channel < p.channels) row = load<kWidth>(rows + channel * p.inner);
-  return row;
+// A vector of each of the channels from `channel` on, of which `source` is the first; zeros where there is none.
+template <int kWidth, class T>
+FASTCONV_DEVICE void load_step(const T* source, int channel, const LocalResponseNormParams& p,
+                               RawVector<T, kWidth> (&rows)[kStep]) {
+#pragma unroll
+  for (int h = 0; h < kStep; ++h) {
+    const bool exists = static_cast<unsigned>(channel + h) < static_cast<unsigned>(p.channels);
+    rows[h] = load_raw_if<kWidth>(exists, source + h * p.inner);
+  }
 }
 
-// The oldest row drops out, the new one comes in, activated.
-template <class T, int kWidth>
-FASTCONV_DEVICE void slide(Compute<T> (&window)[kWindow][kWidth], const Vec<T, kWidth>& row, Activation activation) {
+// Values of kStep channels are kept one channel behind the other.
+template <bool kActivated, class T, int kWidth, class A>
+FASTCONV_DEVICE void widen_step(const RawVector<T, kWidth> (&rows)[kStep], const LocalResponseNormParams& p,
+                                A (&values)[kStep * kWidth]) {
+#pragma unroll
+  for (int h = 0; h < kStep; ++h) widen_raw(rows[h], values + h * kWidth);
+  if constexpr (kActivated) {
+#pragma unroll
+    for (int i = 0; i < kStep * kWidth; ++i) values[i] = activate(values[i], p.activation);
+  }
+}
+
+// What the sums over windows remember of the channels before: the sums of the last two, and of the last four
+template <class A, int kWidth>
+struct PlaneSums {
+  A pair[kWidth], four[kWidth];
+};
+
+// The sums of the windows whose last channels come now, of the squares or the values themselves; `oldest` is the first
+// channel of the second window.
+template <bool kSquares, class A, int kWidth>
+FASTCONV_DEVICE void sum_step(PlaneSums<A, kWidth>& state, const A* oldest, const A (&next)[kStep * kWidth],
+                              A (&sums)[kStep * kWidth]) {
+  const auto plus = [](A sum, A v) { return kSquares ? fused_multiply_add(v, v, sum) : sum + v; };
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-#pragma unroll
-    for (int w = 0; w + 1 < kWindow; ++w) window[w][i] = window[w + 1][i];
-    window[kWindow - 1][i] = activate(widen(row.v[i]), activation);
+    const A first = kSquares ? next[i] * next[i] : next[i], pair = plus(first, next[kWidth + i]);
+    sums[i] = state.four[i] + first;
+    state.four[i] = state.pair[i] + pair;
+    state.pair[i] = pair;
+    sums[kWidth + i] = plus(state.four[i], oldest[i]);
   }
 }
 
-template <bool kSquares, class A, int kWidth>
-FASTCONV_DEVICE A sum_window(const A (&window)[kWindow][kWidth], int i) {
-  A sum = 0;
+template <int kWidth, class T, class A>
+FASTCONV_DEVICE void store_step(T* destination, int channel, const PlanePosition<T, kWidth>& at,
+                                const LocalResponseNormParams& p, const A (&values)[kStep * kWidth]) {
 #pragma unroll
-  for (int w = 0; w < kWindow; ++w) {
-    sum = kSquares ? fused_multiply_add(window[w][i], window[w][i], sum) : sum + window[w][i];
+  for (int h = 0; h < kStep; ++h) {
+    A row[kWidth];
+    copy(values + h * kWidth, row);
+    if (h == 0 || channel + h < at.last) store_narrow(destination + h * p.inner, row);
   }
-  return sum;
 }
 
-template <class T, int kWidth>
+template <class T, int kWidth, bool kActivated>
 FASTCONV_KERNEL(kThreads, 2)
 fprop_planes(const LocalResponseNormParams p) {
   using A = Compute<T>;
-  constexpr int kReach = kWindow / 2;
   const PlanePosition<T, kWidth> at(p);
   if (!at.inside) return;
-  const Coefficients<A> of(p);
-  const T* x = static_cast<const T*>(p.input) + at.offset;
-  T* y = static_cast<T*>(p.output) + at.offset;
-  A window[kWindow][kWidth];
-#pragma unroll
-  for (int c = -kReach; c < kReach; ++c) slide(window, load_row<T, kWidth>(x, at.first + c, p), p.activation);
-  for (int begin = at.first; begin < at.last; begin += kAhead<kWidth>) {
-    Vec<T, kWidth> rows[kAhead<kWidth>];
-#pragma unroll
-    for (int a = 0; a < kAhead<kWidth>; ++a) rows[a] = load_row<T, kWidth>(x, begin + a + kReach, p);
-#pragma unroll
-    for (int a = 0; a < kAhead<kWidth>; ++a) {
-      const int c = begin + a;
-      if (c >= at.last) break;
-      slide(window, rows[a], p.activation);
-      A out[kWidth];
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const A d = fused_multiply_add(of.scale, sum_window<true>(window, i), of.k);
-        out[i] = over_power<T>(window[kReach][i], d, of);
-      }
-      store_narrow(y + c * p.inner, out);
-    }
+  const int64_t start = at.offset + at.first * p.inner, step = kStep * p.inner;
+  const T* x = static_cast<const T*>(p.input) + start - step;  // of the channels that are loaded next
+  T* y = static_cast<T*>(p.output) + start;
+  RawVector<T, kWidth> rows[kStep];
+  A last[kStep * kWidth], now[kStep * kWidth], next[kStep * kWidth], sums[kStep * kWidth];
+  PlaneSums<A, kWidth> squares{};
+  load_step(x, at.first - kStep, p, rows);
+  widen_step<kActivated>(rows, p, last);
+  sum_step<true>(squares, last, last, sums);
+  load_step(x += step, at.first, p, rows);
+  widen_step<kActivated>(rows, p, now);
+  sum_step<true>(squares, last, now, sums);
+  load_step(x += step, at.first + kStep, p, rows);
+  for (int c = at.first; c < at.last; c += kStep, y += step) {
+    widen_step<kActivated>(rows, p, next);
+    load_step(x += step, c + 2 * kStep, p, rows);
+    sum_step<true>(squares, last + kWidth, next, sums);
+    copy(now, last);
+    normalize<T>(now, sums, p);
+    store_step(y, c, at, p, now);
+    copy(next, now);
   }
 }
 
-template <class T, int kWidth>
-FASTCONV_KERNEL(kThreads, 2)
+template <class T, int kWidth, bool kActivated>
+FASTCONV_KERNEL(kThreads, sizeof(T) > 4 ? 1 : 2)
 dgrad_planes(const LocalResponseNormParams p) {
   using A = Compute<T>;
-  constexpr int kReach = kWindow / 2;
+  constexpr int kPair = kStep * kWidth;
   const PlanePosition<T, kWidth> at(p);
   if (!at.inside) return;
-  const Coefficients<A> of(p);
-  const T* x = static_cast<const T*>(p.input) + at.offset;
-  const T* g = static_cast<const T*>(p.grad_output) + at.offset;
-  T* dx = static_cast<T*>(p.output) + at.offset;
-  A window[kWindow][kWidth];     // x of j - 2 ... j + 2
-  A terms[kWindow][kWidth];      // t of j - 4 ... j
-  A scaled[kReach + 1][kWidth];  // g / d^beta of j - 2 ... j
+  // t runs kStep channels ahead of dx, and x as many ahead of t: two steps come before the first dx.
+  const int begin = at.first - 2 * kStep;
+  const int64_t start = at.offset + begin * p.inner, step = kStep * p.inner;
+  const T* x = static_cast<const T*>(p.input) + start;
+  const T* g = static_cast<const T*>(p.grad_output) + start + step;
+  T* dx = static_cast<T*>(p.output) + start;
+  RawVector<T, kWidth> rows[kStep], grads[kStep];
+  A x_dx[kPair], x_t[kPair], x_next[kPair];  // of the channels of dx, of t, and of those behind
+  A scaled[kPair] = {}, last[kPair] = {};    // g / d^beta of the channels of dx; t of those before
+  A terms_before[kPair] = {};
+  PlaneSums<A, kWidth> squares{}, terms{};
+  A sums[kPair];
+  load_step(x, begin, p, rows);
+  widen_step<kActivated>(rows, p, x_dx);
+  sum_step<true>(squares, x_dx, x_dx, sums);
+  load_step(x += step, begin + kStep, p, rows);
+  widen_step<kActivated>(rows, p, x_t);
+  sum_step<true>(squares, x_dx, x_t, sums);
+  load_step(x += step, begin + 2 * kStep, p, rows);
+  load_step(g, begin + kStep, p, grads);
+  for (int c = begin; c < at.last; c += kStep, dx += step) {
+    A next_scaled[kPair], next_terms[kPair];
+    widen_step<kActivated>(rows, p, x_next);
+    widen_step<false>(grads, p, next_scaled);
+    load_step(x += step, c + 3 * kStep, p, rows);
+    load_step(g += step, c + 2 * kStep, p, grads);
+    sum_step<true>(squares, x_dx + kWidth, x_next, next_terms);
+    make_terms<T>(next_scaled, x_t, next_terms, p);
 #pragma unroll
-  for (int c = -2 * kReach; c < 0; ++c) slide(window, load_row<T, kWidth>(x, at.first + c, p), p.activation);
-  const int end = at.last + kReach;
-  for (int begin = at.first - kReach; begin < end; begin += kAhead<kWidth>) {
-    Vec<T, kWidth> rows[kAhead<kWidth>], grads[kAhead<kWidth>];
+    for (int h = 0; h < kStep; ++h) {
+      const bool exists = static_cast<unsigned>(c + kStep + h) < static_cast<unsigned>(p.channels);
 #pragma unroll
-    for (int a = 0; a < kAhead<kWidth>; ++a) {
-      rows[a] = load_row<T, kWidth>(x, begin + a + kReach, p);
-      grads[a] = load_row<T, kWidth>(g, begin + a, p);
+      for (int i = h * kWidth; i < (h + 1) * kWidth; ++i) next_terms[i] = exists ? next_terms[i] : A(0);
     }
-#pragma unroll
-    for (int a = 0; a < kAhead<kWidth>; ++a) {
-      const int j = begin + a;
-      if (j >= end) break;
-      slide(window, rows[a], p.activation);
-      const bool exists = j >= 0 && j < p.channels;
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-#pragma unroll
-        for (int w = 0; w + 1 < kWindow; ++w) terms[w][i] = terms[w + 1][i];
-#pragma unroll
-        for (int w = 0; w < kReach; ++w) scaled[w][i] = scaled[w + 1][i];
-        A q = 0, t = 0;
-        if (exists) {
-          const A d = fused_multiply_add(of.scale, sum_window<true>(window, i), of.k);
-          q = over_power<T>(widen(grads[a].v[i]), d, of);
-          t = q * window[kReach][i] / d;
-        }
-        terms[kWindow - 1][i] = t;
-        scaled[kReach][i] = q;
-      }
-      // The last t that channel j - 2 needs has just come.
-      const int c = j - kReach;
-      if (c < at.first) continue;
-      A out[kWidth];
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        out[i] = gradient(scaled[0][i], window[0][i], sum_window<false>(terms, i), of);
-      }
-      store_narrow(dx + c * p.inner, out);
+    sum_step<false>(terms, last + kWidth, next_terms, sums);
+    if (c >= at.first) {
+      make_gradients<kActivated>(scaled, x_dx, sums, p);
+      store_step(dx, c, at, p, scaled);
     }
+    copy(next_scaled, scaled);
+    copy(terms_before, last);
+    copy(next_terms, terms_before);
+    copy(x_t, x_dx);
+    copy(x_next, x_t);
   }
 }
 

@@ -85,11 +85,9 @@ fprop_rows(const LocalResponseNormParams p) {
   __syncthreads();
   const int offset = static_cast<int>(threadIdx.x) * kWidth;
   if (!at.inside || at.first + offset >= p.channels) return;
-  const Coefficients<A> of(p);
   A sums[kWidth];
   sum_row<true, kSize>(row, offset, p.before + 1 + p.after, sums);
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) own[i] = over_power<T>(own[i], fused_multiply_add(of.scale, sums[i], of.k), of);
+  normalize<T>(own, sums, p);
   store_narrow(static_cast<T*>(p.output) + at.pixel * p.channels + at.first + offset, own);
 }
 
@@ -115,16 +113,10 @@ dgrad_rows(const LocalResponseNormParams p) {
   fill_row(x_row, own, x, at, halo, halo, p);
   __syncthreads();
 
-  const Coefficients<A> of(p);
   A sums[kWidth];
   if (inside) {
     sum_row<true, kSize>(x_row, offset + p.after, window, sums);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      const A d = fused_multiply_add(of.scale, sums[i], of.k);
-      scaled[i] = over_power<T>(scaled[i], d, of);
-      sums[i] = scaled[i] * own[i] / d;
-    }
+    make_terms<T>(scaled, own, sums, p);
   } else {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) sums[i] = 0;
@@ -138,8 +130,10 @@ dgrad_rows(const LocalResponseNormParams p) {
     if (at.inside && channel >= 0 && channel < p.channels) {
       A sum[1];
       sum_row<true, kSize>(x_row, position, window, sum);
-      const A d = fused_multiply_add(of.scale, sum[0], of.k);
-      t = over_power<T>(widen(g[channel]), d, of) * x_row[slot(position + p.before)] / d;
+      A grad[1] = {widen(g[channel])};
+      const A mine[1] = {x_row[slot(position + p.before)]};
+      make_terms<T>(grad, mine, sum, p);
+      t = sum[0];
     }
     t_row[slot(position)] = t;
   }
@@ -147,9 +141,8 @@ dgrad_rows(const LocalResponseNormParams p) {
 
   if (!inside) return;
   sum_row<false, kSize>(t_row, offset, window, sums);
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) own[i] = gradient(scaled[i], own[i], sums[i], of);
-  store_narrow(static_cast<T*>(p.output) + start + at.first + offset, own);
+  make_gradients<true>(scaled, own, sums, p);
+  store_narrow(static_cast<T*>(p.output) + start + at.first + offset, scaled);
 }
 
 }  // namespace fastconv::cuda::inline sm80::lrn

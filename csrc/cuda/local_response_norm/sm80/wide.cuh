@@ -24,10 +24,9 @@ FASTCONV_DEVICE Compute<T> wide_x(const LocalResponseNormParams& p, const WidePo
   return activate(widen(static_cast<const T*>(p.input)[at.index + offset]), p.activation);
 }
 
-// d of the element at
+// The sum of the squares that the element at has in its window
 template <class T>
-FASTCONV_DEVICE Compute<T> wide_denominator(const LocalResponseNormParams& p, const WidePosition& at,
-                                            const Coefficients<Compute<T>>& of) {
+FASTCONV_DEVICE Compute<T> wide_squares(const LocalResponseNormParams& p, const WidePosition& at) {
   const int first = at.channel < p.before ? -at.channel : -p.before;
   const int last = at.channel + p.after < p.channels ? p.after : p.channels - 1 - at.channel;
   Compute<T> sum = 0;
@@ -35,7 +34,7 @@ FASTCONV_DEVICE Compute<T> wide_denominator(const LocalResponseNormParams& p, co
     const Compute<T> v = wide_x<T>(p, at, c * p.inner);
     sum = fused_multiply_add(v, v, sum);
   }
-  return fused_multiply_add(of.scale, sum, of.k);
+  return sum;
 }
 
 template <class T>
@@ -43,9 +42,10 @@ FASTCONV_KERNEL(kThreads, 4)
 fprop_wide(const LocalResponseNormParams p) {
   const WidePosition at(p);
   if (!at.inside) return;
-  const Coefficients<Compute<T>> of(p);
-  const Compute<T> d = wide_denominator<T>(p, at, of);
-  static_cast<T*>(p.output)[at.index] = narrow<T>(over_power<T>(wide_x<T>(p, at), d, of));
+  const Compute<T> squares[1] = {wide_squares<T>(p, at)};
+  Compute<T> value[1] = {wide_x<T>(p, at)};
+  normalize<T>(value, squares, p);
+  static_cast<T*>(p.output)[at.index] = narrow<T>(value[0]);
 }
 
 // t into the workspace
@@ -54,10 +54,11 @@ FASTCONV_KERNEL(kThreads, 4)
 dgrad_wide_terms(const LocalResponseNormParams p) {
   const WidePosition at(p);
   if (!at.inside) return;
-  const Coefficients<Compute<T>> of(p);
-  const Compute<T> d = wide_denominator<T>(p, at, of);
-  const Compute<T> q = over_power<T>(widen(static_cast<const T*>(p.grad_output)[at.index]), d, of);
-  static_cast<Compute<T>*>(p.workspace)[at.index] = q * wide_x<T>(p, at) / d;
+  Compute<T> term[1] = {wide_squares<T>(p, at)};
+  Compute<T> grad[1] = {widen(static_cast<const T*>(p.grad_output)[at.index])};
+  const Compute<T> x[1] = {wide_x<T>(p, at)};
+  make_terms<T>(grad, x, term, p);
+  static_cast<Compute<T>*>(p.workspace)[at.index] = term[0];
 }
 
 template <class T>
@@ -66,15 +67,17 @@ dgrad_wide_sums(const LocalResponseNormParams p) {
   using A = Compute<T>;
   const WidePosition at(p);
   if (!at.inside) return;
-  const Coefficients<A> of(p);
-  const A d = wide_denominator<T>(p, at, of);
-  const A q = over_power<T>(widen(static_cast<const T*>(p.grad_output)[at.index]), d, of);
+  const A squares[1] = {wide_squares<T>(p, at)};
+  A scaled[1] = {widen(static_cast<const T*>(p.grad_output)[at.index])};
+  normalize<T>(scaled, squares, p);
   const A* t = static_cast<const A*>(p.workspace) + at.index;
   const int first = at.channel < p.after ? -at.channel : -p.after;
   const int last = at.channel + p.before < p.channels ? p.before : p.channels - 1 - at.channel;
-  A sum = 0;
-  for (int c = first; c <= last; ++c) sum += t[c * p.inner];
-  static_cast<T*>(p.output)[at.index] = narrow<T>(gradient(q, wide_x<T>(p, at), sum, of));
+  A sum[1] = {0};
+  for (int c = first; c <= last; ++c) sum[0] += t[c * p.inner];
+  const A x[1] = {wide_x<T>(p, at)};
+  make_gradients<true>(scaled, x, sum, p);
+  static_cast<T*>(p.output)[at.index] = narrow<T>(scaled[0]);
 }
 
 }  // namespace fastconv::cuda::inline sm80::lrn

@@ -71,6 +71,23 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
   detail::mma(emulator::Mma::kTf32, d, a, b, where);
 }
 
+inline float rsqrt_approx(float v) {
+  emulator::note(uses::kRsqrt);
+  return 1.0f / std::sqrt(v);
+}
+inline float sqrt_approx(float v) {
+  emulator::note(uses::kSqrt);
+  return std::sqrt(v);
+}
+inline float log2_approx(float v) {
+  emulator::note(uses::kLog2);
+  return std::log2(v);
+}
+inline float exp2_approx(float v) {
+  emulator::note(uses::kExp2);
+  return std::exp2(v);
+}
+
 inline uint32_t to_tf32(float v) {
   emulator::note(uses::kToTf32);
   const uint32_t bits = std::bit_cast<uint32_t>(v);

@@ -83,10 +83,6 @@ inline int __popc(unsigned v) { return std::popcount(v); }
 inline int __clz(int v) { return std::countl_zero(static_cast<unsigned>(v)); }
 inline int __ffs(int v) { return v ? std::countr_zero(static_cast<unsigned>(v)) + 1 : 0; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
-inline float rsqrtf(float v) {
-  fastconv::emulator::note(fastconv::cuda::uses::kRsqrt);
-  return 1.0f / std::sqrt(v);
-}
 inline float __expf(float v) { return std::exp(v); }
 inline float __logf(float v) { return std::log(v); }
 inline float __log2f(float v) { return std::log2(v); }
