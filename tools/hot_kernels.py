@@ -21,7 +21,7 @@ from zoo_convolutions import Convolution
 # Those for 16-bit types run the same code for both, and are tried with float16.
 HOT = re.compile(
     r"conv2d_(fprop|dgrad|wgrad)_(fp16|tf32|fp32)_(?!reduce)|depthwise_conv2d_\w+_nhwc_\dx|depthwise_separable_conv2d_\w+_3x"
-    r"|(add_relu|activation_dgrad|conv2d_gradient)\w*_vec16|local_response_norm_\w+_vec"
+    r"|(add_relu|activation_dgrad|conv2d_gradient)\w*_vec16|local_response_norm_\w+_(vec|lanes)"
 )
 # Of kernels that move data: tensors that are moved, by those that are stored; 0 where tensors are only read.
 MOVED = {
