@@ -12,11 +12,12 @@ SANITIZERS := -fsanitize=address,undefined
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=undefined $(SANITIZERS)
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),c++) -print-file-name=$(name)))
 
-.PHONY: help demo test check style bench gpu-check gpu-results sanitize clean
+.PHONY: help demo test check style bench sass gpu-check gpu-results sanitize clean
 help:
 	@echo "make demo    networks on real photographs and digits, reference against fastconv"
 	@echo "make test    the test suite"
 	@echo "make bench   times single layers of every op; whole networks: python -m fastconv bench"
+	@echo "make sass    what the CUDA kernels can reach, from their machine code and the planner; needs no GPU"
 	@echo "make gpu-check OUT=folder   builds, proves and times the GPU kernels, in 9.5 minutes; RESUME=folder goes on from there"
 	@echo "make gpu-results FROM=folder   puts what gpu-check found where the repository keeps it"
 	@echo "make sanitize   the CPU kernels under address and undefined-behaviour sanitizers"
@@ -32,6 +33,9 @@ test: .venv/built
 
 bench: .venv/built
 	$(PY) -m pytest benchmarks $(ARGS)
+
+sass: .venv/built
+	$(PY) tools/sass.py $(ARGS)
 
 # Without .venv: it runs in the python3 whose torch knows the GPU.
 gpu-check:

@@ -1,7 +1,7 @@
 """The machine code of the CUDA kernels, as far as one can judge it without a GPU."""
 
+import copy
 import importlib.util
-import json
 import re
 import subprocess
 
@@ -9,11 +9,10 @@ import pytest
 
 pytest.importorskip("ninja", reason="the build's own requirements are not installed here")
 from emulator.build import import_build
-from fastconv.operators import library
-from support import cuda_objects
+from support.tools import expected, machine_code
 
 # Disassembling takes a while.
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cuda_library")]
 
 # Later GPUs compile the library's PTX when they load it: here, ptxas does.
 LATER = ["sm_100", "sm_120"]
@@ -21,20 +20,14 @@ LATER = ["sm_100", "sm_120"]
 LOCAL_MEMORY: dict[str, str] = {}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def built():
-    """That there is something to look at, and that it is what csrc says now."""
-    if not library.LOADED:
-        pytest.skip("the library is not built here")
-    from fastconv import _C
+def kernels() -> dict[str, dict[str, machine_code.Kernel]]:
+    return machine_code.kernels(machine_code.library())
 
-    if not _C.kernel_table():
-        pytest.skip(f"the library has no CUDA kernels: {_C.build_info()['cuda']}")
-    if cuda_objects.find_cuobjdump() is None:
-        pytest.skip("cuobjdump is not installed here; it comes with the CUDA toolkit and with Triton")
-    build = import_build()
-    if build.sources.CSRC.is_dir() and _C.build_info()["source_hash"] != build.ninjafile.source_hash():
-        pytest.skip("the library is older than csrc; build it again")
+
+def instructions(arch: str) -> dict[str, set[str]]:
+    """With all their suffixes."""
+    found = machine_code.code(machine_code.library(), arch)
+    return {name: {instruction.name for instruction in code} for name, code in found.items()}
 
 
 def wanted(name: str) -> set[str]:
@@ -55,16 +48,16 @@ def wanted(name: str) -> set[str]:
 
 
 def test_every_architecture_has_the_same_kernels():
-    kernels = cuda_objects.kernels()
-    assert {"sm_80", "sm_90a"} <= kernels.keys()
-    for_all = [{name for name in each if not re.match(r"sm\d+[af]::", name)} for each in kernels.values()]
+    found = kernels()
+    assert {"sm_80", "sm_90a"} <= found.keys()
+    for_all = [{name for name in each if not re.match(r"sm\d+[af]::", name)} for each in found.values()]
     assert len({frozenset(each) for each in for_all}) == 1
 
 
 def test_no_local_memory():
     spilled = {
         f"{arch}: {name}": kernel.stack
-        for arch, each in cuda_objects.kernels().items()
+        for arch, each in kernels().items()
         for name, kernel in each.items()
         if kernel.stack and name not in LOCAL_MEMORY
     }
@@ -74,41 +67,39 @@ def test_no_local_memory():
 def test_no_static_shared_memory():
     # Of every block on sm_90, 1 KiB is the system's.
     most = {"sm_80": 0, "sm_90a": 1024}
-    for arch, each in cuda_objects.kernels().items():
+    for arch, each in kernels().items():
         assert max(kernel.shared for kernel in each.values()) <= most.get(arch, 1024), arch
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_instructions(arch):
-    found = {
-        name: {word.partition(".")[0] for word in words} for name, words in cuda_objects.instructions(arch).items()
-    }
-    assert found.keys() == cuda_objects.kernels()[arch].keys()
+    found = {name: {word.partition(".")[0] for word in words} for name, words in instructions(arch).items()}
+    assert found.keys() == kernels()[arch].keys()
     telling = {"HMMA", "LDSM", "LDGSTS"}
     other = {name: kinds & telling for name, kinds in found.items() if kinds & telling != wanted(name)}
     assert other == {}
     assert any(wanted(name) == telling for name in found)
-    assert any("HMMA.1688.F32.TF32" in words for words in cuda_objects.instructions(arch).values())
+    assert any("HMMA.1688.F32.TF32" in words for words in instructions(arch).values())
     local = {name: kinds & {"LDL", "STL"} for name, kinds in found.items() if name not in LOCAL_MEMORY}
     assert not any(local.values()), local
 
 
 def test_resources_are_those_recorded():
-    recorded = json.loads(cuda_objects.RECORD.read_text())
-    if recorded["nvcc"] != cuda_objects.nvcc_version():
-        pytest.skip(f"recorded with nvcc {recorded['nvcc']}, built with {cuda_objects.nvcc_version()}")
-    changed = cuda_objects.differences(recorded, cuda_objects.measured())
-    assert changed == [], "python tests/support/cuda_objects.py --write records what is meant"
+    recorded = expected.recorded_resources()
+    if recorded["nvcc"] != expected.nvcc_version():
+        pytest.skip(f"recorded with nvcc {recorded['nvcc']}, built with {expected.nvcc_version()}")
+    changed = expected.resource_changes(recorded, expected.resources())
+    assert changed == [], "make sass ARGS=--write records what is meant"
 
 
 def test_a_changed_resource_is_noticed():
-    now = cuda_objects.measured()
-    other = json.loads(json.dumps(now))
+    now = expected.resources()
+    other = copy.deepcopy(now)
     name = next(iter(other["code"]["sm_80"]))
     other["code"]["sm_80"][name] += 1
     gone = next(iter(other["code"]["sm_90a"]))
     del other["code"]["sm_90a"][gone]
-    assert [line.partition(":")[0] for line in cuda_objects.differences(other, now)] == ["sm_80", "sm_90a"]
+    assert [line.partition(":")[0] for line in expected.resource_changes(other, now)] == ["sm_80", "sm_90a"]
 
 
 @pytest.mark.parametrize("arch", LATER)
@@ -118,7 +109,7 @@ def test_ptx_compiles_for_later_gpus(arch, tmp_path):
     if not ptxas or not ptxas.is_file():
         triton = importlib.util.find_spec("triton")
         pytest.skip(f"there is no ptxas of the CUDA toolkit on this machine{' (Triton has its own)' if triton else ''}")
-    files = cuda_objects.ptx(tmp_path)
+    files = machine_code.ptx(machine_code.library(), tmp_path)
     assert files
     for file in files:
         result = subprocess.run(

@@ -1,0 +1,129 @@
+"""The kernels that matter for speed: a call that runs each of them, and what its machine code does in its main loop."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import machine_code
+import plans
+from gpu_model import GPUS, Trip
+from zoo_convolutions import Convolution
+
+# Those for 16-bit types run the same code for both, and are tried with float16.
+HOT = re.compile(
+    r"conv2d_(fprop|dgrad|wgrad)_(fp16|tf32|fp32)_(?!reduce)|depthwise_conv2d_\w+_nhwc_\dx|depthwise_separable_conv2d_\w+_3x"
+    r"|(add_relu|activation_dgrad|conv2d_gradient)\w*_vec16|local_response_norm_\w+_(vec|lanes)"
+)
+# Of kernels that move data: tensors that are moved, by those that are stored; 0 where tensors are only read.
+MOVED = {
+    "add_relu_fprop": 3,
+    "activation_dgrad": 3,  # gradient, output, result
+    "conv2d_gradient": 3,
+    "depthwise_conv2d_fprop": 2,
+    "depthwise_conv2d_dgrad": 3,
+    "depthwise_conv2d_wgrad": 0,
+    "local_response_norm_fprop": 2,
+    "local_response_norm_dgrad": 3,
+}
+
+
+@dataclass(frozen=True)
+class HotKernel:
+    """A kernel as it is launched.
+
+    Attributes:
+        name: in the table of kernels.
+        code: as machine_code has it.
+        stages: of its asynchronous pipeline, 0 without one.
+    """
+
+    name: str
+    op: str
+    code: str
+    threads: int
+    shared_bytes: int
+    stages: int
+
+    def trip(self, code: machine_code.Code) -> Trip:
+        if self.op in MOVED:
+            ratio = MOVED[self.op]
+            # A loop for the rows of a square filter; wgrad's blocks have one row each.
+            rows = int(self.name[-2]) if self.name.endswith("x") and ratio else 1
+            path = machine_code.moving(code, rows, stores=ratio != 0)
+            loaded = machine_code.loaded(path)
+            moved = ratio * machine_code.stored(path) if ratio else loaded
+            return Trip(machine_code.counted(path), 0, loaded, moved)
+        loop = machine_code.main_loop(code)
+        assert loop is not None, self.name
+        body = machine_code.without_sums(loop)
+        kinds = {kind: [one for one in body.instructions if one.kind == kind] for kind in machine_code.CLASSES}
+        through_shared = sum(one.bytes for kind in ("ldsm", "shared", "copy") for one in kinds[kind])
+        copied = sum(one.bytes for one in kinds["copy"]) + machine_code.loaded(body.instructions)
+        return Trip(body.counts, through_shared // 128, copied)
+
+
+def hot_kernels() -> Iterator[HotKernel]:
+    for entry in plans.table():
+        if HOT.match(entry["name"]):
+            yield _launched(entry)
+
+
+def _launched(entry: dict[str, Any]) -> HotKernel:
+    name, op = entry["name"], entry["op"]
+    for call, tf32 in _calls(op):
+        with contextlib.suppress(RuntimeError), plans.forced(op, name), _tf32(tf32):
+            launch = next(each for each in plans.plan(GPUS[0], call)[-1].launches if each.kernel == name)
+            return HotKernel(name, op, launch.code, launch.threads, launch.shared_bytes, entry["stages"])
+    raise RuntimeError(f"{name}: none of the calls in {Path(__file__).name} runs it")
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _calls(op: str) -> Iterator[tuple[plans.Call, bool]]:
+    """Calls of this op, one of which each of its kernels runs; and whether TF32 is allowed in it."""
+    for dtype, tf32 in ((torch.float16, False), (torch.float32, True), (torch.float32, False)):
+        for call in _calls_with(op, dtype):
+            yield call, tf32
+
+
+def _calls_with(op: str, dtype: torch.dtype) -> Iterator[plans.Call]:
+    family, _, direction = op.rpartition("_")
+    ops = torch.ops.fastconv_emulated
+    image = plans.empty((1, 64, 14, 14), dtype)
+    if family == "add_relu":
+        yield partial(ops.add_relu, image, torch.empty_like(image), "relu")
+    elif family == "activation":
+        yield partial(ops.add_relu_backward, image, torch.empty_like(image), "relu")
+    elif family == "local_response_norm":
+        for given in (image, image.contiguous()):
+            if direction == "fprop":
+                yield partial(ops.local_response_norm, given, 5, 1e-4, 0.75, 1.0, "none")
+            else:
+                yield partial(ops.local_response_norm_backward, given, given, 5, 1e-4, 0.75, 1.0, "none")
+    elif family == "depthwise_separable_conv2d":
+        weights = plans.empty((64, 1, 3, 3), dtype), plans.empty((64, 64, 1, 1), dtype)
+        yield partial(ops.depthwise_separable_conv2d, image, *weights, None, None, *[[1, 1]] * 3, "relu", "relu")
+    else:
+        groups = 64 if family == "depthwise_conv2d" else 1
+        for side, relu in itertools.product((3, 5), (True, False)):
+            padding = (side // 2, side // 2)
+            conv = Convolution(64, (14, 14), 64, (side, side), (1, 1), padding, groups, relu)
+            # Gradients are prepared for both passes.
+            yield plans.call_of(conv, 1, "wgrad" if direction == "gradient" else direction, dtype)

@@ -1,0 +1,159 @@
+"""The tables of `sass.py`: for people, and for csrc/README.md."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import expected
+import zoo_convolutions
+from expected import BATCHES, Layers, Loop
+from fastconv.measure.layers import LAYERS
+from gpu_model import GPUS, bound
+from zoo_convolutions import Convolution
+
+README = Path(__file__).resolve().parents[1] / "csrc/README.md"
+BEGIN, END = "<!-- python tools/sass.py --write -->", "<!-- end -->"
+_COLUMNS = ("tensor", "fma", "ldsm", "shared", "copy", "global", "local", "address", "predicate", "branch")
+
+
+@dataclass
+class Table:
+    title: str
+    head: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+
+    def print(self) -> None:
+        widths = [max(map(len, column)) for column in zip(self.head, *self.rows, strict=True)]
+        print(f"\n{self.title}")
+        for row in (self.head, *self.rows):
+            first, *others = zip(row, widths, strict=True)
+            print("  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]))
+
+    def markdown(self) -> str:
+        rule = ["---", *["--:"] * (len(self.head) - 1)]
+        return "\n".join(f"| {' | '.join(row)} |" for row in (self.head, rule, *self.rows))
+
+
+def kernels(loops: dict[str, dict[str, Loop]]) -> Table:
+    head = ["kernel", "arch", "to", "all", *_COLUMNS, "other", "registers", "blocks", "in flight", "bound"]
+    table = Table("Main loops: instructions of a warp", head)
+    for name in loops[GPUS[0].arch]:
+        for gpu in GPUS:
+            loop = loops[gpu.arch][name]
+            scale = loop.instructions / loop.trip.instructions
+            counts = [loop.trip.counts.get(kind, 0) for kind in _COLUMNS]
+            numbers = [loop.instructions, *(count * scale for count in counts)]
+            numbers.append((loop.trip.instructions - sum(counts)) * scale)
+            takes = [str(loop.registers), str(loop.blocks(gpu)), f"{loop.bytes_in_flight(gpu) / 1024:.0f} KiB"]
+            cells = [f"{number:.0f}" for number in numbers]
+            table.rows.append([name, gpu.arch, loop.unit, *cells, *takes, f"{gpu.name} {bound(loop.trip, gpu)}"])
+    return table
+
+
+def networks(layers: Layers) -> Iterator[Table]:
+    """For each GPU what the planner makes of the networks, a column for each batch size."""
+    for gpu in GPUS:
+        head = ["network and pass"]
+        head += [f"{what}, batch {batch}" for what in ("fill x waves", "least", "of roofline") for batch in BATCHES]
+        table = Table(
+            f"The planner on {gpu.name}: means and least of the layers, time of the roofline by expected", head
+        )
+        for network, found in zoo_convolutions.load().items():
+            for direction in ("fprop", "dgrad", "wgrad"):
+                key = f"{gpu.name} {direction}"
+                counts = {conv: count for conv, count in found.items() if key in layers[conv]}
+                columns: list[list[str]] = [[], [], []]
+                for i, batch in enumerate(BATCHES):
+                    shares = [layers[conv][key][i].share for conv, count in counts.items() for _ in range(count)]
+                    times = sum(layers[conv][key][i].microseconds * count for conv, count in counts.items())
+                    least = sum(expected.roofline(conv, direction, batch, gpu) * n for conv, n in counts.items())
+                    for column, value in zip(
+                        columns, (statistics.mean(shares), min(shares), least / times), strict=True
+                    ):
+                        column.append(f"{value:.2f}")
+                table.rows.append([f"{network} {direction}", *(cell for column in columns for cell in column)])
+        yield table
+
+
+def layers(network: str, layers: Layers, times: dict[tuple[Convolution, int], float]) -> Table:
+    head = ["layer", "pass", "batch", "kernel", "blocks", "splits", "fill", "waves", "expected us", "roofline us"]
+    table = Table(f"{network}", [*head, *(["measured us"] if times else [])])
+    for conv in zoo_convolutions.load()[network]:
+        for gpu in GPUS:
+            for direction in expected.directions(conv):
+                for batch, layer in zip(BATCHES, layers[conv][f"{gpu.name} {direction}"], strict=True):
+                    seconds = times.get((replace(conv, relu=False), batch)) if direction == "fprop" else None
+                    blocks = f"{layer.blocks}/{layer.launches}" if layer.launches > 1 else str(layer.blocks)
+                    row = [str(conv), f"{gpu.name} {direction}", str(batch), layer.kernel, blocks, str(layer.splits)]
+                    row += [f"{layer.fill:.2f}", f"{layer.waves:.2f}", f"{layer.microseconds:.4g}"]
+                    row.append(f"{expected.roofline(conv, direction, batch, gpu):.4g}")
+                    if times:
+                        row.append(f"{1e6 * seconds:.4g}" if seconds else "")
+                    table.rows.append(row)
+    return table
+
+
+def measured(file: Path | None) -> dict[tuple[Convolution, int], float]:
+    """Seconds of fastconv's forward in float16 and channels_last, by convolution and batch size."""
+    found = {}
+    known = {(layer.op, layer.name): layer for layer in LAYERS}
+    for line in file.read_text().splitlines() if file else ():
+        row = json.loads(line)
+        if (row.get("contender"), row.get("layout"), row.get("direction")) != ("fastconv", "channels_last", "forward"):
+            continue
+        layer = known.get((row["op"], row["layer"]))
+        if layer and "weight" in layer.shapes and row["dtype"] == "fp16":
+            _, channels, *image = layer.shapes["input"]
+            filters, _, *kernel = layer.shapes["weight"]
+            stride, padding = (_pair(layer.options.get(name, value)) for name, value in (("stride", 1), ("padding", 0)))
+            groups = layer.options.get("groups", channels if layer.op == "depthwise_conv2d" else 1)
+            conv = Convolution(channels, _pair(image), filters, _pair(kernel), stride, padding, groups, False)
+            found[conv, row["batch"]] = row["median_s"]
+    return found
+
+
+def _pair(value: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+# -------------------------------------------------------------------------------------------------- csrc/README.md
+
+
+def markdown() -> str:
+    """What csrc/README.md is to show of what is recorded: all networks, and kernels but for those of float32."""
+    loops, layers = expected.recorded_loops(), expected.recorded_layers()
+    a100, h100 = (loops[gpu.arch] for gpu in GPUS)
+    table = Table("", ["kernel", "to", "instructions", "registers", "blocks", "in flight", *(gpu.name for gpu in GPUS)])
+    for name, loop in a100.items():
+        if "fp32" in name or "tf32" in name or "gather" in name:
+            continue
+        both = list(zip((loop, h100[name]), GPUS, strict=True))
+        numbers = [
+            [f"{each.instructions:.0f}" for each, _ in both],
+            [str(each.registers) for each, _ in both],
+            [str(each.blocks(gpu)) for each, gpu in both],
+            [f"{each.bytes_in_flight(gpu) / 1024:.0f}" for each, gpu in both],
+        ]
+        bounds = [str(bound(each.trip, gpu)) for each, gpu in both]
+        table.rows.append([f"`{name}`", loop.unit, *(" / ".join(each) for each in numbers), *bounds])
+    short = Table(
+        "", ["network and pass", *(f"{gpu.name}, {what}" for gpu in GPUS for what in ("fill x waves", "of roofline"))]
+    )
+    for rows in zip(*(each.rows for each in networks(layers)), strict=True):
+        cells = [" / ".join(row[i : i + len(BATCHES)]) for row in rows for i in (1, 1 + 2 * len(BATCHES))]
+        short.rows.append([rows[0][0], *cells])
+    return f"{BEGIN}\n\n{table.markdown()}\n\n{short.markdown()}\n\n{END}"
+
+
+def shown() -> str:
+    """What csrc/README.md shows now."""
+    _, begin, rest = README.read_text().partition(BEGIN)
+    return begin + rest.partition(END)[0] + END
+
+
+def write_readme() -> None:
+    README.write_text(README.read_text().replace(shown(), markdown()))
