@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -44,12 +47,35 @@ def no_gpu() -> str | None:
     return None
 
 
+def driver_cuda() -> int | None:
+    """The major version of CUDA that the driver is for. Torch has no name for it that all its releases know."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        failed = True
+    return None if failed else version.value // 1000
+
+
 def _no_cuda() -> str | None:
     if not library.LOADED:
         return library.PROBLEM
+    built = library.build_info()["cuda"]
     if not library.has_cuda():
-        return f"the library has no CUDA kernels ({library.build_info()['cuda']})"
-    return no_gpu()
+        return f"the library has no CUDA kernels ({built})"
+    return no_gpu() or old_driver(built)
+
+
+@functools.cache
+def old_driver(built: str) -> str | None:
+    """Why the driver cannot run the library, which brings a CUDA runtime of its own, newer perhaps than torch's."""
+    runtime, driver = re.search(r"by nvcc (\d+)", built), driver_cuda()
+    if runtime is None or driver is None or driver >= int(runtime[1]):
+        return None
+    return (
+        f"the NVIDIA driver is for CUDA {driver}, and the library was built with CUDA {runtime[1]}: update the driver, "
+        f"or build fastconv with CUDA {driver} (CUDA_HOME)"
+    )
 
 
 def interpreted() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import platform
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..version import __version__
-from . import library
+from . import backends, library
 from .messages import one_line
 
 _LONGEST = 100  # characters of a device's name
@@ -84,7 +83,7 @@ def _of_cpu(threads: int) -> dict[str, str]:
 def _of_gpu(index: int) -> dict[str, str]:
     return {
         "device": one_line(torch.cuda.get_device_name(index), _LONGEST),
-        "driver": _driver(),
+        "driver": str(backends.driver_cuda() or "unknown"),
         "cudnn": str(torch.backends.cudnn.version() or "none"),
         **_of_software(),
     }
@@ -99,13 +98,3 @@ def _of_software() -> dict[str, str]:
         "torch": str(torch.__version__),
         "triton": installed("triton") or "none",
     }
-
-
-def _driver() -> str:
-    """The major version of CUDA that the driver is for. Torch has no name for it that all its releases know."""
-    version = ctypes.c_int()
-    try:
-        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except OSError:
-        failed = True
-    return "unknown" if failed else str(version.value // 1000)

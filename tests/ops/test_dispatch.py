@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 import fastconv
 from fastconv import ops
+from fastconv.operators import backends, library
 from fastconv.operators.schemas import WITH_OUT
 from support import dispatching
 from support.cases import CASES, FIRST, Case, Concatenation, named, run
@@ -234,6 +237,47 @@ def test_backend_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.add_relu(x, x, backend="cuda")
     with pytest.raises(RuntimeError, match="cannot run here"), fastconv.use_backend("triton"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("version", "built", "message"),
+    [
+        (
+            12080,
+            "conv2d for sm_80+PTX, by nvcc 13.0",
+            "the NVIDIA driver is for CUDA 12, and the library was built with",
+        ),
+        (13000, "conv2d for sm_80+PTX, by nvcc 13.2", None),
+        (13010, "conv2d for sm_80+PTX, by nvcc 12.9", None),
+        (None, "conv2d for sm_80+PTX, by nvcc 13.0", None),
+    ],
+)
+def test_a_driver_that_is_too_old(
+    monkeypatch: pytest.MonkeyPatch, version: int | None, built: str, message: str | None
+) -> None:
+    """Torch may come with an older CUDA, and so run where the library's own runtime cannot."""
+
+    class Driver:
+        def __init__(self, name: str) -> None:
+            if version is None:
+                raise OSError(name)
+
+        def cuDriverGetVersion(self, found: Any) -> int:
+            found._obj.value = version
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", Driver)
+    backends.old_driver.cache_clear()
+    monkeypatch.setattr(backends, "no_gpu", lambda: None)
+    monkeypatch.setattr(library, "LOADED", True)
+    monkeypatch.setattr(library, "has_cuda", lambda: True)
+    monkeypatch.setattr(library, "build_info", lambda: {"cuda": built})
+    reason = backends.problem("cuda")
+    backends.old_driver.cache_clear()
+    if message is None:
+        assert reason is None
+    else:
+        assert str(reason).startswith(message)
 
 
 def test_use_backend_is_undone_after_an_error() -> None:

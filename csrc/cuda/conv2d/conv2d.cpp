@@ -10,14 +10,12 @@
 // side. float64 and empty batches go through aten, except for depthwise convolutions.
 #include "cuda/conv2d/conv2d.h"
 
-#include <limits>
-
 #include "common/aten.h"
 #include "common/conv2d_operators.h"
 #include "common/layout.h"
 #include "common/pointwise_conv2d_group_operators.h"
 #include "cuda/conv2d/plan.h"
-#include "cuda/conv2d_operands/plan.h"
+#include "cuda/conv2d_operands/conv2d_operands.h"
 #include "cuda/depthwise_conv2d/depthwise_conv2d.h"
 #include "cuda/elementwise/activation.h"
 #include "cuda/runtime/device.h"
@@ -26,41 +24,7 @@
 namespace fastconv::cuda {
 namespace {
 
-constexpr int64_t kFewChannels = 4;  // the narrowest vector of 16-bit types
-constexpr int64_t kMostToPack = 16;  // channels of a contiguous image; wider ones are copied by torch
-
 bool has_kernels(const Tensor& input) { return input.scalar_type() != ScalarType::Double && input.numel() > 0; }
-
-// Of dimensions of one element, whose stride says nothing, what any kernel can take
-Strides strides_of(const Tensor& image) {
-  const auto stride = [&](int axis) { return image.size(axis) == 1 ? 0 : image.stride(axis); };
-  return {stride(0), image.size(1) == 1 ? 1 : image.stride(1), stride(2), stride(3)};
-}
-
-bool has_channels_side_by_side(const Tensor& image) { return image.size(1) == 1 || image.stride(1) == 1; }
-
-Tensor side_by_side(const Tensor& image) {
-  return has_channels_side_by_side(image) ? image : torch::stable::contiguous(image, MemoryFormat::ChannelsLast);
-}
-
-int element_bytes(const Tensor& tensor) { return element_bytes(element_type(tensor)); }
-
-// So many channels, with some of 0 behind them where no vectors fit; a group's cannot have more.
-int64_t packed_channels(const Tensor& like, int64_t channels, int64_t groups) {
-  if (groups > 1 || channels % kFewChannels == 0) return channels;
-  const int64_t vector = channels < kFewChannels ? kFewChannels : 16 / element_bytes(like);
-  return ceil_div(channels, vector) * vector;
-}
-
-// Whether kernels can read the channels of its groups by 16 bytes, or by 8 where those are no multiples of 16.
-bool fits_vectors(const Tensor& image, int64_t groups) {
-  if (!has_channels_side_by_side(image)) return false;
-  const int64_t bytes = image.size(1) / groups * element_bytes(image) % 16 == 0 ? 16 : 8;
-  const int64_t vector = bytes / element_bytes(image);
-  const Strides strides = strides_of(image);
-  return image.size(1) / groups % vector == 0 && is_aligned(image.const_data_ptr(), static_cast<int>(bytes)) &&
-         strides.n % vector == 0 && strides.h % vector == 0 && strides.w % vector == 0;
-}
 
 IntList sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 
@@ -75,12 +39,6 @@ Tensor delivered(const Tensor& image, bool channels_last) {
 // Whether the kernels write into `out` itself; they read the residual with its strides.
 bool is_writable(const Tensor& out, const std::optional<Tensor>& residual, bool direct) {
   return (direct || out.stride(1) == 1) && (!residual || residual->strides().equals(out.strides()));
-}
-
-int extent(const char* what, int64_t value) {
-  STD_TORCH_CHECK(value <= std::numeric_limits<int>::max() - kSpareExtent, "fastconv: got a convolution with ", value,
-                  " ", what, ", needed at most 2^31 - ", kSpareExtent + 1, "; split the batch");
-  return static_cast<int>(value);
 }
 
 ConvArguments arguments_of(const Tensor& input, const Tensor& weight, int64_t p, int64_t q,
@@ -116,39 +74,6 @@ void run(Pass pass, Device& device, const ConvArguments& arg, const Tensor& like
   launch_conv2d(plan, workspace, device.stream());
 }
 
-// The tensor with channels of 0 behind its own, dense in channels_last
-Tensor packed(Device& device, const Tensor& image, int64_t channels) {
-  Tensor result = empty_channels_last(image, {image.size(0), channels, image.size(2), image.size(3)});
-  PackParams params{};
-  params.dtype = element_type(image);
-  params.input = device.in(image), params.packed = device.scratch(result);
-  params.strides = strides_of(image);
-  params.c = static_cast<int>(image.size(1)), params.packed_c = static_cast<int>(channels);
-  params.h = static_cast<int>(image.size(2)), params.w = static_cast<int>(image.size(3));
-  params.pixels = extent("pixels", image.size(0) * image.size(2) * image.size(3));
-  params.by_image = Divider(params.h * params.w), params.by_row = Divider(params.w);
-  launch_pack(params, device.info(), device.stream());
-  return result;
-}
-
-// What the kernels read of an image: itself, or a copy that vectors fit if there can be any
-Tensor operand(Device& device, const Tensor& image, int64_t groups) {
-  const int64_t channels = packed_channels(image, image.size(1), groups);
-  const bool can_fit = channels / groups % kFewChannels == 0;
-  const bool is_wide = image.size(1) > kMostToPack;
-  const Tensor found = is_wide || !can_fit ? side_by_side(image) : image;
-  if (!can_fit || (channels == image.size(1) && fits_vectors(found, groups))) return found;
-  return packed(device, found, channels);
-}
-
-// [filters, r, s, channels], dense, aligned, with channels of 0 where the image was packed with some
-Tensor weight_operand(Device& device, const Tensor& weight, int64_t channels) {
-  const Tensor dense = torch::stable::contiguous(weight, MemoryFormat::ChannelsLast);
-  const bool can_fit = channels % kFewChannels == 0;
-  if (channels == dense.size(1) && (!can_fit || is_aligned(dense.const_data_ptr()))) return dense;
-  return packed(device, dense, channels);
-}
-
 // The first channels of a wider result, as a tensor of its own
 Tensor without_padding(const Tensor& tensor, int64_t channels, bool channels_last) {
   const Tensor part = torch::stable::narrow(const_cast<Tensor&>(tensor), 1, 0, channels);
@@ -166,7 +91,7 @@ struct Forward {
 std::vector<Tensor> launch_forward(const Tensor& given, const std::vector<Forward>& branches,
                                    const ConvGeometry& geometry, Activation activation) {
   Device device(given);
-  const Tensor input = operand(device, given, geometry.groups);
+  const Tensor input = image_operand(device, given, geometry.groups);
   // The result of a photograph is written as the photograph lies.
   const bool direct = !has_channels_side_by_side(given) && given.size(1) <= kFewChannels;
   const IntList& first = branches[0].output_size;
@@ -204,66 +129,11 @@ std::vector<Tensor> launch_forward(const Tensor& given, const std::vector<Forwar
   return outputs;
 }
 
-// The gradient of all branches' results before the activation, as the kernels read it
-struct Gradient {
-  Tensor tensor;  // [n, channels, p, q]
-  std::vector<Tensor> biases;
-};
-
-Gradient prepare_gradient(Device& device, const std::vector<Tensor>& grad_outputs, const std::vector<Tensor>& outputs,
-                          Activation activation, int64_t groups, bool wants_bias) {
-  const Tensor& like = grad_outputs[0];
-  GradientParams params{};
-  params.dtype = element_type(like);
-  params.activation = activation;
-  params.branches = static_cast<int>(grad_outputs.size());
-  std::vector<Tensor> kept;
-  kept.reserve(2 * grad_outputs.size());
-  Gradient found;
-  int64_t channels = 0;
-  for (size_t i = 0; i < grad_outputs.size(); ++i) {
-    GradientBranch& branch = params.branch[i];
-    const Tensor& grad = kept.emplace_back(side_by_side(grad_outputs[i]));
-    branch.grad = device.in(grad), branch.y = strides_of(grad);
-    if (activation != Activation::kNone) {
-      const Tensor& output = kept.emplace_back(side_by_side(outputs[i]));
-      branch.output = device.in(output), branch.z = strides_of(output);
-    }
-    branch.k = branch.padded = extent("filters", grad.size(1));
-    branch.first = static_cast<int>(channels);
-    channels += branch.k;
-    found.biases.push_back(wants_bias ? torch::stable::new_empty(like, IntList{grad.size(1)}) : empty_gradient(like));
-    if (wants_bias) branch.grad_bias = device.out(found.biases[i]);
-  }
-  const int64_t all = packed_channels(like, channels, groups);
-  params.branch[params.branches - 1].padded += static_cast<int>(all - channels);
-  params.channels = extent("filters", all);
-  params.pixels = extent("output pixels", like.size(0) * like.size(2) * like.size(3));
-  params.by_pixels = Divider(static_cast<uint32_t>(like.size(2) * like.size(3)));
-  params.by_columns = Divider(static_cast<uint32_t>(like.size(3)));
-  const bool can_fit = all / groups % kFewChannels == 0;
-  if (activation == Activation::kNone && grad_outputs.size() == 1 && all == channels &&
-      (!can_fit || fits_vectors(kept[0], groups))) {
-    found.tensor = kept[0];
-  } else {
-    found.tensor = empty_channels_last(like, {like.size(0), all, like.size(2), like.size(3)});
-    params.prepared = device.scratch(found.tensor);
-  }
-  std::optional<Tensor> sums;
-  if (wants_bias) {
-    const IntList size{gradient_chunks(params, device.info()) * all};
-    sums = torch::stable::empty(size, ScalarType::Float, std::nullopt, like.device());
-    params.sums = device.scratch<float>(*sums);
-  }
-  if (params.prepared || params.sums) launch_gradient(params, device.info(), device.stream());
-  return found;
-}
-
 GroupGradients launch_backward(const std::vector<Tensor>& grad_outputs, const std::vector<Tensor>& outputs,
                                const Tensor& given, const std::vector<Tensor>& weights, const ConvGeometry& geometry,
                                Activation activation, std::array<bool, 3> mask) {
   Device device(given);
-  const Gradient gradient = prepare_gradient(device, grad_outputs, outputs, activation, geometry.groups, mask[2]);
+  const ConvGradient gradient = gradient_operand(device, grad_outputs, outputs, activation, geometry.groups, mask);
   GroupGradients found{empty_gradient(given), {}, gradient.biases};
   bool channels_last = false;
   for (const Tensor& weight : weights) channels_last |= output_is_channels_last(given, weight);
@@ -279,7 +149,7 @@ GroupGradients launch_backward(const std::vector<Tensor>& grad_outputs, const st
     return with_gradient(arguments_of(image, weights[0], grad_outputs[0].size(2), grad_outputs[0].size(3), geometry));
   };
   if (mask[1]) {
-    const Tensor input = operand(device, given, geometry.groups);
+    const Tensor input = image_operand(device, given, geometry.groups);
     ConvArguments arg = arguments(input);
     arg.input = device.in(input);
     arg.x = strides_of(input);

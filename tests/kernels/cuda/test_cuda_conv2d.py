@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,14 +11,9 @@ from torch import Tensor
 
 from fastconv import ops
 from fastconv.measure.tolerance import assert_close_to_oracle
-from fastconv.operators import backends
-from support.cases import Concatenation
-from support.cuda_kernels import check_same_bits_in_any_order, emulated_gpu, operators, through_mask
-from support.eager import activate
-from support.kernel_backends import as_tf32, device_of, emulated, forced, kernel_table
-
-FORMATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
-PASSES = ("fprop", "dgrad", "wgrad")
+from support.cuda_convolutions import FORMATS, PASSES, check, convolution, deep, reduced
+from support.cuda_kernels import check_same_bits_in_any_order, emulated_gpu, operators
+from support.kernel_backends import device_of, forced, kernel_table
 
 
 def variants() -> list[tuple[str, str]]:
@@ -36,100 +30,11 @@ def variants() -> list[tuple[str, str]]:
     return found
 
 
-def reduced(name: str) -> str:
-    """The type whose parts of a split depth are added: TF32 is rounded on the way in alone."""
-    return "fp32" if name == "tf32" else name
-
-
 def test_the_table_has_these_kernels(backend: str) -> None:
     names = {f"conv2d_{kind}_{rest}_sm80" for kind, rest in variants()}
     names |= {"conv2d_pack_any", "conv2d_gradient_vec16", "conv2d_gradient_vec1", "conv2d_gradient_bias"}
     names |= {f"conv2d_{kind}_{dtype}_reduce_sm80" for kind in PASSES for dtype in ("fp16", "bf16", "fp32")}
     assert {kernel["name"] for kernel in kernel_table(backend) if kernel["op"].startswith("conv2d")} == names
-
-
-# ------------------------------------------------------------------------------------------------ one convolution
-
-
-@dataclass
-class Convolution:
-    """Tensors of one convolution on a device, with what the kernels must find, in float64."""
-
-    input: Tensor
-    weight: Tensor
-    bias: Tensor
-    grad: Tensor
-    output: Tensor  # of a forward, for the mask
-    geometry: tuple[list[int], list[int], list[int], int]
-    activation: str
-    tf32: bool
-
-    def rounded(self, tensor: Tensor) -> Tensor:
-        """As the tensor cores read it."""
-        return as_tf32(tensor) if self.tf32 else tensor
-
-    def forward(self, dtype: torch.dtype) -> Tensor:
-        input, weight = (self.rounded(t).to(dtype) for t in (self.input, self.weight))
-        value = F.conv2d(input, weight, self.bias.to(dtype), *self.geometry)
-        return activate(value, self.activation)
-
-    def backward(self, dtype: torch.dtype) -> list[Tensor]:
-        grad = through_mask(self.grad, self.output, self.activation)
-        stride, padding, dilation, groups = self.geometry
-        factors = (self.rounded(t).to(dtype) for t in (grad, self.input, self.weight))
-        grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
-            *factors, None, stride, padding, dilation, False, [0, 0], groups, [True, True, False]
-        )
-        return [grad_input, grad_weight, grad.to(dtype).sum((0, 2, 3))]
-
-
-def convolution(
-    backend: str,
-    name: str,
-    shape: tuple[int, ...],
-    filters: tuple[int, ...],
-    *,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
-    groups: int = 1,
-    activation: str = "none",
-    layout: torch.memory_format = torch.channels_last,
-) -> Convolution:
-    generator = torch.Generator().manual_seed(0)
-    device, dtype = device_of(backend), FORMATS[name]
-
-    def tensor(*size: int, scale: float = 1.0) -> Tensor:
-        value = (scale * torch.randn(size, generator=generator)).to(device, dtype)
-        return value.contiguous(memory_format=layout) if value.dim() == 4 else value
-
-    weight = tensor(*filters, scale=1.4 / (filters[1] * filters[2] * filters[3]) ** 0.5)
-    geometry = [stride] * 2, [padding] * 2, [dilation] * 2, groups
-    input, bias = tensor(*shape), tensor(filters[0])
-    size = F.conv2d(input.to("meta"), weight.to("meta"), None, *geometry).shape
-    output = 3 * tensor(*size)
-    return Convolution(input, weight, bias, tensor(*size), output, geometry, activation, name == "tf32")
-
-
-def check(backend: str, conv: Convolution, passes: tuple[str, ...] = PASSES) -> None:
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if conv.tf32 else "ieee"
-    dtype = conv.input.dtype
-    if "fprop" in passes:
-        found = ops.conv2d_relu(conv.input, conv.weight, conv.bias, *conv.geometry, activation=conv.activation)
-        assert_close_to_oracle(found, conv.forward(torch.float64), conv.forward(dtype), what="fprop", border=1)
-    mask = ["dgrad" in passes, "wgrad" in passes, "wgrad" in passes, False]
-    if not any(mask):
-        return
-    output = None if conv.activation == "none" else conv.output
-    found = operators(backend).conv2d_backward(
-        conv.grad, output, conv.input, conv.weight, *conv.geometry, conv.activation, mask
-    )
-    expected = zip(conv.backward(torch.float64), conv.backward(dtype), strict=True)
-    for what, gradient, wanted, (oracle, baseline) in zip(
-        ("dgrad", "wgrad", "bias"), found[:3], mask[:3], expected, strict=True
-    ):
-        if wanted:
-            assert_close_to_oracle(gradient, oracle, baseline, what=what)
 
 
 @pytest.mark.parametrize(("kind", "rest"), variants(), ids=lambda value: value)
@@ -162,6 +67,7 @@ LAYERS = {
     "stride beyond the filter": ((1, 8, 10, 10), (8, 8, 2, 2), {"stride": 3}),
     "padding beyond the filter": ((1, 8, 4, 4), (8, 8, 3, 3), {"padding": 5}),
     "one pixel": ((3, 16, 1, 1), (24, 16, 1, 1), {}),
+    "a filter of more rows than a kernel has bits for": ((1, 8, 20, 9), (8, 8, 17, 1), {"padding": 2}),
     "one row of pixels for a whole filter": ((1, 8, 11, 11), (8, 8, 11, 11), {}),
 }
 
@@ -176,18 +82,6 @@ def test_layers_of_networks(backend: str, layer: str, name: str, layout: torch.m
 
 
 # ----------------------------------------------------------------------------------------------- splitting, layout
-
-
-# Whose depth is split: few results, of many products each
-DEEP = {
-    "fprop": ((1, 264, 4, 5), (40, 264, 3, 3)),
-    "dgrad": ((1, 40, 4, 5), (264, 40, 3, 3)),
-    "wgrad": ((2, 24, 40, 33), (40, 24, 1, 1)),
-}
-
-
-def deep(name: str, kind: str = "fprop") -> Convolution:
-    return convolution("cuda-emulated", name, *DEEP[kind], padding=DEEP[kind][1][2] // 2, activation="relu")
 
 
 @pytest.mark.parametrize("kind", PASSES)
@@ -220,142 +114,6 @@ def test_channel_slices_are_read_in_place(backend: str) -> None:
         found = ops.pointwise_conv2d(input, weight, None, activation="relu")
     exact, baseline = (F.relu(F.conv2d(input.to(d), weight.to(d))) for d in (torch.float64, torch.float16))
     assert_close_to_oracle(found, exact, baseline, what="slice")
-
-
-# ------------------------------------------------------------------------------------------ into the caller's tensor
-
-
-def check_out(
-    conv: Convolution,
-    offset: int,
-    residual: Tensor | None = None,
-    layout: str = "channels_last",
-    multiple: int = 8,
-) -> None:
-    """Into a slice of the channels of a wider tensor, the rest of which stays as it is."""
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if conv.tf32 else "ieee"
-    inner = replace(conv, activation="none") if residual is not None else conv
-    oracle, baseline = inner.forward(torch.float64), inner.forward(conv.input.dtype)
-    joined = Concatenation.of([baseline], offset, layout, multiple)
-    arguments = {"stride": conv.geometry[0], "padding": conv.geometry[1], "groups": conv.geometry[3]}
-    arguments |= {"activation": conv.activation, "out": joined.slices[0]}
-    if residual is None:
-        found = ops.conv2d_relu(conv.input, conv.weight, conv.bias, **arguments)
-    else:
-        found = ops.conv2d_add_relu(conv.input, conv.weight, conv.bias, residual, **arguments)
-        oracle, baseline = (activate(y + residual.to(y.dtype), conv.activation) for y in (oracle, baseline))
-    assert found is joined.slices[0]
-    joined.check_the_rest()
-    assert_close_to_oracle(found, oracle, baseline, what="out", border=1)
-
-
-OFFSETS = (0, 8, 1, 3)  # in fp16 the second is the only one of the last three at which vectors of 16 bytes fit
-
-
-@pytest.mark.parametrize("offset", OFFSETS)
-@pytest.mark.parametrize("name", FORMATS)
-def test_out_at_any_offset(backend: str, name: str, offset: int) -> None:
-    """At pitches that vectors allow and at others; the second has a stride, and filters that no vector divides."""
-    one = convolution(backend, name, (2, 16, 6, 5), (24, 16, 3, 3), padding=1, activation="relu")
-    two = convolution(backend, name, (2, 16, 7, 7), (19, 16, 3, 3), stride=2, activation="relu6")
-    for conv, multiple in itertools.product((one, two), (8, 13)):
-        check_out(conv, offset, multiple=multiple)
-
-
-@pytest.mark.parametrize("kernel", ["256x128", "64x64", "gather"])
-@pytest.mark.parametrize("offset", OFFSETS)
-def test_out_of_every_kernel(backend: str, offset: int, kernel: str) -> None:
-    with forced(backend, "conv2d_fprop", f"conv2d_fprop_fp16_{kernel}_sm80"):
-        groups = 2 if kernel == "gather" else 1
-        conv = convolution(backend, "fp16", (1, 10, 6, 5), (136, 10 // groups, 3, 3), groups=groups, activation="relu")
-        check_out(conv, offset)
-
-
-@pytest.mark.parametrize("offset", OFFSETS)
-def test_out_in_groups(backend: str, offset: int) -> None:
-    check_out(convolution(backend, "fp16", (1, 32, 6, 6), (48, 16, 3, 3), groups=2), offset)
-    check_out(convolution(backend, "fp16", (1, 16, 6, 6), (16, 1, 3, 3), groups=16), offset)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("where", ["beside", "elsewhere"])
-@pytest.mark.parametrize("offset", OFFSETS)
-def test_out_with_a_residual(backend: str, offset: int, where: str, layout: str) -> None:
-    """The kernels read a residual with the strides of the result."""
-    conv = convolution(backend, "fp16", (2, 16, 6, 5), (24, 16, 3, 3), padding=1, activation="relu")
-    residual = conv.grad
-    if where == "beside":
-        joined = Concatenation.of([residual], offset, layout)
-        residual = joined.slices[0].copy_(residual)
-    check_out(conv, offset, residual, layout)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_out_of_a_photograph(backend: str, layout: str) -> None:
-    """A few contiguous channels are read as they lie, the result is written as it lies."""
-    conv = convolution(backend, "fp16", (1, 3, 11, 11), (24, 3, 5, 5), stride=2, layout=torch.contiguous_format)
-    check_out(conv, 3, layout=layout)
-
-
-@pytest.mark.parametrize("offset", OFFSETS)
-@pytest.mark.parametrize("name", FORMATS)
-def test_out_of_a_split_depth(name: str, offset: int) -> None:
-    with emulated_gpu(multiprocessors=24) as library:
-        conv = deep(name)
-        check_out(conv, offset)
-        check_out(conv, offset, conv.grad)
-        assert library.launches()[f"conv2d_fprop_{reduced(name)}_reduce_sm80"] == 2
-
-
-@pytest.mark.parametrize("name", ["fp16", "tf32"])
-@pytest.mark.parametrize("offset", OFFSETS)
-@pytest.mark.parametrize("sizes", [[8, 24, 16], [3, 5, 8], [8] * 10], ids=["vectors", "odd", "more than one launch"])
-def test_branches_into_one_tensor(backend: str, sizes: list[int], offset: int, name: str) -> None:
-    """An Inception module's concatenation."""
-    conv = convolution(backend, name, (2, 16, 5, 6), (sum(sizes), 16, 1, 1), activation="relu")
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if conv.tf32 else "ieee"
-    oracle, baseline = conv.forward(torch.float64), conv.forward(conv.input.dtype)
-    joined = Concatenation.of(list(baseline.split(sizes, 1)), offset, "channels_last")
-    weights, biases = conv.weight.split(sizes), conv.bias.split(sizes)
-    ops.pointwise_conv2d_group(conv.input, weights, biases, activation="relu", out=joined.slices)
-    joined.check_the_rest()
-    assert_close_to_oracle(joined.inside, oracle, baseline, what="concatenation")
-
-
-def test_branches_share_a_launch() -> None:
-    library = emulated()
-    conv = convolution("cuda-emulated", "fp16", (2, 16, 5, 6), (80, 16, 1, 1))
-    joined = Concatenation.of(list(conv.grad.split(8, 1)), 8, "channels_last")
-    library.reset_statistics()
-    ops.pointwise_conv2d_group(conv.input, conv.weight.split(8), out=joined.slices, backend="cuda-emulated")
-    assert sum(library.launches().values()) == 2  # ten branches, at most eight at once
-
-
-def memory_operators(backend: str, conv: Convolution, out: Tensor, residual: Tensor | None = None) -> list[str]:
-    """The operators that allocate or copy while the result is computed into `out`."""
-    ops.conv2d_relu(conv.input, conv.weight, conv.bias)  # what is done once
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        if residual is None:
-            ops.conv2d_relu(conv.input, conv.weight, conv.bias, out=out)
-        else:
-            ops.conv2d_add_relu(conv.input, conv.weight, conv.bias, residual, out=out)
-    names = [event.name for event in profile.events()]
-    assert f"{backends.namespace(backend)}::conv2d_{'add_' if residual is not None else ''}relu" in names
-    return [name for name in names if name.startswith(("aten::empty", "aten::new_empty", "aten::copy_"))]
-
-
-def test_out_costs_no_copy(backend: str) -> None:
-    """Where its channels lie side by side, and those of a residual likewise, the kernel writes it in place."""
-    conv = convolution(backend, "fp16", (2, 16, 6, 5), (24, 16, 3, 3))
-    shape = [2, 40, 4, 3]
-    slices = conv.input.new_zeros(shape).contiguous(memory_format=torch.channels_last)
-    planes = conv.input.new_zeros(shape)
-    residual = torch.zeros_like(slices)
-    assert memory_operators(backend, conv, conv.grad) == []
-    assert memory_operators(backend, conv, slices[:, 3:27]) == []
-    assert memory_operators(backend, conv, slices[:, 3:27], residual[:, :24]) == []
-    assert memory_operators(backend, conv, planes[:, 3:27]).count("aten::copy_") == 1
-    assert memory_operators(backend, conv, slices[:, 3:27], conv.grad).count("aten::copy_") == 1
 
 
 def test_a_forced_kernel_that_does_not_fit(backend: str) -> None:

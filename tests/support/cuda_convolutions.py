@@ -1,0 +1,116 @@
+"""One convolution for the CUDA kernels: its tensors, and what the kernels must find, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastconv import ops
+from fastconv.measure.tolerance import assert_close_to_oracle
+from support.cuda_kernels import operators, through_mask
+from support.eager import activate
+from support.kernel_backends import as_tf32, device_of
+
+FORMATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+PASSES = ("fprop", "dgrad", "wgrad")
+
+
+def reduced(name: str) -> str:
+    """The type whose parts of a split depth are added: TF32 is rounded on the way in alone."""
+    return "fp32" if name == "tf32" else name
+
+
+@dataclass
+class Convolution:
+    """Tensors of one convolution on a device, with what the kernels must find, in float64."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor
+    grad: Tensor
+    output: Tensor  # of a forward, for the mask
+    geometry: tuple[list[int], list[int], list[int], int]
+    activation: str
+    tf32: bool
+
+    def rounded(self, tensor: Tensor) -> Tensor:
+        """As the tensor cores read it."""
+        return as_tf32(tensor) if self.tf32 else tensor
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        input, weight = (self.rounded(t).to(dtype) for t in (self.input, self.weight))
+        value = F.conv2d(input, weight, self.bias.to(dtype), *self.geometry)
+        return activate(value, self.activation)
+
+    def backward(self, dtype: torch.dtype) -> list[Tensor]:
+        grad = through_mask(self.grad, self.output, self.activation)
+        stride, padding, dilation, groups = self.geometry
+        factors = (self.rounded(t).to(dtype) for t in (grad, self.input, self.weight))
+        grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+            *factors, None, stride, padding, dilation, False, [0, 0], groups, [True, True, False]
+        )
+        return [grad_input, grad_weight, grad.to(dtype).sum((0, 2, 3))]
+
+
+def convolution(
+    backend: str,
+    name: str,
+    shape: tuple[int, ...],
+    filters: tuple[int, ...],
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    activation: str = "none",
+    layout: torch.memory_format = torch.channels_last,
+) -> Convolution:
+    generator = torch.Generator().manual_seed(0)
+    device, dtype = device_of(backend), FORMATS[name]
+
+    def tensor(*size: int, scale: float = 1.0) -> Tensor:
+        value = (scale * torch.randn(size, generator=generator)).to(device, dtype)
+        return value.contiguous(memory_format=layout) if value.dim() == 4 else value
+
+    weight = tensor(*filters, scale=1.4 / (filters[1] * filters[2] * filters[3]) ** 0.5)
+    geometry = [stride] * 2, [padding] * 2, [dilation] * 2, groups
+    input, bias = tensor(*shape), tensor(filters[0])
+    size = F.conv2d(input.to("meta"), weight.to("meta"), None, *geometry).shape
+    output = 3 * tensor(*size)
+    return Convolution(input, weight, bias, tensor(*size), output, geometry, activation, name == "tf32")
+
+
+def check(backend: str, conv: Convolution, passes: tuple[str, ...] = PASSES) -> None:
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if conv.tf32 else "ieee"
+    dtype = conv.input.dtype
+    if "fprop" in passes:
+        found = ops.conv2d_relu(conv.input, conv.weight, conv.bias, *conv.geometry, activation=conv.activation)
+        assert_close_to_oracle(found, conv.forward(torch.float64), conv.forward(dtype), what="fprop", border=1)
+    mask = ["dgrad" in passes, "wgrad" in passes, "wgrad" in passes, False]
+    if not any(mask):
+        return
+    output = None if conv.activation == "none" else conv.output
+    found = operators(backend).conv2d_backward(
+        conv.grad, output, conv.input, conv.weight, *conv.geometry, conv.activation, mask
+    )
+    expected = zip(conv.backward(torch.float64), conv.backward(dtype), strict=True)
+    for what, gradient, wanted, (oracle, baseline) in zip(
+        ("dgrad", "wgrad", "bias"), found[:3], mask[:3], expected, strict=True
+    ):
+        if wanted:
+            assert_close_to_oracle(gradient, oracle, baseline, what=what)
+
+
+# Whose depth is split: few results, of many products each
+DEEP = {
+    "fprop": ((1, 264, 4, 5), (40, 264, 3, 3)),
+    "dgrad": ((1, 40, 4, 5), (264, 40, 3, 3)),
+    "wgrad": ((2, 24, 40, 33), (40, 24, 1, 1)),
+}
+
+
+def deep(name: str, kind: str = "fprop") -> Convolution:
+    return convolution("cuda-emulated", name, *DEEP[kind], padding=DEEP[kind][1][2] // 2, activation="relu")
