@@ -14,6 +14,25 @@ constexpr int kDepthwiseSumX = 32, kDepthwiseSumY = 8;
 // pixels and filters would not fit into the registers.
 constexpr int lane_channels(DType dtype) { return dtype == DType::kFloat64 ? 2 : 4; }
 
+// What a thread of the kernels for strips owns: so many neighbouring channels and columns of the result, as many as its
+// registers hold sums, filters and pixels of.
+struct Strip {
+  int channels, columns;
+};
+constexpr Strip strip_of(Pass pass, int element_bytes, bool vectors, int filter) {
+  if (!vectors) return {1, 2};
+  const bool wgrad = pass == Pass::kWgrad;
+  const int columns = wgrad && element_bytes > 2 ? 2 : 4;
+  if (filter == 3) return {element_bytes == 8 ? 2 : 4, columns};
+  return {element_bytes == 8 ? 1 : element_bytes == 4 || wgrad ? 2 : 4, columns};
+}
+// Threads of a block of theirs, and blocks on a multiprocessor
+constexpr int kStripThreads = 128;
+constexpr int strip_resident(Pass pass, int filter, int stride) {
+  const bool many_rows = pass == Pass::kWgrad && stride == 2, many_sums = pass == Pass::kDgrad && filter > 3;
+  return many_rows || many_sums ? 2 : 3;
+}
+
 // One channel's convolution after the other: output channel k reads input channel k / multiplier.
 struct DepthwiseConv2dParams {
   const void* input;        // fprop, wgrad
@@ -41,6 +60,11 @@ struct DepthwiseConv2dParams {
   int row_shift;    // dgrad: where the first tile of a row begins, to the left of the row
   bool rows_first;  // whether neighbouring tiles lie below each other rather than side by side
   int tiles_per_chunk;
+
+  // In the kernels for strips, whose number is `tiles`, with `row_tiles` of them side by side
+  int first_row, rows;  // of the result; of dgrad's, with the padding, as many as the stride count as one
+  int strips;           // from the top of an image to its bottom
+  int strip_rows;       // of each, but for the last
 };
 
 }  // namespace fastconv::cuda

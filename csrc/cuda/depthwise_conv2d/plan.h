@@ -21,7 +21,7 @@ struct DepthwiseVariant {
   KernelInfo info;
   Pass pass;
   bool vectors;  // of channels: `lane_channels` to a thread, else one
-  int filter;    // width of the filters whose rows stay in registers, 0 for any
+  int filter;    // height and width of the filters of a kernel for strips, 0 for any filter
   double rate;   // see Cost
   Run run;
 
