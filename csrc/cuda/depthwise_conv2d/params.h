@@ -14,13 +14,17 @@ constexpr int kDepthwiseSumX = 32, kDepthwiseSumY = 8;
 // pixels and filters would not fit into the registers.
 constexpr int lane_channels(DType dtype) { return dtype == DType::kFloat64 ? 2 : 4; }
 
+// What lies side by side in the vectors that a kernel loads
+enum class Vectors { kNone, kChannels, kPixels };
+
 // What a thread of the kernels for strips owns: so many neighbouring channels and columns of the result, as many as its
 // registers hold sums, filters and pixels of.
 struct Strip {
   int channels, columns;
 };
-constexpr Strip strip_of(Pass pass, int element_bytes, bool vectors, int filter) {
-  if (!vectors) return {1, 2};
+constexpr Strip strip_of(Pass pass, int element_bytes, Vectors vectors, int filter) {
+  if (vectors == Vectors::kNone) return {1, 2};
+  if (vectors == Vectors::kPixels) return {1, element_bytes == 8 ? 2 : 4};
   const bool wgrad = pass == Pass::kWgrad;
   const int columns = wgrad && element_bytes > 2 ? 2 : 4;
   if (filter == 3) return {element_bytes == 8 ? 2 : 4, columns};
@@ -28,9 +32,10 @@ constexpr Strip strip_of(Pass pass, int element_bytes, bool vectors, int filter)
 }
 // Threads of a block of theirs, and blocks on a multiprocessor
 constexpr int kStripThreads = 128;
-constexpr int strip_resident(Pass pass, int filter, int stride) {
-  const bool many_rows = pass == Pass::kWgrad && stride == 2, many_sums = pass == Pass::kDgrad && filter > 3;
-  return many_rows || many_sums ? 2 : 3;
+constexpr int strip_resident(Pass pass, Vectors vectors, int filter, int stride) {
+  const bool small = filter == 3, wgrad = pass == Pass::kWgrad, many_rows = wgrad && stride == 2;
+  if (vectors == Vectors::kChannels) return many_rows || (pass == Pass::kDgrad && !small) ? 2 : 3;
+  return many_rows ? (small ? 4 : 2) : wgrad ? (small ? 5 : 3) : small ? 7 : 5;
 }
 
 // One channel's convolution after the other: output channel k reads input channel k / multiplier.

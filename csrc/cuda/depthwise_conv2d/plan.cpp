@@ -46,10 +46,10 @@ Lanes lanes_of(const DepthwiseConv2dParams& p, Pass pass, int width, int threads
 
 // The longer the strips, the fewer rows are loaded twice; the shorter, the more of them there are to fill the device.
 // Takes the length that is done first.
-void cut_into_strips(DepthwiseConv2dParams& p, Pass pass, const Strip& strip, const Lanes& lanes,
+void cut_into_strips(DepthwiseConv2dParams& p, Pass pass, Vectors vectors, const Strip& strip, const Lanes& lanes,
                      int64_t blocks_at_once) {
   const bool backward = pass == Pass::kDgrad;
-  p.row_shift = backward ? p.padding_width % p.stride_width : 0;
+  p.row_shift = backward && vectors != Vectors::kPixels ? p.padding_width % p.stride_width : 0;
   p.row_tiles = static_cast<int>(ceil_div(backward ? int64_t{p.width} + p.row_shift : p.out_width, strip.columns));
   p.first_row = backward ? p.padding_height / p.stride_height : 0;
   p.rows = backward ? (p.height - 1 + p.padding_height) / p.stride_height - p.first_row + 1 : p.out_height;
@@ -68,6 +68,38 @@ void cut_into_strips(DepthwiseConv2dParams& p, Pass pass, const Strip& strip, co
   }
 }
 
+bool are_aligned(const DepthwiseConv2dParams& p, int bytes) {
+  for (const void* pointer : {p.input, static_cast<const void*>(p.output), p.grad_output, p.activated,
+                              static_cast<const void*>(p.grad_input)}) {
+    if (!is_aligned(pointer, bytes)) return false;
+  }
+  return true;
+}
+
+const char* channels_refusal(const DepthwiseConv2dParams& p, Pass pass, const DeviceInfo& device) {
+  const int width = lane_channels(p.dtype), bytes = width * element_bytes(p.dtype);
+  if (p.multiplier != 1) return "a channel has several filters";
+  if (p.channels % width != 0) return "the channels are not whole vectors";
+  for (const Strides* s : {&p.in, &p.out}) {
+    if (s->c != 1) return "the channels do not lie side by side";
+    if (s->n % width != 0 || s->h % width != 0 || s->w % width != 0) return "the pixels are not aligned to vectors";
+  }
+  if (!are_aligned(p, bytes)) return "the pixels are not aligned to vectors";
+  const bool fits = pass == Pass::kWgrad || filter_bytes(p, pass) * width <= device.shared_per_block;
+  return fits ? nullptr : "the filters of a vector do not fit into shared memory";
+}
+
+const char* rows_refusal(const DepthwiseConv2dParams& p) {
+  const int width = lane_channels(p.dtype), bytes = width * element_bytes(p.dtype);
+  if (p.padding_width != p.filter_width / 2) return "the rows' padding is not half of the filter";
+  if (p.width % width != 0 || p.out_width % width != 0) return "the rows are not whole vectors";
+  for (const Strides* s : {&p.in, &p.out}) {
+    if (s->w != 1) return "the columns do not lie side by side";
+    if (s->n % width != 0 || s->c % width != 0 || s->h % width != 0) return "the rows are not aligned to vectors";
+  }
+  return are_aligned(p, bytes) ? nullptr : "the rows are not aligned to vectors";
+}
+
 }  // namespace
 
 const char* DepthwiseVariant::refusal(const DepthwiseConv2dParams& p, const DeviceInfo& device) const {
@@ -77,20 +109,8 @@ const char* DepthwiseVariant::refusal(const DepthwiseConv2dParams& p, const Devi
     if (p.stride_width > 2 || p.stride_height != p.stride_width) return "the strides are not both 1 or both 2";
     if (pass == Pass::kDgrad && p.multiplier != 1) return "a channel has several filters";
   }
-  if (!vectors) return nullptr;
-  const int width = lane_channels(p.dtype), bytes = width * element_bytes(p.dtype);
-  if (p.multiplier != 1) return "a channel has several filters";
-  if (p.channels % width != 0) return "the channels are not whole vectors";
-  for (const Strides* s : {&p.in, &p.out}) {
-    if (s->c != 1) return "the channels do not lie side by side";
-    if (s->n % width != 0 || s->h % width != 0 || s->w % width != 0) return "the pixels are not aligned to vectors";
-  }
-  for (const void* pointer : {p.input, static_cast<const void*>(p.output), p.grad_output, p.activated,
-                              static_cast<const void*>(p.grad_input)}) {
-    if (!is_aligned(pointer, bytes)) return "the pixels are not aligned to vectors";
-  }
-  const bool fits = pass == Pass::kWgrad || filter_bytes(p, pass) * width <= device.shared_per_block;
-  return fits ? nullptr : "the filters of a vector do not fit into shared memory";
+  if (vectors == Vectors::kPixels) return rows_refusal(p);
+  return vectors == Vectors::kChannels ? channels_refusal(p, pass, device) : nullptr;
 }
 
 DepthwiseCandidate DepthwiseVariant::candidate(const DepthwiseConv2dParams& params, const DeviceInfo& device) const {
@@ -98,11 +118,11 @@ DepthwiseCandidate DepthwiseVariant::candidate(const DepthwiseConv2dParams& para
   found.params = params;
   DepthwiseConv2dParams& p = found.params;
   const Strip strip = strip_of(pass, element_bytes(p.dtype), vectors, filter);
-  const int width = filter > 0 ? strip.channels : vectors ? lane_channels(p.dtype) : 1;
-  const int resident = filter > 0 ? strip_resident(pass, filter, p.stride_width) : kResident;
+  const int width = filter > 0 ? strip.channels : vectors == Vectors::kChannels ? lane_channels(p.dtype) : 1;
+  const int resident = filter > 0 ? strip_resident(pass, vectors, filter, p.stride_width) : kResident;
   auto [x, y, channel_blocks] = lanes_of(p, pass, width, filter > 0 ? kStripThreads : kDepthwiseThreads);
   if (filter > 0) {
-    cut_into_strips(p, pass, strip, {x, y, channel_blocks}, int64_t{resident} * device.multiprocessors);
+    cut_into_strips(p, pass, vectors, strip, {x, y, channel_blocks}, int64_t{resident} * device.multiprocessors);
   } else {
     p = with_tiles(p, pass);
   }

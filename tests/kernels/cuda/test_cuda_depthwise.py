@@ -25,7 +25,7 @@ from support.eager import activate
 from support.kernel_backends import as_tf32, device_of, emulated, forced, kernel_table, true_float32
 
 PASSES = ("fprop", "dgrad", "wgrad")
-FILTERS = ("nhwc_3x3", "nhwc_5x5", "nhwc", "any_3x3", "any_5x5", "any")
+FILTERS = ("nhwc_3x3", "nhwc_5x5", "nchw_3x3", "nchw_5x5", "nhwc", "any_3x3", "any_5x5", "any")
 SEPARABLE = ("128_3x", "128", "64_3x", "64")
 
 half_dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -126,6 +126,7 @@ def check(
 )
 def test_every_kernel(backend: str, kind: str, rest: str, dtype: torch.dtype) -> None:
     order, _, filter = rest.partition("_")
+    geometries, width = GEOMETRIES[filter], 9
     activations = itertools.cycle(["none", "relu", "relu6"])
     # (channels, multiplier, layout): channels that blocks share, that no vector divides, one alone
     operands = [(12, 1, "channels_last"), (36 if filter == "3x3" else 4, 1, "channels_last")]
@@ -133,10 +134,14 @@ def test_every_kernel(backend: str, kind: str, rest: str, dtype: torch.dtype) ->
         operands = [(3, 1, "contiguous"), (7, 1, "channels_last")]
         if kind != "dgrad" or not filter:
             operands += [(2, 3, "contiguous"), (3, 2, "channels_last")]
+    if order == "nchw":  # rows of whole vectors, padded by half of the filter
+        operands = [(3, 1, "contiguous")] + [(2, 3, "contiguous")] * (kind != "dgrad")
+        half, width = int(filter[0]) // 2, 16
+        geometries = [(*g[:2], stride, (above, half), 1) for g in geometries[:1] for stride in (1, 2) for above in (half, 0, 4)]
     op = f"depthwise_conv2d_{kind}"
     with forced(backend, op, f"{op}_{rest}"):
-        for geometry, (channels, multiplier, layout) in itertools.product(GEOMETRIES[filter], operands):
-            input = random(backend, 2, channels, 7, 9, dtype=dtype, layout=layout)
+        for geometry, (channels, multiplier, layout) in itertools.product(geometries, operands):
+            input = random(backend, 2, channels, 7, width, dtype=dtype, layout=layout)
             check(backend, (kind,), input, multiplier, geometry, next(activations), misaligned=order == "any")
 
 
@@ -179,7 +184,7 @@ def test_strips_of_any_length(filter: int, stride: int, layout: str) -> None:
     padding = filter // 2
     for multiprocessors, height in ((1, 23), (4, 23), (100, 23)):
         with emulated_gpu(multiprocessors=multiprocessors):
-            input = random("cuda-emulated", 2, 192, height, 11, dtype=torch.float16, layout=layout)
+            input = random("cuda-emulated", 2, 192, height, 12, dtype=torch.float16, layout=layout)
             check("cuda-emulated", PASSES, input, 1, (filter, filter, stride, padding, 1), "relu6")
 
 

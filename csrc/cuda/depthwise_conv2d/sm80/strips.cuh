@@ -46,18 +46,41 @@ FASTCONV_DEVICE unsigned columns_in(int left, int width) {
   return bits;
 }
 
-// The pixels of a row, zeros for those that do not exist
-template <class T, int kWidth, int kCount>
-FASTCONV_DEVICE void load_row(Packed<T, kWidth> (&pixels)[kCount], const T* row, int64_t step, unsigned exist) {
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) pixels[j] = load_packed_if<kWidth>(exist >> j & 1, row + j * step);
-}
+// kCount pixels of a row on their way, zeros for those that do not exist: from the pixel kLeft on kVectors vectors of
+// kVector pixels, each of which exists or not as a whole, the others one by one (or by vectors of kWidth channels).
+template <class T, int kWidth, int kCount, int kLeft = kCount, int kVector = 1, int kVectors = 0>
+struct Row {
+  static constexpr int kRight = kLeft + kVector * kVectors;
 
-template <class T, int kWidth, int kCount>
-FASTCONV_DEVICE void unpack_row(const Packed<T, kWidth> (&pixels)[kCount], Compute<T> (&values)[kCount][kWidth]) {
+  FASTCONV_DEVICE void load(const T* row, int64_t step, unsigned exist) {
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) unpack<T, kWidth>(pixels[j], values[j]);
-}
+    for (int j = 0; j < kCount; ++j) {
+      if (j < kLeft || j >= kRight) single[j] = load_packed_if<kWidth>(exist >> j & 1, row + j * step);
+    }
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int j = kLeft + v * kVector;
+      vectors[v] = load_packed_if<kVector>(exist >> j & 1, row + j);
+    }
+  }
+  FASTCONV_DEVICE void unpack(Compute<T> (&values)[kCount][kWidth]) const {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if (j < kLeft || j >= kRight) cuda::unpack<T, kWidth>(single[j], values[j]);
+    }
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      Compute<T> pixels[kVector];
+      cuda::unpack<T, kVector>(vectors[v], pixels);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) values[kLeft + v * kVector + i][0] = pixels[i];
+    }
+  }
+
+ private:
+  Packed<T, kWidth> single[kCount];  // but for those of the vectors
+  Packed<T, kVector> vectors[kVectors > 0 ? kVectors : 1];
+};
 
 // The filters of a thread's channels, and the bias behind them
 template <class A, int kWidth, int kFilter>
@@ -107,18 +130,18 @@ FASTCONV_DEVICE void activate_all(A (&values)[kColumns][kWidth], Activation acti
 }
 
 // Pixels of a row of dy where the activation let y through, else 0
-template <class T, int kWidth, int kCount>
+template <class T, int kWidth, int kCount, class Row>
 struct MaskedRow {
   FASTCONV_DEVICE void load(const DepthwiseConv2dParams& p, int64_t offset, unsigned exist) {
-    load_row<T, kWidth>(grads, static_cast<const T*>(p.grad_output) + offset, p.out.w, exist);
-    if (p.activated) load_row<T, kWidth>(outputs, static_cast<const T*>(p.activated) + offset, p.out.w, exist);
+    grads.load(static_cast<const T*>(p.grad_output) + offset, p.out.w, exist);
+    if (p.activated) outputs.load(static_cast<const T*>(p.activated) + offset, p.out.w, exist);
   }
   FASTCONV_DEVICE void unpack(const DepthwiseConv2dParams& p, Compute<T> (&values)[kCount][kWidth]) const {
     using A = Compute<T>;
-    unpack_row<T, kWidth>(grads, values);
+    grads.unpack(values);
     const auto each = [&](auto passes) {
       A activated[kCount][kWidth];
-      unpack_row<T, kWidth>(outputs, activated);
+      outputs.unpack(activated);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
 #pragma unroll
@@ -134,13 +157,36 @@ struct MaskedRow {
   }
 
  private:
-  Packed<T, kWidth> grads[kCount], outputs[kCount];
+  Row grads, outputs;
 };
+
+// A row of the result, of which those columns exist
+template <bool kTogether, class T, int kColumns, int kWidth>
+FASTCONV_DEVICE void store_row(T* row, int64_t step, unsigned exist, const Compute<T> (&values)[kColumns][kWidth]) {
+  if constexpr (kTogether) {
+    Compute<T> pixels[kColumns];
+#pragma unroll
+    for (int q = 0; q < kColumns; ++q) pixels[q] = values[q][0];
+    store_packed(row, pixels);
+  } else {
+#pragma unroll
+    for (int q = 0; q < kColumns; ++q) {
+      if (exist >> q & 1) store_packed(row + q * step, values[q]);
+    }
+  }
+}
+
+// The pixels of the input that kColumns columns of the output meet. Vectors of pixels begin with the first that is not
+// of the padding, which is half of the filter.
+template <class T, Vectors kVectors, int kWidth, int kColumns, int kFilter, int kStride,
+          int kCount = (kColumns - 1) * kStride + kFilter>
+using InputRow = std::conditional_t<kVectors == Vectors::kPixels,
+                                    Row<T, kWidth, kCount, kFilter / 2, kColumns, kStride>, Row<T, kWidth, kCount>>;
 
 // ---------------------------------------------------------------------------------------------- fprop
 
-template <class T, int kWidth, int kColumns, int kFilter, int kStride>
-FASTCONV_KERNEL(kStripThreads, strip_resident(Pass::kFprop, kFilter, kStride))
+template <class T, Vectors kVectors, int kWidth, int kColumns, int kFilter, int kStride>
+FASTCONV_KERNEL(kStripThreads, strip_resident(Pass::kFprop, kVectors, kFilter, kStride))
 fprop_strips(const DepthwiseConv2dParams p) {
   using A = Compute<T>;
   constexpr int kLive = (kFilter + kStride - 1) / kStride, kPixels = (kColumns - 1) * kStride + kFilter;
@@ -160,25 +206,25 @@ fprop_strips(const DepthwiseConv2dParams p) {
        strip += int64_t{gridDim.x} * blockDim.y) {
     const StripPosition at(static_cast<unsigned>(strip), p);
     const int q0 = at.column * kColumns, left = q0 * kStride - p.padding_width;
-    const unsigned columns = columns_in<kPixels>(left, p.width);
+    const unsigned columns = columns_in<kPixels>(left, p.width), out_columns = columns_in<kColumns>(q0, p.out_width);
     // A step adds rows kFilter - kStride ... kFilter - 1 of the filter to row `out` of the output, which is then
     // complete, and the rows above them to the next kLive - 1.
     int out = at.begin - (kLive - 1);
     int h = out * kStride - p.padding_height + kFilter - kStride;
     const T* row = input + at.n * p.in.n + h * p.in.h + left * p.in.w;
     T* out_row = output + at.n * p.out.n + out * p.out.h + q0 * p.out.w;
-    Packed<T, kWidth> packed[kPixels];
-    load_row<T, kWidth>(packed, row, p.in.w, is_row(h, p.height) ? columns : 0);
+    InputRow<T, kVectors, kWidth, kColumns, kFilter, kStride> next;
+    next.load(row, p.in.w, is_row(h, p.height) ? columns : 0);
     A sums[kLive][kColumns][kWidth] = {};
     for (; out < at.end; ++out, out_row += p.out.h) {
       taps.keep(p);
 #pragma unroll
       for (int b = 0; b < kStride; ++b) {
         A pixels[kPixels][kWidth];
-        unpack_row<T, kWidth>(packed, pixels);
+        next.unpack(pixels);
         ++h;
         row += p.in.h;
-        load_row<T, kWidth>(packed, row, p.in.w, is_row(h, p.height) ? columns : 0);
+        next.load(row, p.in.w, is_row(h, p.height) ? columns : 0);
 #pragma unroll
         for (int m = 0; m < kLive; ++m) {
           const int r = kFilter - kStride + b - kStride * m;
@@ -203,10 +249,7 @@ fprop_strips(const DepthwiseConv2dParams p) {
       }
       if (out < at.begin) continue;
       activate_all(sums[0], p.activation);
-#pragma unroll
-      for (int q = 0; q < kColumns; ++q) {
-        if (q < p.out_width - q0) store_packed(out_row + q * p.out.w, sums[0][q]);
-      }
+      store_row<kVectors == Vectors::kPixels>(out_row, p.out.w, out_columns, sums[0]);
     }
   }
 }
@@ -214,13 +257,18 @@ fprop_strips(const DepthwiseConv2dParams p) {
 // ---------------------------------------------------------------------------------------------- dgrad
 
 // The loop is over rows of grad_output. Row a meets the rows a * kStride + r of the padded input: after it, those with
-// r < kStride are complete. In tiles of kColumns columns, which begin where (w + padding) is a multiple of the stride.
-template <class T, int kWidth, int kColumns, int kFilter, int kStride>
-FASTCONV_KERNEL(kStripThreads, strip_resident(Pass::kDgrad, kFilter, kStride))
+// r < kStride are complete. Strips begin kPhase columns behind one of the padded input that is a multiple of the
+// stride; which that is is known for vectors of pixels, whose padding is half of the filter.
+template <class T, Vectors kVectors, int kWidth, int kColumns, int kFilter, int kStride>
+FASTCONV_KERNEL(kStripThreads, strip_resident(Pass::kDgrad, kVectors, kFilter, kStride))
 dgrad_strips(const DepthwiseConv2dParams p) {
   using A = Compute<T>;
-  constexpr int kLive = (kFilter + kStride - 1) / kStride, kBefore = (kFilter - 1) / kStride;
-  constexpr int kPixels = kBefore + (kColumns - 1) / kStride + 1;
+  constexpr int kLive = (kFilter + kStride - 1) / kStride,
+                kPhase = kVectors == Vectors::kPixels ? kFilter / 2 % kStride : 0;
+  constexpr int kBefore = (kFilter - 1 - kPhase) / kStride, kPixels = kBefore + (kColumns - 1 + kPhase) / kStride + 1;
+  constexpr int kLeft = kBefore - kFilter / 2 / kStride, kVector = kColumns / kStride;
+  using GradRow = std::conditional_t<kVectors == Vectors::kPixels, Row<T, kWidth, kPixels, kLeft, kVector, 1>,
+                                     Row<T, kWidth, kPixels>>;
   A* filters = dynamic_smem<A>();
   const int count = static_cast<int>(blockDim.x) * kWidth;
   const int64_t first = int64_t{blockIdx.y} * count;
@@ -234,12 +282,12 @@ dgrad_strips(const DepthwiseConv2dParams p) {
   for (int64_t strip = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; strip < p.tiles;
        strip += int64_t{gridDim.x} * blockDim.y) {
     const StripPosition at(static_cast<unsigned>(strip), p);
-    const int w0 = at.column * kColumns - p.row_shift, q0 = (w0 + p.padding_width) / kStride - kBefore;
+    const int w0 = at.column * kColumns - p.row_shift, q0 = (w0 + p.padding_width - kPhase) / kStride - kBefore;
     const unsigned columns = columns_in<kPixels>(q0, p.out_width), in_columns = columns_in<kColumns>(w0, p.width);
     int row = at.begin - (kLive - 1), h = row * kStride - p.padding_height;
     int64_t offset = at.n * p.out.n + c * p.out.c + row * p.out.h + q0 * p.out.w;
     T* in_row = static_cast<T*>(p.grad_input) + at.n * p.in.n + c * p.in.c + h * p.in.h + w0 * p.in.w;
-    MaskedRow<T, kWidth, kPixels> next;
+    MaskedRow<T, kWidth, kPixels, GradRow> next;
     next.load(p, offset, is_row(row, p.out_height) ? columns : 0);
     A sums[kLive][kStride][kColumns][kWidth] = {};
     for (; row < at.end;) {
@@ -260,8 +308,8 @@ dgrad_strips(const DepthwiseConv2dParams p) {
             taps.get(r * kFilter + s, tap);
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
-              if ((i - s) % kStride != 0) continue;
-              const int j = (i - s) / kStride + kBefore;
+              if ((i + kPhase - s) % kStride != 0) continue;
+              const int j = (i + kPhase - s) / kStride + kBefore;
 #pragma unroll
               for (int v = 0; v < kWidth; ++v) {
                 const A before = s >= kStride ? sums[m][b][i][v] : r + kStride < kFilter ? sums[m + 1][b][i][v] : A(0);
@@ -274,10 +322,7 @@ dgrad_strips(const DepthwiseConv2dParams p) {
 #pragma unroll
       for (int b = 0; b < kStride; ++b) {
         if (row >= at.begin && is_row(h + b, p.height)) {
-#pragma unroll
-          for (int i = 0; i < kColumns; ++i) {
-            if (in_columns >> i & 1) store_packed(in_row + b * p.in.h + i * p.in.w, sums[0][b][i]);
-          }
+          store_row<kVectors == Vectors::kPixels>(in_row + b * p.in.h, p.in.w, in_columns, sums[0][b]);
         }
       }
       ++row;
@@ -289,11 +334,13 @@ dgrad_strips(const DepthwiseConv2dParams p) {
 
 // ---------------------------------------------------------------------------------------------- wgrad
 
-template <class T, int kWidth, int kColumns, int kFilter, int kStride>
-FASTCONV_KERNEL(kStripThreads, strip_resident(Pass::kWgrad, kFilter, kStride))
+template <class T, Vectors kVectors, int kWidth, int kColumns, int kFilter, int kStride>
+FASTCONV_KERNEL(kStripThreads, strip_resident(Pass::kWgrad, kVectors, kFilter, kStride))
 wgrad_strips(const DepthwiseConv2dParams p) {
   using A = Compute<T>;
   constexpr int kPixels = (kColumns - 1) * kStride + kFilter;
+  using GradRow = std::conditional_t<kVectors == Vectors::kPixels, Row<T, kWidth, kColumns, 0, kColumns, 1>,
+                                     Row<T, kWidth, kColumns>>;
   const int chunk = static_cast<int>(blockIdx.x), all = p.channels * p.multiplier;
   const int k = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * kWidth;
   A sums[kFilter * kFilter + 1][kWidth] = {};  // the last: of the bias
@@ -308,15 +355,15 @@ wgrad_strips(const DepthwiseConv2dParams p) {
       int h = at.begin * kStride - p.padding_height;
       const T* row = input + at.n * p.in.n + h * p.in.h + left * p.in.w;
       int64_t offset = at.n * p.out.n + k * p.out.c + at.begin * p.out.h + q0 * p.out.w;
-      Packed<T, kWidth> rows[kFilter][kPixels];  // of the input, one for each of the filter
+      InputRow<T, kVectors, kWidth, kColumns, kFilter, kStride> rows[kFilter];  // one for each of the filter
       const auto load_next = [&](int r) {
-        load_row<T, kWidth>(rows[r], row, p.in.w, is_row(h, p.height) ? columns : 0);
+        rows[r].load(row, p.in.w, is_row(h, p.height) ? columns : 0);
         ++h;
         row += p.in.h;
       };
 #pragma unroll
       for (int r = 0; r < kFilter; ++r) load_next(r);
-      MaskedRow<T, kWidth, kColumns> next;
+      MaskedRow<T, kWidth, kColumns, GradRow> next;
       next.load(p, offset, out_columns);
       for (int out = at.begin; out < at.end; ++out) {
         A grads[kColumns][kWidth];
@@ -331,17 +378,16 @@ wgrad_strips(const DepthwiseConv2dParams p) {
 #pragma unroll
         for (int r = 0; r < kFilter; ++r) {
           A pixels[kPixels][kWidth];
-          unpack_row<T, kWidth>(rows[r], pixels);
+          rows[r].unpack(pixels);
           if (r + kStride < kFilter) {
-#pragma unroll
-            for (int j = 0; j < kPixels; ++j) rows[r][j] = rows[r + kStride][j];
+            rows[r] = rows[r + kStride];
           } else {
             load_next(r);
           }
 #pragma unroll
           for (int q = 0; q < kColumns; ++q) {
             // A gradient of 0 beyond the row's end would not do: the pixel may be Inf.
-            if (q > 0 && q >= rest) break;
+            if (kVectors != Vectors::kPixels && q > 0 && q >= rest) break;
 #pragma unroll
             for (int s = 0; s < kFilter; ++s) multiply_add(pixels[q * kStride + s], grads[q], sums[r * kFilter + s]);
           }
