@@ -35,7 +35,7 @@ constexpr int kStripThreads = 128;
 constexpr int strip_resident(Pass pass, Vectors vectors, int filter, int stride) {
   const bool small = filter == 3, wgrad = pass == Pass::kWgrad, many_rows = wgrad && stride == 2;
   if (vectors == Vectors::kChannels) return many_rows || (pass == Pass::kDgrad && !small) ? 2 : 3;
-  return many_rows ? (small ? 4 : 2) : wgrad ? (small ? 5 : 3) : small ? 7 : 5;
+  return many_rows ? (small ? 4 : 2) : wgrad ? (small ? 5 : 3) : small ? 6 : 5;
 }
 
 // One channel's convolution after the other: output channel k reads input channel k / multiplier.

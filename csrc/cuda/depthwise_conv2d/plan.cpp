@@ -9,6 +9,7 @@ constexpr int kTile = kDepthwiseTile;
 constexpr int kResident = 2;            // what the kernels' launch bounds promise
 constexpr int kSharedGoal = 32 * 1024;  // leaves L1 to the pixels
 constexpr int kFewestColumns = 2;       // of a tile or a strip
+constexpr int kFewestRows = 4;          // wgrad: of a lane, in tiles or strips, to be worth the sum over the lanes
 constexpr int kMaxChannelBlocks = 65535;
 
 int64_t out_channels(const DepthwiseConv2dParams& p) { return int64_t{p.channels} * p.multiplier; }
@@ -55,12 +56,13 @@ void cut_into_strips(DepthwiseConv2dParams& p, Pass pass, Vectors vectors, const
   p.rows = backward ? (p.height - 1 + p.padding_height) / p.stride_height - p.first_row + 1 : p.out_height;
   constexpr int kStart = 2;  // in rows: what it takes to find a strip and to wait for its first pixels
   const int ahead = (p.filter_height - 1) / p.stride_height + kStart;
+  const int64_t shortest = pass == Pass::kWgrad ? std::min(kFewestRows, p.rows) : 1;
   int64_t least = INT64_MAX;
-  for (int64_t parts = 1; parts <= p.rows; parts += 1 + parts / 4) {
-    const int64_t rows = ceil_div(p.rows, parts), strips = ceil_div(p.rows, rows);
+  for (int64_t longest = p.rows; longest > 0; longest -= 1 + longest / 5) {
+    const int64_t strips = ceil_div(p.rows, longest), rows = ceil_div(p.rows, strips);
     const int64_t tiles = p.batch * strips * p.row_tiles;
     const int64_t time = ceil_div(ceil_div(tiles, lanes.y) * lanes.channel_blocks, blocks_at_once) * (rows + ahead);
-    if (time >= least || tiles > INT32_MAX) continue;
+    if (rows < shortest || time >= least || tiles > INT32_MAX) continue;
     least = time;
     p.strip_rows = static_cast<int>(rows);
     p.strips = static_cast<int>(strips);
@@ -137,7 +139,7 @@ DepthwiseCandidate DepthwiseVariant::candidate(const DepthwiseConv2dParams& para
     // Of strips, one wave: every block adds up its lanes' sums once.
     const int64_t wanted = filter > 0 ? std::max<int64_t>(resident * device.multiprocessors / channel_blocks, 1)
                                       : ceil_div(int64_t{8} * device.multiprocessors, parts * channel_blocks);
-    const int64_t least = filter > 0 ? ceil_div(4, p.strip_rows) : 4;  // tiles or strips of a lane
+    const int64_t least = filter > 0 ? ceil_div(kFewestRows, p.strip_rows) : kFewestRows;
     const int64_t chunks = std::clamp<int64_t>(std::min(wanted, ceil_div(p.tiles, least * y)), 1, 512);
     p.tiles_per_chunk = static_cast<int>(ceil_div(p.tiles, chunks));
     p.chunks = static_cast<int>(ceil_div(p.tiles, p.tiles_per_chunk));

@@ -109,7 +109,7 @@ struct Taps {
     const Vec<A, kWidth> found = load<kWidth>(filters + tap * count);
     copy(found.v, values);
   }
-  static constexpr bool kHeld = kFilter == 3;
+  static constexpr bool kHeld = kFilter * kFilter * kWidth * sizeof(A) <= 36 * 4;  // in registers
   const A* filters;
   int count;
   A held[kHeld ? kFilter * kFilter + 1 : 1][kWidth];
@@ -202,9 +202,10 @@ fprop_strips(const DepthwiseConv2dParams p) {
   T* output = static_cast<T*>(p.output) + k * p.out.c;
   Taps<A, kWidth, kFilter> taps(filters + lane, count);
 
-  for (int64_t strip = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; strip < p.tiles;
-       strip += int64_t{gridDim.x} * blockDim.y) {
-    const StripPosition at(static_cast<unsigned>(strip), p);
+  // No overflow: a step is at most as many strips as there are, and a block.
+  const unsigned strips = p.tiles;
+  for (unsigned strip = blockIdx.x * blockDim.y + threadIdx.y; strip < strips; strip += gridDim.x * blockDim.y) {
+    const StripPosition at(strip, p);
     const int q0 = at.column * kColumns, left = q0 * kStride - p.padding_width;
     const unsigned columns = columns_in<kPixels>(left, p.width), out_columns = columns_in<kColumns>(q0, p.out_width);
     // A step adds rows kFilter - kStride ... kFilter - 1 of the filter to row `out` of the output, which is then
@@ -279,9 +280,10 @@ dgrad_strips(const DepthwiseConv2dParams p) {
   if (c >= p.channels) return;
   Taps<A, kWidth, kFilter> taps(filters + lane, count);
 
-  for (int64_t strip = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; strip < p.tiles;
-       strip += int64_t{gridDim.x} * blockDim.y) {
-    const StripPosition at(static_cast<unsigned>(strip), p);
+  // No overflow: a step is at most as many strips as there are, and a block.
+  const unsigned strips = p.tiles;
+  for (unsigned strip = blockIdx.x * blockDim.y + threadIdx.y; strip < strips; strip += gridDim.x * blockDim.y) {
+    const StripPosition at(strip, p);
     const int w0 = at.column * kColumns - p.row_shift, q0 = (w0 + p.padding_width - kPhase) / kStride - kBefore;
     const unsigned columns = columns_in<kPixels>(q0, p.out_width), in_columns = columns_in<kColumns>(w0, p.width);
     int row = at.begin - (kLive - 1), h = row * kStride - p.padding_height;
