@@ -1,6 +1,7 @@
 // What the kernels of depthwise convolutions take.
 #pragma once
 
+#include "cuda/runtime/divider.h"
 #include "cuda/runtime/launcher.h"
 
 namespace fastconv::cuda {
@@ -34,7 +35,7 @@ constexpr Strip strip_of(Pass pass, int element_bytes, Vectors vectors, int filt
 constexpr int kStripThreads = 128;
 constexpr int strip_resident(Pass pass, Vectors vectors, int filter, int stride) {
   const bool small = filter == 3, wgrad = pass == Pass::kWgrad, many_rows = wgrad && stride == 2;
-  if (vectors == Vectors::kChannels) return many_rows || (pass == Pass::kDgrad && !small) ? 2 : 3;
+  if (vectors == Vectors::kChannels) return many_rows || !(small || wgrad) ? 2 : 3;
   return many_rows ? (small ? 4 : 2) : wgrad ? (small ? 5 : 3) : small ? 6 : 5;
 }
 
@@ -70,6 +71,7 @@ struct DepthwiseConv2dParams {
   int first_row, rows;  // of the result; of dgrad's, with the padding, as many as the stride count as one
   int strips;           // from the top of an image to its bottom
   int strip_rows;       // of each, but for the last
+  Divider by_row_tiles, by_strips;
 };
 
 }  // namespace fastconv::cuda

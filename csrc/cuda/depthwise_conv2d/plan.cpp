@@ -68,6 +68,8 @@ void cut_into_strips(DepthwiseConv2dParams& p, Pass pass, Vectors vectors, const
     p.strips = static_cast<int>(strips);
     p.tiles = static_cast<int>(tiles);
   }
+  p.by_row_tiles = Divider(p.row_tiles);
+  p.by_strips = Divider(p.strips);
 }
 
 bool are_aligned(const DepthwiseConv2dParams& p, int bytes) {

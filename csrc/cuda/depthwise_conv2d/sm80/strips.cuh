@@ -1,4 +1,6 @@
-// Depthwise convolution by 3x3 and 5x5 filters with stride 1 or 2 and without dilation; formulas as in kernel.cuh.
+// Depthwise convolution by 3x3 and 5x5 filters with stride 1 or 2 and without dilation; formulas, blocks and lanes as
+// in kernel.cuh. For vectors of channels (nhwc), for vectors of pixels along a row (nchw), and for single elements
+// (any).
 //
 // A thread owns strips of the result: kColumns neighbouring columns of a channel (or of a vector of channels), and
 // p.strip_rows rows of them, from top to bottom. Every row of the source is loaded once, a step before it is needed,
@@ -9,13 +11,13 @@
 //   wgrad  kFilter rows of the input, and the sums of all taps, which end up in the workspace as kernel.cuh's do
 //
 // Sums move on by one row with each step: the first multiplication of a step adds to the sum of the row below. Filters
-// lie in shared memory, as [tap][channel] in the type of computation, the bias behind them; those of 3x3 taps are kept
-// in registers.
+// lie in shared memory; those that are small enough are kept in registers.
 //
 // Bound by memory: x and y (or dy, y and dx) once, but for the rows that strips share.
 #pragma once
 
 #include "cuda/depthwise_conv2d/sm80/kernel.cuh"
+#include "cuda/runtime/divider.cuh"
 #include "cuda/runtime/packed.cuh"
 
 namespace fastconv::cuda::inline sm80::depthwise {
@@ -23,10 +25,9 @@ namespace fastconv::cuda::inline sm80::depthwise {
 // Where a strip is: image n, the number of the strip from the top, and of its columns from the left
 struct StripPosition {
   FASTCONV_DEVICE StripPosition(unsigned strip, const DepthwiseConv2dParams& p) {
-    const unsigned rest = strip / p.row_tiles;
-    column = static_cast<int>(strip - rest * p.row_tiles);
-    n = static_cast<int>(rest / p.strips);
-    const int first = static_cast<int>(rest - n * p.strips) * p.strip_rows;
+    int number;
+    n = divide(p.by_strips, divide(p.by_row_tiles, static_cast<int>(strip), column), number);
+    const int first = number * p.strip_rows;
     begin = p.first_row + first;
     end = p.first_row + (first + p.strip_rows < p.rows ? first + p.strip_rows : p.rows);
   }
@@ -34,15 +35,14 @@ struct StripPosition {
   int begin, end;  // rows
 };
 
-FASTCONV_DEVICE bool is_row(int h, int height) { return static_cast<unsigned>(h) < static_cast<unsigned>(height); }
+FASTCONV_DEVICE bool is_inside(int i, int extent) { return static_cast<unsigned>(i) < static_cast<unsigned>(extent); }
 
 // Which of the columns left ... left + kCount - 1 a row has, as bits
 template <int kCount>
 FASTCONV_DEVICE unsigned columns_in(int left, int width) {
   unsigned bits = 0;
 #pragma unroll
-  for (int j = 0; j < kCount; ++j)
-    bits |= static_cast<unsigned>(left + j) < static_cast<unsigned>(width) ? 1u << j : 0u;
+  for (int j = 0; j < kCount; ++j) bits |= is_inside(left + j, width) ? 1u << j : 0u;
   return bits;
 }
 
@@ -215,7 +215,7 @@ fprop_strips(const DepthwiseConv2dParams p) {
     const T* row = input + at.n * p.in.n + h * p.in.h + left * p.in.w;
     T* out_row = output + at.n * p.out.n + out * p.out.h + q0 * p.out.w;
     InputRow<T, kVectors, kWidth, kColumns, kFilter, kStride> next;
-    next.load(row, p.in.w, is_row(h, p.height) ? columns : 0);
+    next.load(row, p.in.w, is_inside(h, p.height) ? columns : 0);
     A sums[kLive][kColumns][kWidth] = {};
     for (; out < at.end; ++out, out_row += p.out.h) {
       taps.keep(p);
@@ -225,7 +225,7 @@ fprop_strips(const DepthwiseConv2dParams p) {
         next.unpack(pixels);
         ++h;
         row += p.in.h;
-        next.load(row, p.in.w, is_row(h, p.height) ? columns : 0);
+        next.load(row, p.in.w, is_inside(h, p.height) ? columns : 0);
 #pragma unroll
         for (int m = 0; m < kLive; ++m) {
           const int r = kFilter - kStride + b - kStride * m;
@@ -264,8 +264,8 @@ template <class T, Vectors kVectors, int kWidth, int kColumns, int kFilter, int 
 FASTCONV_KERNEL(kStripThreads, strip_resident(Pass::kDgrad, kVectors, kFilter, kStride))
 dgrad_strips(const DepthwiseConv2dParams p) {
   using A = Compute<T>;
-  constexpr int kLive = (kFilter + kStride - 1) / kStride,
-                kPhase = kVectors == Vectors::kPixels ? kFilter / 2 % kStride : 0;
+  constexpr int kLive = (kFilter + kStride - 1) / kStride;
+  constexpr int kPhase = kVectors == Vectors::kPixels ? kFilter / 2 % kStride : 0;
   constexpr int kBefore = (kFilter - 1 - kPhase) / kStride, kPixels = kBefore + (kColumns - 1 + kPhase) / kStride + 1;
   constexpr int kLeft = kBefore - kFilter / 2 / kStride, kVector = kColumns / kStride;
   using GradRow = std::conditional_t<kVectors == Vectors::kPixels, Row<T, kWidth, kPixels, kLeft, kVector, 1>,
@@ -290,14 +290,14 @@ dgrad_strips(const DepthwiseConv2dParams p) {
     int64_t offset = at.n * p.out.n + c * p.out.c + row * p.out.h + q0 * p.out.w;
     T* in_row = static_cast<T*>(p.grad_input) + at.n * p.in.n + c * p.in.c + h * p.in.h + w0 * p.in.w;
     MaskedRow<T, kWidth, kPixels, GradRow> next;
-    next.load(p, offset, is_row(row, p.out_height) ? columns : 0);
+    next.load(p, offset, is_inside(row, p.out_height) ? columns : 0);
     A sums[kLive][kStride][kColumns][kWidth] = {};
-    for (; row < at.end;) {
+    while (row < at.end) {
       taps.keep(p);
       A grads[kPixels][kWidth];
       next.unpack(p, grads);
       offset += p.out.h;
-      next.load(p, offset, is_row(row + 1, p.out_height) ? columns : 0);
+      next.load(p, offset, is_inside(row + 1, p.out_height) ? columns : 0);
 #pragma unroll
       for (int m = 0; m < kLive; ++m) {
 #pragma unroll
@@ -323,7 +323,7 @@ dgrad_strips(const DepthwiseConv2dParams p) {
       }
 #pragma unroll
       for (int b = 0; b < kStride; ++b) {
-        if (row >= at.begin && is_row(h + b, p.height)) {
+        if (row >= at.begin && is_inside(h + b, p.height)) {
           store_row<kVectors == Vectors::kPixels>(in_row + b * p.in.h, p.in.w, in_columns, sums[0][b]);
         }
       }
@@ -359,7 +359,7 @@ wgrad_strips(const DepthwiseConv2dParams p) {
       int64_t offset = at.n * p.out.n + k * p.out.c + at.begin * p.out.h + q0 * p.out.w;
       InputRow<T, kVectors, kWidth, kColumns, kFilter, kStride> rows[kFilter];  // one for each of the filter
       const auto load_next = [&](int r) {
-        rows[r].load(row, p.in.w, is_row(h, p.height) ? columns : 0);
+        rows[r].load(row, p.in.w, is_inside(h, p.height) ? columns : 0);
         ++h;
         row += p.in.h;
       };
