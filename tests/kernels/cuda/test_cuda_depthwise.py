@@ -137,7 +137,9 @@ def test_every_kernel(backend: str, kind: str, rest: str, dtype: torch.dtype) ->
     if order == "nchw":  # rows of whole vectors, padded by half of the filter
         operands = [(3, 1, "contiguous")] + [(2, 3, "contiguous")] * (kind != "dgrad")
         half, width = int(filter[0]) // 2, 16
-        geometries = [(*g[:2], stride, (above, half), 1) for g in geometries[:1] for stride in (1, 2) for above in (half, 0, 4)]
+        geometries = [
+            (*g[:2], stride, (above, half), 1) for g in geometries[:1] for stride in (1, 2) for above in (half, 0, 4)
+        ]
     op = f"depthwise_conv2d_{kind}"
     with forced(backend, op, f"{op}_{rest}"):
         for geometry, (channels, multiplier, layout) in itertools.product(geometries, operands):
@@ -240,6 +242,9 @@ def test_special_values(backend: str, value: float, dtype: torch.dtype, layout: 
         bad[:, 3, pixels, pixels] = True
         assert torch.equal(~of_input.isfinite(), bad)
         assert not of_weight[3, 0, taps, taps].isfinite().any()
+        if x is odd:  # what gradients beyond the row's end would meet, if there were any
+            assert of_weight[3, 0, 0].isfinite().all()
+            assert of_weight[3, 0, :, 0].isfinite().all()
         assert of_weight[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
 
 
@@ -381,7 +386,10 @@ def test_a_forced_kernel_that_does_not_fit(backend: str) -> None:
     input = random(backend, 1, 7, 5, 5, dtype=torch.float16)
     weights = [random(backend, *size, dtype=torch.float16) for size in ((7, 1, 3, 3), (4, 7, 1, 1))]
     op = "depthwise_conv2d_fprop"
-    with forced(backend, op, f"{op}_nhwc_3x3"), pytest.raises(RuntimeError, match="was forced, but needs channels side"):
+    with (
+        forced(backend, op, f"{op}_nhwc_3x3"),
+        pytest.raises(RuntimeError, match="was forced, but needs channels side"),
+    ):
         ops.depthwise_conv2d(input, weights[0])
 
 
