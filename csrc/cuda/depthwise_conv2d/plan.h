@@ -20,9 +20,9 @@ struct DepthwiseVariant {
 
   KernelInfo info;
   Pass pass;
-  bool vectors;  // of channels: `lane_channels` to a thread, else one
-  int filter;    // width of the filters whose rows stay in registers, 0 for any
-  double rate;   // see Cost
+  Vectors vectors;
+  int filter;   // height and width of the filters of a kernel for strips, 0 for any filter
+  double rate;  // see Cost
   Run run;
 
   const char* refusal(const DepthwiseConv2dParams& params, const DeviceInfo& device) const;

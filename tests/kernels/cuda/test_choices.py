@@ -65,7 +65,7 @@ def test_reasons_are_those_of_the_call(backend: str) -> None:
     x, weight = image(backend, 1, 8, 6, 6), torch.randn(8, 1, 3, 3, device=device_of(backend)).half()
     (choice,) = made(ops.depthwise_conv2d, x, weight, dilation=2)
     assert choice.chosen == "depthwise_conv2d_fprop_nhwc"
-    assert reasons(choice)["depthwise_conv2d_fprop_nhwc_3x"] == "the filter is dilated along the row"
+    assert reasons(choice)["depthwise_conv2d_fprop_nhwc_3x3"] == "the filter is dilated"
 
     (choice,) = made(ops.local_response_norm, image(backend, 1, 8, 6, 6), 3)
     assert choice.chosen == "local_response_norm_fprop_nhwc_vec"
@@ -128,7 +128,7 @@ def test_small_grids_keep_the_faster_kernel() -> None:
         with kernels.choices() as found:
             output = ops.depthwise_conv2d(x, taps, padding=1)
             torch.autograd.grad(output, taps, torch.ones_like(output))
-    assert [choice.chosen for choice in found] == ["depthwise_conv2d_fprop_nhwc_3x", "depthwise_conv2d_wgrad_nhwc_3x"]
+    assert [choice.chosen for choice in found] == ["depthwise_conv2d_fprop_nhwc_3x3", "depthwise_conv2d_wgrad_nhwc_3x3"]
 
 
 def test_names_are_unique(backend: str) -> None:

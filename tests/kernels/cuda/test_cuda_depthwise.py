@@ -25,7 +25,7 @@ from support.eager import activate
 from support.kernel_backends import as_tf32, device_of, emulated, forced, kernel_table, true_float32
 
 PASSES = ("fprop", "dgrad", "wgrad")
-FILTERS = ("nhwc_3x", "nhwc_5x", "nhwc", "any_3x", "any_5x", "any")
+FILTERS = ("nhwc_3x3", "nhwc_5x5", "nchw_3x3", "nchw_5x5", "nhwc", "any_3x3", "any_5x5", "any")
 SEPARABLE = ("128_3x", "128", "64_3x", "64")
 
 half_dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -40,11 +40,20 @@ def test_the_table_has_these_kernels(backend: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------- depthwise
 
-# Filter height and width, stride, padding, dilation. Tiles are four pixels wide; rows end within them and behind them.
+# Filter height and width, stride, padding, dilation. Tiles and strips are two or four pixels wide; rows end within them
+# and behind them.
 GEOMETRIES = {
-    "3x": [(3, 3, 1, 1, 1), (3, 3, 2, 1, 1), (3, 3, 2, 0, 1), (2, 3, (3, 1), (2, 4), (2, 1))],
-    "5x": [(5, 5, 1, 2, 1), (5, 5, 2, 2, 1), (1, 5, (1, 2), (0, 7), 1)],
-    "": [(3, 3, 1, 2, 2), (2, 4, 3, 1, 1), (1, 1, 1, 0, 1), (7, 7, 2, 3, 1), (3, 3, 1, 1, 1)],
+    "3x3": [(3, 3, 1, 1, 1), (3, 3, 2, 1, 1), (3, 3, 2, 0, 1), (3, 3, 1, (2, 4), 1), (3, 3, 2, (0, 3), 1)],
+    "5x5": [(5, 5, 1, 2, 1), (5, 5, 2, 2, 1), (5, 5, 1, (7, 0), 1), (5, 5, 2, (1, 4), 1)],
+    "": [
+        (3, 3, 1, 2, 2),
+        (2, 4, 3, 1, 1),
+        (1, 1, 1, 0, 1),
+        (7, 7, 2, 3, 1),
+        (3, 3, 1, 1, 1),
+        (2, 3, (3, 1), (2, 4), (2, 1)),
+        (1, 5, (1, 2), (0, 7), 1),
+    ],
 }
 
 
@@ -117,15 +126,24 @@ def check(
 )
 def test_every_kernel(backend: str, kind: str, rest: str, dtype: torch.dtype) -> None:
     order, _, filter = rest.partition("_")
+    geometries, width = GEOMETRIES[filter], 9
     activations = itertools.cycle(["none", "relu", "relu6"])
     # (channels, multiplier, layout): channels that blocks share, that no vector divides, one alone
-    operands = [(12, 1, "channels_last"), (36 if filter == "3x" else 4, 1, "channels_last")]
+    operands = [(12, 1, "channels_last"), (36 if filter == "3x3" else 4, 1, "channels_last")]
     if order == "any":
-        operands = [(3, 1, "contiguous"), (2, 3, "contiguous"), (7, 1, "channels_last"), (3, 2, "channels_last")]
+        operands = [(3, 1, "contiguous"), (7, 1, "channels_last")]
+        if kind != "dgrad" or not filter:
+            operands += [(2, 3, "contiguous"), (3, 2, "channels_last")]
+    if order == "nchw":  # rows of whole vectors, padded by half of the filter
+        operands = [(3, 1, "contiguous")] + [(2, 3, "contiguous")] * (kind != "dgrad")
+        half, width = int(filter[0]) // 2, 16
+        geometries = [
+            (*g[:2], stride, (above, half), 1) for g in geometries[:1] for stride in (1, 2) for above in (half, 0, 4)
+        ]
     op = f"depthwise_conv2d_{kind}"
     with forced(backend, op, f"{op}_{rest}"):
-        for geometry, (channels, multiplier, layout) in itertools.product(GEOMETRIES[filter], operands):
-            input = random(backend, 2, channels, 7, 9, dtype=dtype, layout=layout)
+        for geometry, (channels, multiplier, layout) in itertools.product(geometries, operands):
+            input = random(backend, 2, channels, 7, width, dtype=dtype, layout=layout)
             check(backend, (kind,), input, multiplier, geometry, next(activations), misaligned=order == "any")
 
 
@@ -159,6 +177,19 @@ def test_many_chunks() -> None:
         for layout in LAYOUTS:
             input = random("cuda-emulated", 3, 4, 33, 34, dtype=torch.float16, layout=layout)
             check("cuda-emulated", ("wgrad",), input, 1, (3, 3, 1, 1, 1), "relu")
+
+
+@pytest.mark.parametrize(("filter", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((1, 160, 17, 12), "channels_last"), ((4, 12, 17, 64), "contiguous"), ((4, 12, 17, 31), "contiguous")],
+    ids=["nhwc", "nchw", "any"],
+)
+def test_long_strips(filter: int, stride: int, shape: tuple[int, ...], layout: str) -> None:
+    """The fewer blocks run at once, the more rows a thread owns; the last strip has fewer of them."""
+    with emulated_gpu(multiprocessors=1):
+        input = random("cuda-emulated", *shape, dtype=torch.float16, layout=layout)
+        check("cuda-emulated", PASSES, input, 1, (filter, filter, stride, filter // 2, 1), "relu6")
 
 
 @pytest.mark.parametrize("make", ["slice of channels", "every other column", "expanded", "transposed"])
@@ -211,6 +242,9 @@ def test_special_values(backend: str, value: float, dtype: torch.dtype, layout: 
         bad[:, 3, pixels, pixels] = True
         assert torch.equal(~of_input.isfinite(), bad)
         assert not of_weight[3, 0, taps, taps].isfinite().any()
+        if x is odd:  # what gradients beyond the row's end would meet, if there were any
+            assert of_weight[3, 0, 0].isfinite().all()
+            assert of_weight[3, 0, :, 0].isfinite().all()
         assert of_weight[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
 
 
@@ -304,7 +338,7 @@ def test_the_choice_of_a_separable_kernel() -> None:
     for channels, pixels, expected in (
         (16, 6, ["depthwise_separable_conv2d_fprop_nhwc_64_3x"]),
         (16, 30, ["depthwise_separable_conv2d_fprop_nhwc_128_3x"]),
-        (640, 6, ["depthwise_conv2d_fprop_nhwc_3x"]),  # and conv2d
+        (640, 6, ["depthwise_conv2d_fprop_nhwc_3x3"]),  # and conv2d
     ):
         input = random("cuda-emulated", 1, channels, pixels, pixels, dtype=torch.float16, layout="channels_last")
         filters = random("cuda-emulated", channels, 1, 3, 3, dtype=torch.float16)
@@ -352,7 +386,10 @@ def test_a_forced_kernel_that_does_not_fit(backend: str) -> None:
     input = random(backend, 1, 7, 5, 5, dtype=torch.float16)
     weights = [random(backend, *size, dtype=torch.float16) for size in ((7, 1, 3, 3), (4, 7, 1, 1))]
     op = "depthwise_conv2d_fprop"
-    with forced(backend, op, f"{op}_nhwc_3x"), pytest.raises(RuntimeError, match="was forced, but needs channels side"):
+    with (
+        forced(backend, op, f"{op}_nhwc_3x3"),
+        pytest.raises(RuntimeError, match="was forced, but needs channels side"),
+    ):
         ops.depthwise_conv2d(input, weights[0])
 
 

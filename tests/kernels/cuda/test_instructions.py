@@ -38,7 +38,7 @@ def convolutions(dtype: torch.dtype, layout: str, channels: int = 16, size: int 
 
 def depthwise(dtype: torch.dtype, layout: str) -> Iterator[Call]:
     draw = functools.partial(random, BACKEND, dtype=dtype, layout=layout)
-    x, pointwise = draw(1, 16, 6, 6), draw(24, 16, 1, 1)
+    x, pointwise = draw(1, 16, 6, 8), draw(24, 16, 1, 1)
     for size in (3, 5, 7):
         taps = draw(16, 1, size, size)
         yield functools.partial(gradients, ops.depthwise_conv2d, x, taps, padding=size // 2, activation="relu")

@@ -12,11 +12,10 @@
 //   nhwc  vectors of channels: x lanes run along memory. One filter per channel.
 //   any   single elements, any strides: of NCHW a block has one channel, and y lanes run along the row.
 //
-// Either comes for 3- and 5-wide filters with stride 1 or 2, whose rows of filter and pixels stay in registers, and for
-// any filter, stride and dilation.
+// Any filter, stride and dilation; strips.cuh has kernels for the usual ones.
 //
-// wgrad: a block has one row of the filter (one tap, of any filter), a channel lane its sums over a chunk of the tiles;
-// partial sums go to a workspace [chunk][tap, bias][k], which a second kernel adds up: always in the same order.
+// wgrad: a block has one tap of the filter, a channel lane its sum over a chunk of the tiles; partial sums go to a
+// workspace [chunk][tap, bias][k], which a second kernel adds up: always in the same order.
 //
 // Bound by memory: x and y (or dy, y and dx) once. Chosen among in ../plan.cpp.
 #pragma once
@@ -42,7 +41,7 @@ FASTCONV_DEVICE void load_masked(const DepthwiseConv2dParams& p, bool exists, in
 
 // ---------------------------------------------------------------------------------------------- fprop
 
-template <class T, int kWidth, int kFilter, int kStride>
+template <class T, int kWidth>
 FASTCONV_KERNEL(kThreads, 2)
 fprop(const DepthwiseConv2dParams p) {
   using A = Compute<T>;
@@ -63,7 +62,7 @@ fprop(const DepthwiseConv2dParams p) {
     const TilePosition at(static_cast<unsigned>(tile), p.out_height, p);
     const int q0 = at.column * kTile;
     A sums[kTile][kWidth];
-    convolve_tile<kFilter, kStride>(p, input, filters, count, at, sums);
+    convolve_tile<0, 1>(p, input, filters, count, at, sums);
 
     T* out_row = output + at.n * p.out.n + at.row * p.out.h;
 #pragma unroll
@@ -78,9 +77,8 @@ fprop(const DepthwiseConv2dParams p) {
 
 // ---------------------------------------------------------------------------------------------- dgrad
 
-// Tiles are of the input's pixels. With kFilter they begin where (w + padding) is a multiple of the stride, so that it
-// is known which tap joins which two pixels.
-template <class T, int kWidth, int kFilter, int kStride>
+// Tiles are of the input's pixels.
+template <class T, int kWidth>
 FASTCONV_KERNEL(kThreads, 2)
 dgrad(const DepthwiseConv2dParams p) {
   using A = Compute<T>;
@@ -99,7 +97,7 @@ dgrad(const DepthwiseConv2dParams p) {
   for (int64_t tile = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; tile < p.tiles;
        tile += int64_t{gridDim.x} * blockDim.y) {
     const TilePosition at(static_cast<unsigned>(tile), p.height, p);
-    const int w0 = at.column * kTile - p.row_shift;
+    const int w0 = at.column * kTile;
     A sums[kTile][kWidth];
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
@@ -114,35 +112,17 @@ dgrad(const DepthwiseConv2dParams p) {
         if (above < 0 || row * p.stride_height != above || row >= p.out_height) continue;
         const int64_t out_row = image + row * p.out.h;
         const A* row_filters = filters + r * p.filter_width * count + m;
-        if constexpr (kFilter > 0) {
-          A taps[kFilter][kWidth];
+        for (int s = 0; s < p.filter_width; ++s) {
+          A tap[kWidth];
+          copy(row_filters + s * count, tap);
 #pragma unroll
-          for (int s = 0; s < kFilter; ++s) copy(row_filters + s * count, taps[s]);
-          const int base = (w0 + p.padding_width) / kStride;  // exact
-#pragma unroll
-          for (int j = -((kFilter - 1) / kStride); j <= (kTile - 1) / kStride; ++j) {
-            const int q = base + j;
+          for (int i = 0; i < kTile; ++i) {
+            const int before = w0 + i + p.padding_width - s * p.dilation_width;
+            const int q = before / p.stride_width;
+            if (before < 0 || q * p.stride_width != before || q >= p.out_width) continue;
             A grad[kWidth];
-            load_masked<T>(p, q >= 0 && q < p.out_width, out_row + q * p.out.w, grad);
-#pragma unroll
-            for (int i = 0; i < kTile; ++i) {
-              const int s = i - j * kStride;
-              if (s >= 0 && s < kFilter) multiply_add(grad, taps[s], sums[i]);
-            }
-          }
-        } else {
-          for (int s = 0; s < p.filter_width; ++s) {
-            A tap[kWidth];
-            copy(row_filters + s * count, tap);
-#pragma unroll
-            for (int i = 0; i < kTile; ++i) {
-              const int before = w0 + i + p.padding_width - s * p.dilation_width;
-              const int q = before / p.stride_width;
-              if (before < 0 || q * p.stride_width != before || q >= p.out_width) continue;
-              A grad[kWidth];
-              load_masked<T>(p, true, out_row + q * p.out.w, grad);
-              multiply_add(grad, tap, sums[i]);
-            }
+            load_masked<T>(p, true, out_row + q * p.out.w, grad);
+            multiply_add(grad, tap, sums[i]);
           }
         }
       }
@@ -150,7 +130,7 @@ dgrad(const DepthwiseConv2dParams p) {
     T* in_row = grad_input + at.n * p.in.n + at.row * p.in.h;
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
-      if (w0 + i >= 0 && w0 + i < p.width) store_narrow(in_row + (w0 + i) * p.in.w, sums[i]);
+      if (w0 + i < p.width) store_narrow(in_row + (w0 + i) * p.in.w, sums[i]);
     }
   }
 }
@@ -182,24 +162,18 @@ FASTCONV_DEVICE void sum_lanes(A* memory, A (&values)[kWidth]) {
   __syncthreads();
 }
 
-template <class T, int kWidth, int kFilter, int kStride>
+template <class T, int kWidth>
 FASTCONV_KERNEL(kThreads, 2)
 wgrad(const DepthwiseConv2dParams p) {
   using A = Compute<T>;
-  constexpr int kSums = kFilter > 0 ? kFilter : 1;
   const int taps = p.filter_height * p.filter_width, all = p.channels * p.multiplier;
   // Blocks of one chunk are neighbours: what one reads, the others find in L2.
-  const int parts = kFilter > 0 ? p.filter_height : taps;
-  const int chunk = static_cast<int>(blockIdx.x) / parts, part = static_cast<int>(blockIdx.x) - chunk * parts;
-  const int r = kFilter > 0 ? part : part / p.filter_width, s0 = kFilter > 0 ? 0 : part - r * p.filter_width;
+  const int chunk = static_cast<int>(blockIdx.x) / taps, tap = static_cast<int>(blockIdx.x) - chunk * taps;
+  const int r = tap / p.filter_width, s = tap - r * p.filter_width;
   const int k = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * kWidth;
-  A sums[kSums][kWidth], bias_sums[kWidth];
+  A sums[kWidth], bias_sums[kWidth];
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    bias_sums[i] = 0;
-#pragma unroll
-    for (int s = 0; s < kSums; ++s) sums[s][i] = 0;
-  }
+  for (int i = 0; i < kWidth; ++i) sums[i] = bias_sums[i] = 0;
 
   if (k < all) {
     const T* input = static_cast<const T*>(p.input) + int64_t{kWidth > 1 ? k : k / p.multiplier} * p.in.c;
@@ -213,7 +187,7 @@ wgrad(const DepthwiseConv2dParams p) {
 #pragma unroll
       for (int q = 0; q < kTile; ++q) {
         load_masked<T>(p, q0 + q < p.out_width, out_row + (q0 + q) * p.out.w, grad[q]);
-        if (part == 0) {
+        if (tap == 0) {
 #pragma unroll
           for (int i = 0; i < kWidth; ++i) bias_sums[i] += grad[q][i];
         }
@@ -221,44 +195,27 @@ wgrad(const DepthwiseConv2dParams p) {
       const int h = at.row * p.stride_height - p.padding_height + r * p.dilation_height;
       if (h < 0 || h >= p.height) continue;
       const T* row = input + at.n * p.in.n + h * p.in.h;
-      if constexpr (kFilter > 0) {
-        const int left = q0 * kStride - p.padding_width;
 #pragma unroll
-        for (int j = 0; j < (kTile - 1) * kStride + kFilter; ++j) {
-          const int w = left + j;
-          A pixel[kWidth];
-          load_wide_if(w >= 0 && w < p.width, row + w * p.in.w, pixel);
-#pragma unroll
-          for (int q = 0; q < kTile; ++q) {
-            const int s = j - q * kStride;
-            // A gradient of 0 beyond the row's end would not do: the pixel may be Inf.
-            if (s >= 0 && s < kFilter && q0 + q < p.out_width) multiply_add(pixel, grad[q], sums[s]);
-          }
-        }
-      } else {
-#pragma unroll
-        for (int q = 0; q < kTile; ++q) {
-          const int w = (q0 + q) * p.stride_width - p.padding_width + s0 * p.dilation_width;
-          if (q0 + q >= p.out_width || w < 0 || w >= p.width) continue;
-          A pixel[kWidth];
-          load_wide(row + w * p.in.w, pixel);
-          multiply_add(pixel, grad[q], sums[0]);
-        }
+      for (int q = 0; q < kTile; ++q) {
+        const int w = (q0 + q) * p.stride_width - p.padding_width + s * p.dilation_width;
+        if (q0 + q >= p.out_width || w < 0 || w >= p.width) continue;
+        A pixel[kWidth];
+        load_wide(row + w * p.in.w, pixel);
+        multiply_add(pixel, grad[q], sums);
       }
     }
   }
 
   A* memory = dynamic_smem<A>();
   A* partial = static_cast<A*>(p.workspace) + int64_t{chunk} * (taps + 1) * all;
-  const auto write = [&](int tap, A(&values)[kWidth]) {
+  const auto write = [&](int row, A(&values)[kWidth]) {
     sum_lanes(memory, values);
     if (threadIdx.y != 0 || k >= all) return;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) partial[int64_t{tap} * all + k + i] = values[i];
+    for (int i = 0; i < kWidth; ++i) partial[int64_t{row} * all + k + i] = values[i];
   };
-#pragma unroll
-  for (int s = 0; s < kSums; ++s) write(r * p.filter_width + s0 + s, sums[s]);
-  if (part == 0) write(taps, bias_sums);
+  write(tap, sums);
+  if (tap == 0) write(taps, bias_sums);
 }
 
 // Adds up the chunks: a block has 32 neighbouring channels of a tap, its y lanes share the chunks.
