@@ -51,12 +51,10 @@ class Results {
   FASTCONV_DEVICE bool is_whole() const { return whole; }
 
   // What is to be added to a row of a whole run, ahead of time
-  FASTCONV_DEVICE Vector residual_of(int row) const {
-    Vector found;
+  FASTCONV_DEVICE void load_residual(int row, Vector& others) const {
     if constexpr (kPass == Pass::kFprop) {
-      if (residual && whole && row < p.extent_a) found = load<kRun>(residual + place(row));
+      if (residual && whole && row < p.extent_a) others = load<kRun>(residual + place(row));
     }
-    return found;
   }
 
   // A row of a whole run

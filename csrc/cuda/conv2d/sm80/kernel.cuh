@@ -193,9 +193,9 @@ conv2d_kernel(const __grid_constant__ ConvParams p) {
   const bool is_part = p.splits > 1;
   typename Results<kPass, T>::Vector others[2][kTurns];
   const auto load_others = [&](int block) {
-    if (kPass != Pass::kFprop || is_part) return;
+    if (is_part) return;
 #pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) others[block % 2][turn] = results.residual_of(row_of(block, turn));
+    for (int turn = 0; turn < kTurns; ++turn) results.load_residual(row_of(block, turn), others[block % 2][turn]);
   };
   const Slab<C> slab(shared);
   load_others(0);
@@ -255,7 +255,8 @@ conv2d_reduce_kernel(const __grid_constant__ ConvParams p) {
   if (group >= p.arg.groups) return;
   const Results<kPass, T> results(p, group, run * kRun);
   if (!results.exists()) return;  // between two branches
-  const auto others = results.residual_of(row);
+  typename Results<kPass, T>::Vector others;
+  results.load_residual(row, others);
   float sums[kRun] = {};
 #pragma unroll 4
   for (int split = 0; split < p.splits; ++split) {
