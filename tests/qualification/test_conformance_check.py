@@ -93,7 +93,7 @@ def test_what_differs_disables_the_kernels_that_use_it(monkeypatch: pytest.Monke
     disabled = found.disabled
     assert disabled.keys() == using(*found.differs)
     assert disabled["conv2d_fprop_bf16_64x64_sm80"].startswith("ldmatrix differs on this GPU: ldmatrix_x2: its process")
-    assert {"conv2d_wgrad_tf32_64x64_sm80", "depthwise_conv2d_fprop_nhwc", ADD_16}.isdisjoint(disabled)
+    assert {"conv2d_fprop_fp32_64x64_sm80", "depthwise_conv2d_fprop_nhwc", ADD_16}.isdisjoint(disabled)
 
 
 def test_a_table_remembers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,12 +100,12 @@ def test_cuda_variants_are_ordered(backend: str, monkeypatch: pytest.MonkeyPatch
 
     first, add, _ = choices(call)
     scores = {c.kernel: c.score for c in first.candidates if not c.reason and c.kernel != first.chosen}
-    better, worse = sorted(scores, key=lambda kernel: -scores[kernel])
+    ordered = [{"conv2d_fprop": kernel} for kernel in sorted(scores, key=lambda kernel: -scores[kernel])]
     assert (first.op, add.chosen) == ("conv2d_fprop", "add_relu_fprop_vec16")
-    assert scores[better] > scores[worse]
+    assert len(set(scores.values())) > 2
     adds = {"add_relu_fprop": "add_relu_fprop_vec1"}
-    assert cuda_variants(call, backend, 8) == [{"conv2d_fprop": better}, {"conv2d_fprop": worse}, adds]
-    assert cuda_variants(call, backend, 1) == [{"conv2d_fprop": better}, adds]
+    assert cuda_variants(call, backend, 8) == [*ordered[:8], adds]
+    assert cuda_variants(call, backend, 1) == [ordered[0], adds]
     (other,) = {*CUDA} - {backend}
     assert cuda_variants(call, other, 8) == []
     assert cuda_variants(lambda: None, backend, 8) == []

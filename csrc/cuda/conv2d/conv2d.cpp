@@ -45,16 +45,15 @@ ConvArguments arguments_of(const Tensor& input, const Tensor& weight, int64_t p,
                            const ConvGeometry& geometry) {
   ConvArguments arg;
   arg.dtype = element_type(input);
-  arg.tf32 = allows_tf32(input);
   arg.n = extent("images", input.size(0)), arg.c = extent("channels", input.size(1));
   arg.h = extent("rows", input.size(2)), arg.w = extent("columns", input.size(3));
   arg.p = static_cast<int>(p), arg.q = static_cast<int>(q);
   extent("input pixels", input.size(0) * input.size(2) * input.size(3));
   extent("output pixels", input.size(0) * p * q);
-  extent("weights", weight.size(0) * input.size(1) * weight.size(2) * weight.size(3));
+  extent("weights", weight.size(0) * (input.size(1) / geometry.groups) * weight.size(2) * weight.size(3));
   arg.r = static_cast<int>(weight.size(2)), arg.s = static_cast<int>(weight.size(3));
   const auto pair = [](const IntList& list, int& h, int& w) {
-    h = extent("rows to a step", list[0]), w = extent("columns to a step", list[1]);
+    h = extent("rows to a step", list[0], 0), w = extent("columns to a step", list[1], 0);
   };
   pair(geometry.stride, arg.stride_h, arg.stride_w);
   pair(geometry.padding, arg.pad_h, arg.pad_w);
@@ -76,8 +75,11 @@ void run(Pass pass, Device& device, const ConvArguments& arg, const Tensor& like
 
 // The first channels of a wider result, as a tensor of its own
 Tensor without_padding(const Tensor& tensor, int64_t channels, bool channels_last) {
-  const Tensor part = torch::stable::narrow(const_cast<Tensor&>(tensor), 1, 0, channels);
-  return torch::stable::contiguous(part, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  IntList size = sizes_of(tensor);
+  size[1] = channels;
+  Tensor result = channels_last ? empty_channels_last(tensor, size) : torch::stable::new_empty(tensor, size);
+  torch::stable::copy_(result, torch::stable::narrow(const_cast<Tensor&>(tensor), 1, 0, channels));
+  return result;
 }
 
 // One of several convolutions of an input
@@ -96,6 +98,7 @@ std::vector<Tensor> launch_forward(const Tensor& given, const std::vector<Forwar
   const bool direct = !has_channels_side_by_side(given) && given.size(1) <= kFewChannels;
   const IntList& first = branches[0].output_size;
   ConvArguments arg = arguments_of(input, branches[0].weight, first[2], first[3], geometry);
+  arg.tf32 = allows_tf32(input);
   arg.activation = activation;
   arg.input = device.in(input);
   arg.x = strides_of(input);
@@ -139,7 +142,9 @@ GroupGradients launch_backward(const std::vector<Tensor>& grad_outputs, const st
   for (const Tensor& weight : weights) channels_last |= output_is_channels_last(given, weight);
   const int64_t channels = packed_channels(given, given.size(1), geometry.groups),
                 of_group = channels / geometry.groups;
+  const bool tf32 = allows_tf32(given);
   const auto with_gradient = [&](ConvArguments arg) {
+    arg.tf32 = tf32;
     arg.grad_output = device.in(gradient.tensor);
     arg.grad_channels = extent("filters", gradient.tensor.size(1));
     arg.y = strides_of(gradient.tensor);

@@ -35,7 +35,7 @@ struct ConvArguments {
   // channels, which are 0. In dgrad one branch stands for all.
   const void* grad_output = nullptr;
   int grad_channels = 0;
-  Strides y{};  // of grad_output
+  Strides y{};  // of grad_output, whose channels lie side by side
   int branches = 1;
   ConvBranch branch[kMaxBranches];
 };
@@ -74,14 +74,14 @@ struct ConvParams {
   int c_group;                         // channels of a group
   int k_group;                         // filters of a group, gaps between branches and channels of 0 included
   int filters[kMaxBranches];           // of a group of each branch
-  int channels;                        // of a position along the depth of fprop and dgrad, or along extent b of wgrad
   int first_filter[kMaxBranches + 1];  // of each branch among all of a group
   int extent_a, extent_b, depth;       // of the GEMM of a group
   int pitch_b;                         // of the workspace's rows
-  int tiles_b, splits, split_depth;    // split_depth: a multiple of the tile's depth
+  int splits, split_depth;             // split_depth: a multiple of the tile's depth
   bool wide[kMaxBranches];             // whether the branch's results can be written by 16 bytes
   float* workspace;                    // [splits, groups, extent_a, pitch_b]
-  Divider by_tiles_b, by_channels, by_s, by_splits;
+  Divider by_tiles_b, by_splits;
+  Divider by_channels, by_s;     // of a position along the depth, along extent b of wgrad; positions of a row
   Divider by_runs, by_extent_a;  // of the reduction: 16 bytes of results in a row, rows of a group
 };
 

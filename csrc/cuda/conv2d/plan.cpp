@@ -13,8 +13,8 @@ constexpr int64_t kMostSplits = 512;
 constexpr int kMostRounds = 8;  // of blocks on a multiprocessor that a split aims at
 
 // Estimates, in clocks: what a block does before its first and after its last product, in tiles of its depth; a second
-// launch; bytes that the device moves meanwhile
-constexpr double kTilesAround = 4, kLaunchClocks = 2500, kBytesPerClock = 1100;
+// launch; bytes that the device moves meanwhile, to its memory or to the L2 cache
+constexpr double kTilesAround = 4, kLaunchClocks = 2500, kBytesOfMemory = 1100, kBytesOfCache = 3000;
 
 bool is_multiple(int64_t value, int divisor) { return value % divisor == 0; }
 // Whether the channels of each pixel can be moved by `vector` elements at once.
@@ -69,12 +69,12 @@ ConvParams parameters(Pass pass, const ConvArguments& arg, const Phase& rows, co
   p.k_group = pass == Pass::kFprop ? p.first_filter[arg.branches] : arg.grad_channels / arg.groups;
   if (pass != Pass::kFprop) p.first_filter[arg.branches] = p.k_group;
   const int positions = rows.positions * columns.positions;
-  p.channels = pass == Pass::kDgrad ? p.k_group : p.c_group;
+  const int channels = pass == Pass::kDgrad ? p.k_group : p.c_group;  // of a position
   p.extent_a = pass == Pass::kFprop   ? arg.n * arg.p * arg.q
                : pass == Pass::kDgrad ? arg.n * rows.pixels * columns.pixels
                                       : p.k_group;
   p.extent_b = pass == Pass::kFprop ? p.k_group : pass == Pass::kDgrad ? p.c_group : positions * p.c_group;
-  p.depth = pass == Pass::kWgrad ? arg.n * arg.p * arg.q : positions * p.channels;
+  p.depth = pass == Pass::kWgrad ? arg.n * arg.p * arg.q : positions * channels;
 
   Walk& walk = p.walk;
   if (pass == Pass::kDgrad) {
@@ -95,7 +95,7 @@ ConvParams parameters(Pass pass, const ConvArguments& arg, const Phase& rows, co
   walk.by_pixels = Divider(pass == Pass::kDgrad ? rows.pixels * columns.pixels : arg.p * arg.q);
   walk.by_columns = Divider(pass == Pass::kDgrad ? columns.pixels : arg.q);
   p.weights = first_weight(arg);
-  p.by_s = Divider(std::max(columns.positions, 1)), p.by_channels = Divider(p.channels);
+  p.by_s = Divider(std::max(columns.positions, 1)), p.by_channels = Divider(channels);
   return p;
 }
 
@@ -145,11 +145,11 @@ const char* refuses_vectors(Pass pass, const ConvParams& p, int vector) {
     }
   }
   // What a kernel computes with, padding and places beyond the depth included, has 32 bits.
-  const auto farthest = [&](const Strides& s, int64_t rows, int64_t columns) {
-    return (arg.n * s.n + rows * std::abs(s.h) + columns * std::abs(s.w)) / vector;
+  const auto farthest = [&](const Strides& s, double rows, double columns) {
+    return (static_cast<double>(arg.n) * s.n + rows * s.h + columns * s.w) / vector;
   };
-  const int64_t reach_h = int64_t{arg.h} + 2 * int64_t{arg.pad_h} + int64_t{arg.r} * arg.dilation_h + arg.p;
-  const int64_t reach_w = int64_t{arg.w} + 2 * int64_t{arg.pad_w} + int64_t{arg.s} * arg.dilation_w + arg.q;
+  const double reach_h = arg.h + 2.0 * arg.pad_h + static_cast<double>(arg.r) * arg.dilation_h + arg.p;
+  const double reach_w = arg.w + 2.0 * arg.pad_w + static_cast<double>(arg.s) * arg.dilation_w + arg.q;
   const bool is_far = (pass != Pass::kDgrad && farthest(arg.x, reach_h, reach_w) > std::numeric_limits<int>::max()) ||
                       (pass != Pass::kFprop && farthest(arg.y, reach_h, reach_w) > std::numeric_limits<int>::max());
   return is_far ? "the tensors have more than 2^31 vectors" : nullptr;
@@ -193,7 +193,8 @@ ConvPlan::Launch launch_of(const ConvVariant& variant, const ConvParams& params,
   walk.n /= variant.vector, walk.h /= variant.vector, walk.w /= variant.vector;
   walk.tap_row = walk.tap_h * walk.h, walk.tap_column = walk.tap_w * walk.w;
   p.gradient = {p.arg.y.n / variant.vector, 1, p.arg.y.h / variant.vector, p.arg.y.w / variant.vector};
-  p.tiles_b = tiles_of(p.extent_b, tile_b), p.by_tiles_b = Divider(p.tiles_b);
+  const int tiles_b = tiles_of(p.extent_b, tile_b);
+  p.by_tiles_b = Divider(tiles_b);
   p.splits = splits, p.by_splits = Divider(splits);
   p.split_depth = static_cast<int>(ceil_div(ceil_div(p.depth, tile_depth), splits)) * tile_depth;
   const int run = run_of(p);
@@ -201,7 +202,7 @@ ConvPlan::Launch launch_of(const ConvVariant& variant, const ConvParams& params,
   for (int i = 0; i < p.arg.branches; ++i) all_wide &= p.wide[i] = writes_wide(variant.pass, p, i, run);
   // In wgrad a column belongs to all branches.
   if (variant.pass == Pass::kWgrad) p.wide[0] = all_wide;
-  found.shape = shape_of(variant, p, int64_t{tiles_of(p.extent_a, tile_a)} * p.tiles_b, splits);
+  found.shape = shape_of(variant, p, int64_t{tiles_of(p.extent_a, tile_a)} * tiles_b, splits);
   p.pitch_b = pitch_of(p);
   const int runs = tiles_of(p.extent_b, run);
   p.by_runs = Divider(runs), p.by_extent_a = Divider(p.extent_a);
@@ -221,8 +222,8 @@ const char* ConvVariant::refusal(const ConvParams& p, const DeviceInfo&) const {
 
 ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& device) const {
   ConvCandidate found;
-  found.tiles_a = tiles_of(p.extent_a, info.tile[0]), found.tiles_b = tiles_of(p.extent_b, info.tile[1]);
-  const int64_t tiles = int64_t{found.tiles_a} * found.tiles_b, blocks = tiles * p.arg.groups;
+  const int64_t tiles = int64_t{tiles_of(p.extent_a, info.tile[0])} * tiles_of(p.extent_b, info.tile[1]),
+                blocks = tiles * p.arg.groups;
   const int64_t deep = ceil_div(p.depth, info.tile[2]);
   const double area = static_cast<double>(info.tile[0]) * info.tile[1];
   const double tile_clocks = area * info.tile[2] / (tf32 ? 512 : dtype == DType::kFloat32 ? 64 : 1024) / rate;
@@ -242,7 +243,8 @@ ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& devi
   const auto clocks = [&](int64_t splits) {
     const double around = static_cast<double>(rounds(splits)) * kTilesAround * tile_clocks;
     const double parts = splits * static_cast<double>(p.arg.groups) * p.extent_a * pitch_of(p) * sizeof(float);
-    return (products(splits) + around) / busy(splits) + (splits > 1 ? kLaunchClocks + 2 * parts / kBytesPerClock : 0);
+    const double passes = 2 * parts / (2 * parts < device.l2_bytes ? kBytesOfCache : kBytesOfMemory);
+    return (products(splits) + around) / busy(splits) + (splits > 1 ? kLaunchClocks + passes : 0);
   };
   const int64_t most = std::min(deep / kFewestTilesDeep, kMostSplits);
   double least = clocks(1);
@@ -274,9 +276,14 @@ ConvPlan plan_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo
   ConvPlan plan;
   plan.variant = variant;
   for (const ConvParams& gemm : gemms) {
-    plan.launches.push_back(launch_of(*variant, gemm, candidate.splits));
-    if (candidate.splits > 1) {
-      const int64_t parts = candidate.splits * int64_t{arguments.groups} * gemm.extent_a * pitch_of(gemm);
+    // The other phases of a stride are less deep than the first, or empty.
+    const int64_t deep = ceil_div(gemm.depth, variant->info.tile[2]);
+    int splits = candidate.splits;
+    if (&gemm != &gemms[0]) splits = static_cast<int>(std::clamp<int64_t>(deep / kFewestTilesDeep, 1, splits));
+    if (splits > 1) splits = static_cast<int>(ceil_div(deep, ceil_div(deep, splits)));
+    plan.launches.push_back(launch_of(*variant, gemm, splits));
+    if (splits > 1) {
+      const int64_t parts = splits * int64_t{arguments.groups} * gemm.extent_a * pitch_of(gemm);
       plan.workspace = std::max(plan.workspace, parts);
     }
   }

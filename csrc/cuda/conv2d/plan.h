@@ -11,7 +11,6 @@ namespace fastconv::cuda {
 
 struct ConvCandidate {
   Cost cost;
-  int tiles_a = 0, tiles_b = 0;  // along the GEMM's extents
   // Over how many blocks the depth of each tile is split. The parts are added in a fixed order by a second kernel, so
   // the result does not depend on timing.
   int splits = 1;

@@ -43,9 +43,9 @@ Tensor packed(Device& device, const Tensor& image, int64_t channels) {
 
 }  // namespace
 
-int extent(const char* what, int64_t value) {
-  STD_TORCH_CHECK(value <= std::numeric_limits<int>::max() - kSpareExtent, "fastconv: got a convolution with ", value,
-                  " ", what, ", needed at most 2^31 - ", kSpareExtent + 1, "; split the batch");
+int extent(const char* what, int64_t value, int spare) {
+  STD_TORCH_CHECK(value <= std::numeric_limits<int>::max() - spare, "fastconv: got a convolution with ", value, " ",
+                  what, ", needed at most 2^31 - ", spare + 1, "; split the batch");
   return static_cast<int>(value);
 }
 

@@ -10,8 +10,9 @@ namespace fastconv::cuda {
 
 constexpr int64_t kFewChannels = 4;  // the narrowest vector of 16-bit types
 
-// What the kernels count with 32 bits; refuses what is more than they can. `what` names it in the message.
-int extent(const char* what, int64_t value);
+// What the kernels count with 32 bits, and so far beyond; refuses what is more than they can. `what` names it in the
+// message.
+int extent(const char* what, int64_t value, int spare = kSpareExtent);
 
 // Of dimensions of one element, whose stride says nothing, what any kernel can take
 Strides strides_of(const Tensor& image);

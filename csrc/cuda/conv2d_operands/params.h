@@ -29,6 +29,7 @@ struct GradientBranch {
   int padded;  // channels that are written: k, and what follows it in zeros
 };
 
+constexpr int kPackThreads = 256;
 constexpr int kGradientThreads = 256, kGradientUnroll = 4;
 constexpr int kBiasX = 32, kBiasY = 8;  // threads of a block that adds up the chunks
 

@@ -5,7 +5,7 @@
 namespace fastconv::cuda {
 namespace {
 
-constexpr int kPackThreads = 256;
+constexpr int kMostRows = 65535;            // of a grid
 constexpr int kBlocksOfMultiprocessor = 4;  // of gradients
 
 // Lanes of a block that lie side by side, each with so many channels
@@ -22,9 +22,9 @@ int lanes_of(const GradientParams& p, int width) {
 OperandCandidate PackVariant::candidate(const PackParams& p, const DeviceInfo&) const {
   const int vector = 16 / element_bytes(p.dtype), width = p.packed_c % vector == 0 ? vector : 4;
   OperandCandidate found;
-  found.cost.shape = {
-      {static_cast<unsigned>(ceil_div(p.pixels, kPackThreads)), static_cast<unsigned>(p.packed_c / width)},
-      {kPackThreads}};
+  found.cost.shape = {{static_cast<unsigned>(ceil_div(p.pixels, kPackThreads)),
+                       static_cast<unsigned>(std::min(p.packed_c / width, kMostRows))},
+                      {kPackThreads}};
   return found;
 }
 

@@ -15,7 +15,7 @@ FASTCONV_DEVICE uint32_t smem_address(const void* pointer) {
 }
 
 // Copies kBytes from global to shared memory, asynchronously; both addresses are multiples of kBytes. Where `predicate`
-// is false `source` is not read (but must still be some valid pointer), and the destination becomes 0.
+// is false `source` is not read, and may be any multiple of kBytes; the destination becomes 0.
 template <int kBytes>
 FASTCONV_DEVICE void cp_async(uint32_t destination, const void* source, bool predicate) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);

@@ -11,7 +11,7 @@ struct DeviceInfo {
   int threads_per_multiprocessor;
   int shared_per_block;           // bytes of dynamic shared memory, at most
   int shared_per_multiprocessor;  // bytes
-  int64_t l2_bytes;               // no score looks at it yet
+  int64_t l2_bytes;
 };
 
 }  // namespace fastconv::cuda

@@ -41,7 +41,11 @@ struct CpAsync {
   static FASTCONV_DEVICE void run(const uint32_t* in, uint32_t* out, int lane, uint32_t* shared) {
     for (int i = lane; i < kIn; i += 32) shared[i] = 0x55555555;
     __syncwarp();
-    ptx::cp_async<kBytes>(ptx::smem_address(shared + lane * kWords), in + (lane ^ 9) * kWords, lane % 3 != 0);
+    // Where nothing is read, the address is one at which nothing is.
+    const bool exists = lane % 3 != 0;
+    const auto* const nowhere = reinterpret_cast<const uint32_t*>(uintptr_t{4096});
+    ptx::cp_async<kBytes>(ptx::smem_address(shared + lane * kWords), exists ? in + (lane ^ 9) * kWords : nowhere,
+                          exists);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     __syncwarp();

@@ -93,7 +93,8 @@ FASTCONV_DEVICE Place place(const ConvParams& p) {
 // --------------------------------------------------------------------------------------------------- kernels
 
 // Where a warp turns 16 rows of its sums, such that a lane gets neighbours of one row. The row's padding keeps the
-// banks of writes apart, and the flipped pairs of every other eight chunks of 16 bytes those of reads.
+// banks of writes apart; those of reads, that pairs of chunks of 16 bytes are flipped, in every other eight and every
+// other row.
 template <class C>
 struct Slab {
   float* const floats;
@@ -101,7 +102,7 @@ struct Slab {
   FASTCONV_DEVICE explicit Slab(unsigned char* shared)
       : floats(reinterpret_cast<float*>(shared) + threadIdx.x / 32 * 16 * C::kSlabRow) {}
   FASTCONV_DEVICE float* at(int row, int column) const {
-    return floats + row * C::kSlabRow + (column ^ (column >> 5 & 1) * 4);
+    return floats + row * C::kSlabRow + (column ^ ((column >> 5 ^ row) & 1) * 4);
   }
   template <int kRun>
   FASTCONV_DEVICE void load_run(int row, int column, float (&run)[kRun]) const {

@@ -24,9 +24,6 @@ namespace fastconv::cuda::inline sm80 {
 template <int kVector>
 using Offset = std::conditional_t<kVector == 1, int64_t, uint32_t>;
 
-// A coordinate that no other one brings back into the image.
-constexpr int kOutside = -(1 << 30);
-
 FASTCONV_DEVICE bool is_inside(const Walk& walk, int h, int w) {
   return static_cast<unsigned>(h) < static_cast<unsigned>(walk.height) &&
          static_cast<unsigned>(w) < static_cast<unsigned>(walk.width);
@@ -69,6 +66,7 @@ template <class T, int kVector>
 FASTCONV_DEVICE const T* advance(const T* data, Offset<kVector> vectors) {
   return data + static_cast<int64_t>(vectors) * kVector;
 }
+
 // A row for each pixel, the taps along the depth
 template <class T, class Tile, int kVector, int kThreads>
 struct Pixels {
@@ -82,22 +80,22 @@ struct Pixels {
   static constexpr uint32_t kNowhere = 1u << 15;
 
   const ConvParams& p;
-  const int end;  // of the depth
+  const int pixel, end;  // the first of the tile; of the depth
   const Mine mine;
   Row rows[Mine::kPasses];  // of the group
 
-  FASTCONV_DEVICE Pixels(const ConvParams& params, int group, int first, int end_depth) : p(params), end(end_depth) {
+  FASTCONV_DEVICE Pixels(const ConvParams& params, int group, int first, int end_depth)
+      : p(params), pixel(first), end(end_depth) {
     const auto of_group = static_cast<Offset<kVector>>(group * p.walk.group / kVector);
 #pragma unroll
     for (int i = 0; i < Mine::kPasses; ++i) {
-      const int pixel = first + mine.row + i * Mine::kRowsAtOnce;
-      Anchor<kVector> at = anchor<kVector>(p.walk, min(pixel, p.extent_a - 1));
+      const int own = first + mine.row + i * Mine::kRowsAtOnce;
+      Anchor<kVector> at = anchor<kVector>(p.walk, min(own, p.extent_a - 1));
       at.offset += of_group;
       if constexpr (kVectors) {
-        rows[i] = {at.offset, pixel < p.extent_a ? outside(at) : ~0u};
+        rows[i] = {at.offset, own < p.extent_a ? outside(at) : ~0u};
       } else {
         rows[i] = at;
-        if (pixel >= p.extent_a) rows[i].h = kOutside;
       }
     }
   }
@@ -113,10 +111,12 @@ struct Pixels {
         mine.copy(tile, i, advance<T, kVector>(base, rows[i].offset), (rows[i].outside & bits) == 0);
       }
     } else {
-      const int h = index < end ? t.r * p.walk.tap_h : kOutside, w = t.s * p.walk.tap_w;
+      const int h = t.r * p.walk.tap_h, w = t.s * p.walk.tap_w;
 #pragma unroll
       for (int i = 0; i < Mine::kPasses; ++i) {
-        mine.copy(tile, i, advance<T, kVector>(base, rows[i].offset), is_inside(p.walk, rows[i].h + h, rows[i].w + w));
+        const bool exists = index < end && pixel + mine.row + i * Mine::kRowsAtOnce < p.extent_a;
+        mine.copy(tile, i, advance<T, kVector>(base, rows[i].offset),
+                  exists && is_inside(p.walk, rows[i].h + h, rows[i].w + w));
       }
     }
   }
@@ -263,14 +263,12 @@ struct PixelRows {
     h = t.r * p.walk.tap_h, w = t.s * p.walk.tap_w;
   }
   FASTCONV_DEVICE void fetch(unsigned char* tile, int depth) const {
-    const int pixel = own_row<Tile>(depth);
-    Anchor<kVector> own = anchor<kVector>(p.walk, pixel);
-    if (pixel >= end) own.h = kOutside;
+    const Anchor<kVector> own = anchor<kVector>(p.walk, own_row<Tile>(depth));
 #pragma unroll
     for (int i = 0; i < Mine::kPasses; ++i) {
       const int place = mine.row + i * Mine::kRowsAtOnce;
       const bool inside = is_inside(p.walk, shuffled(own.h, place) + h, shuffled(own.w, place) + w);
-      mine.copy(tile, i, advance<T, kVector>(data, shuffled(own.offset, place)), inside);
+      mine.copy(tile, i, advance<T, kVector>(data, shuffled(own.offset, place)), depth + place < end && inside);
     }
   }
 };

@@ -58,16 +58,10 @@ GradientVariant gradient_variant(const char* what, bool vectors, double rate, Gr
           &run_bias};
 }
 
-const Register<PackVariant> pack(0, {{{"conv2d_pack_any",
-                                       "conv2d_pack",
-                                       kArch,
-                                       {0, 0, 0},
-                                       0,
-                                       operands::kPackThreads,
-                                       0,
-                                       "",
-                                       uses::kConvert | uses::kLoadStore},
-                                      &run_pack}});
+const Register<PackVariant> pack(
+    0,
+    {{{"conv2d_pack_any", "conv2d_pack", kArch, {0, 0, 0}, 0, kPackThreads, 0, "", uses::kConvert | uses::kLoadStore},
+      &run_pack}});
 const Register<GradientVariant> gradients(
     0, {gradient_variant("vec16", true, 1, &run_gradient<true>, "channels_last, channels in multiples of 16 bytes"),
         gradient_variant("vec1", false, 0.2, &run_gradient<false>, "channels_last")});

@@ -6,8 +6,8 @@
 //             have in shared memory.
 //   bias      db[k] = sum of the chunks, always in the same order: y lanes share them.
 //
-// Sums are of as many numbers as lie in a chunk / y lanes, then of y lanes, then of chunks: rounding errors do not grow
-// with the number of pixels but with the longest of the three.
+// A thread's own sum is compensated, those of y lanes are added in pairs: rounding errors grow with the number of
+// chunks, not with that of pixels.
 //
 // Bound by memory: every tensor once.
 #pragma once
@@ -18,8 +18,6 @@
 
 namespace fastconv::cuda::inline sm80::operands {
 
-constexpr int kPackThreads = 256;
-
 template <class T, int kWidth>
 FASTCONV_KERNEL(kPackThreads, 4)
 pack(const PackParams p) {
@@ -27,16 +25,19 @@ pack(const PackParams p) {
   if (pixel >= p.pixels) return;
   int inner, w;
   const int n = divide(p.by_image, pixel, inner), h = divide(p.by_row, inner, w);
-  const int first = static_cast<int>(blockIdx.y) * kWidth;
   const T* const from = static_cast<const T*>(p.input) + (n * p.strides.n + h * p.strides.h + w * p.strides.w);
-  Vec<T, kWidth> values;
+  T* const to = static_cast<T*>(p.packed) + int64_t{pixel} * p.packed_c;
+  for (int first = static_cast<int>(blockIdx.y) * kWidth; first < p.packed_c;
+       first += static_cast<int>(gridDim.y) * kWidth) {
+    Vec<T, kWidth> values;
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    const int c = first + i;
-    values.v[i] = from_float<T>(0.0f);
-    if (c < p.c) values.v[i] = from[c * p.strides.c];
+    for (int i = 0; i < kWidth; ++i) {
+      const int c = first + i;
+      values.v[i] = from_float<T>(0.0f);
+      if (c < p.c) values.v[i] = from[c * p.strides.c];
+    }
+    store(to + first, values);
   }
-  store(static_cast<T*>(p.packed) + (int64_t{pixel} * p.packed_c + first), values);
 }
 
 template <class T, int kWidth>
@@ -52,7 +53,7 @@ gradient(const GradientParams p) {
   const T* const grad = static_cast<const T*>(branch.grad) + channel;
   const T* const output = static_cast<const T*>(branch.output) + channel;
   T* const prepared = static_cast<T*>(p.prepared) + (branch.first + channel);
-  float sums[kWidth] = {};
+  float sums[kWidth] = {}, lost[kWidth] = {};  // Kahan's compensation
 
   for (int first = begin + y; first < end; first += rows * kGradientUnroll) {
     Vec<T, kWidth> dz[kGradientUnroll], z[kGradientUnroll];
@@ -68,31 +69,42 @@ gradient(const GradientParams p) {
       z[u] = dz[u];
       if (exists && is_masked) z[u] = load<kWidth>(output + (n * branch.z.n + row * branch.z.h + column * branch.z.w));
     }
+    float more[kWidth] = {};
 #pragma unroll
     for (int u = 0; u < kGradientUnroll; ++u) {
       const int pixel = first + u * rows;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         if (!passes_gradient(to_float(z[u].v[i]), p.activation)) dz[u].v[i] = from_float<T>(0.0f);
-        sums[i] += to_float(dz[u].v[i]);
+        more[i] += to_float(dz[u].v[i]);
       }
       if (is_written && pixel < end) store(prepared + int64_t{pixel} * p.channels, dz[u]);
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const float corrected = more[i] - lost[i], sum = sums[i] + corrected;
+      lost[i] = (sum - sums[i]) - corrected;
+      sums[i] = sum;
     }
   }
   if (p.sums == nullptr) return;
 
   float* const memory = dynamic_smem<float>();
+  float* const own = memory + y * kWidth * lanes + x;
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) memory[(y * kWidth + i) * lanes + x] = sums[i];
+  for (int i = 0; i < kWidth; ++i) own[i * lanes] = sums[i];
   __syncthreads();
+  for (int half = rows / 2; half > 0; half /= 2) {  // rows: a power of two
+    if (y < half) {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) own[i * lanes] += own[(half * kWidth + i) * lanes];
+    }
+    __syncthreads();
+  }
   if (y > 0 || !is_real) return;
   float* const to = p.sums + (int64_t{blockIdx.x} * p.channels + branch.first + channel);
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    float sum = 0.0f;
-    for (int other = 0; other < rows; ++other) sum += memory[(other * kWidth + i) * lanes + x];
-    to[i] = sum;
-  }
+  for (int i = 0; i < kWidth; ++i) to[i] = own[i * lanes];
 }
 
 template <class T>
