@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -165,7 +166,9 @@ def test_interrupted_and_resumed(folder: Path) -> None:
     command = [sys.executable, "-c", INTERRUPTED, str(torch.get_num_threads())]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environ}
-    first = subprocess.Popen([*command, "60"], **pipes)
+    # A shell that starts the suite in the background has it ignore Ctrl-C, which children inherit.
+    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    first = subprocess.Popen([*command, "60"], preexec_fn=heeded, **pipes)
     path = table_files.path_of(fingerprint(CPU), folder)
     assert any("conv2d_relu: border is refused: " in line for line in first.stderr)
     time.sleep(0.5)  # the other one hangs now
