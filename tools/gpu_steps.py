@@ -12,7 +12,13 @@ from gpu_runner import Step
 
 PYTHON = sys.executable
 PYTEST = [PYTHON, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
-CUDA = [f"tests/kernels/cuda/test_cuda_{name}.py" for name in ("conv2d", "depthwise", "elementwise")]
+CUDA = [
+    f"tests/kernels/cuda/test_{name}.py"
+    for name in (
+        *("cuda_conv2d", "cuda_conv2d_out", "conv2d_operands", "cuda_depthwise", "cuda_depthwise_separable"),
+        "cuda_elementwise",
+    )
+]
 ENTRIES = "tests/kernels/triton/test_triton_entries.py"
 ON_CUDA = ["--only-backend", "cuda", "-m", ""]
 
@@ -77,7 +83,7 @@ def _proofs(files: Path) -> list[list[Step]]:
             _sanitized("memcheck-others", [*CUDA[1:], *ON_CUDA, "-k", "test_every and float16"]),
             _sanitized("memcheck-triton", [ENTRIES, "-m", "", "-k", "not tf32 and not ieee"], "triton"),
             # Of the pipelines: kernels without asynchronous copies have little to race with.
-            _sanitized("racecheck", [*CUDA[:2], *ON_CUDA, "-k", "(test_every_kernel and fp16) or separable_kernel"]),
+            _sanitized("racecheck", [*CUDA, *ON_CUDA, "-k", "(test_every_kernel and fp16) or separable_kernel"]),
         ],
     ]
 
