@@ -173,9 +173,9 @@ def cold_cache(device: torch.device) -> Callable[[], Any]:
 
 
 @contextmanager
-def _cudnn_without(switch: str) -> Iterator[None]:
+def _cudnn_with(switch: str, value: bool) -> Iterator[None]:
     before = getattr(torch.backends.cudnn, switch)
-    setattr(torch.backends.cudnn, switch, False)
+    setattr(torch.backends.cudnn, switch, value)
     try:
         yield
     finally:
@@ -184,12 +184,21 @@ def _cudnn_without(switch: str) -> Iterator[None]:
 
 def untuned_cudnn() -> AbstractContextManager[None]:
     """Inside, cuDNN tries out nothing: trying all float64 algorithms, to run one of them once, would take long."""
-    return _cudnn_without("benchmark")
+    return _cudnn_with("benchmark", False)
+
+
+def tf32(allowed: bool) -> AbstractContextManager[None]:
+    """Inside, float32 convolutions may use TF32, or may not.
+
+    The switch is for all of cuDNN: with a different one for convolutions alone torch.export raises, halfway into its
+    own change of the backends' switches.
+    """
+    return _cudnn_with("allow_tf32", allowed)
 
 
 def true_float32() -> AbstractContextManager[None]:
-    """Inside, cuDNN does without TF32, whose rounding hides errors."""
-    return _cudnn_without("allow_tf32")
+    """Inside, float32 convolutions do without TF32, whose rounding hides errors."""
+    return tf32(False)
 
 
 def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fastconv import nn, ops, use_backend
+from fastconv.measure.timing import true_float32
 from fastconv.swapping.calls.addition import add_activation
 from support.bad_calls import BACKENDS, check_words, in_fake, message_of
 from support.cases import FIRST, run
-from support.kernel_backends import device_of, true_float32
+from support.kernel_backends import device_of
 
 FULL = (2, 3, 5, 4)
 with warnings.catch_warnings():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import emulator
 from fastconv import use_backend
+from fastconv.measure.timing import true_float32
 from fastconv.operators import backends, kernels, registration
 
 CUDA = ("cuda-emulated", "cuda")
@@ -78,21 +79,6 @@ def as_tf32(tensor: Tensor) -> Tensor:
     """Rounded to the 10 bits of mantissa that the tensor cores read, ties away from zero."""
     bits = tensor.contiguous().view(torch.int32)
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
-@contextmanager
-def true_float32() -> Iterator[None]:
-    """Inside, float32 convolutions do without TF32.
-
-    The switch is for all of cuDNN: with a different one for convolutions alone torch.export raises, halfway into
-    its own change of the backends' switches.
-    """
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager

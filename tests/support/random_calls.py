@@ -33,11 +33,12 @@ from torch._subclasses import FakeTensorMode
 if __name__ == "__main__":
     sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
+from fastconv.measure.timing import true_float32
 from fastconv.measure.tolerance import POLICY, away_from_kinks, compare, poisoned_outputs
 from support.cases import CONV_OPS, layout_of, mapped, run, tensors
 from support.drawn_calls import Call, laid_out, make
 from support.eager import eager
-from support.kernel_backends import problem, true_float32
+from support.kernel_backends import problem
 
 # How many of 10,000 calls each backend gets.
 SHARES = {"cpu": 7000, "reference": 1500, "triton": 700, "cuda-emulated": 800}

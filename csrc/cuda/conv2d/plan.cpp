@@ -17,12 +17,6 @@ constexpr int kMostRounds = 8;  // of blocks on a multiprocessor that a split ai
 constexpr double kTilesAround = 4, kLaunchClocks = 2500, kBytesOfMemory = 1100, kBytesOfCache = 3000;
 
 bool is_multiple(int64_t value, int divisor) { return value % divisor == 0; }
-// Whether the channels of each pixel can be moved by `vector` elements at once.
-bool has_vectors(const void* data, const Strides& strides, int channels, int vector, int element) {
-  return is_aligned(data, vector * element) && strides.c == 1 && is_multiple(channels, vector) &&
-         is_multiple(strides.n, vector) && is_multiple(strides.h, vector) && is_multiple(strides.w, vector);
-}
-
 // Every stride-th pixel of one axis from this one on, and the filter's positions r that meet them.
 Phase phase(int first_pixel, int stride, int padding, int dilation, int filter, int pixels) {
   Phase found{first_pixel, stride, static_cast<int>(ceil_div(pixels - first_pixel, stride)), 0, 1, 0};
@@ -213,6 +207,11 @@ ConvPlan::Launch launch_of(const ConvVariant& variant, const ConvParams& params,
 }
 
 }  // namespace
+
+bool has_vectors(const void* data, const Strides& strides, int64_t channels, int vector, int element) {
+  return is_aligned(data, vector * element) && strides.c == 1 && is_multiple(channels, vector) &&
+         is_multiple(strides.n, vector) && is_multiple(strides.h, vector) && is_multiple(strides.w, vector);
+}
 
 const char* ConvVariant::refusal(const ConvParams& p, const DeviceInfo&) const {
   if (p.arg.dtype != dtype) return "the tensors have another dtype";

@@ -37,6 +37,9 @@ struct ConvVariant {
   Candidate candidate(const ConvParams& params, const DeviceInfo& device) const;
 };
 
+// Whether so many channels of each pixel can be moved by `vector` elements of so many bytes at once.
+bool has_vectors(const void* data, const Strides& strides, int64_t channels, int vector, int element);
+
 struct ConvPlan {
   struct Launch {
     ConvParams params;

@@ -18,12 +18,9 @@ int element_bytes(const Tensor& tensor) { return element_bytes(element_type(tens
 
 // Whether kernels can read the channels of its groups by 16 bytes, or by 8 where those are no multiples of 16.
 bool fits_vectors(const Tensor& image, int64_t groups) {
-  if (!has_channels_side_by_side(image)) return false;
-  const int64_t bytes = image.size(1) / groups * element_bytes(image) % 16 == 0 ? 16 : 8;
-  const int64_t vector = bytes / element_bytes(image);
-  const Strides strides = strides_of(image);
-  return image.size(1) / groups % vector == 0 && is_aligned(image.const_data_ptr(), static_cast<int>(bytes)) &&
-         strides.n % vector == 0 && strides.h % vector == 0 && strides.w % vector == 0;
+  const int64_t channels = image.size(1) / groups;
+  const int element = element_bytes(image), bytes = channels * element % 16 == 0 ? 16 : 8;
+  return has_vectors(image.const_data_ptr(), strides_of(image), channels, bytes / element, element);
 }
 
 // The tensor with channels of 0 behind its own, dense in channels_last

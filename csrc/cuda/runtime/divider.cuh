@@ -17,4 +17,16 @@ FASTCONV_DEVICE int divide(const Divider& by, int n, int& remainder) {
   return q;
 }
 
+// A pixel of images, counted through all of them
+struct Pixel {
+  int n, row, column;
+};
+FASTCONV_DEVICE Pixel pixel_at(const Divider& by_image, const Divider& by_row, int index) {
+  Pixel found;
+  int inner;
+  found.n = divide(by_image, index, inner);
+  found.row = divide(by_row, inner, found.column);
+  return found;
+}
+
 }  // namespace fastconv::cuda

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastconv import ops
+from fastconv.measure.timing import true_float32
 from fastconv.measure.tolerance import assert_close_to_oracle, poisoned_outputs
 from support.cases import layout_of, named, run, tensors
 from support.cuda_kernels import (
     check_same_bits_in_any_order,
     random,
 )
-from support.kernel_backends import as_tf32, emulated, forced, true_float32
+from support.kernel_backends import as_tf32, emulated, forced
 
 SEPARABLE = ("128_3x", "128", "64_3x", "64")
 

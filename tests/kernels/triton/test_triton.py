@@ -19,10 +19,11 @@ from torch import Tensor
 
 import fastconv
 from fastconv import models, ops
+from fastconv.measure.timing import true_float32
 from fastconv.operators.schemas import WITH_OUT
 from support import numerics
 from support.cases import CASES, CONV_OPS, FIRST, LAYOUTS, Case, mapped, named, run
-from support.kernel_backends import on_triton, true_float32
+from support.kernel_backends import on_triton
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)

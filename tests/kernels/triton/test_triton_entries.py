@@ -16,8 +16,8 @@ import torch
 
 from fastconv.commands.verify import comparisons
 from fastconv.measure.calls import Layer
+from fastconv.measure.timing import true_float32
 from fastconv.operators import backends
-from support.kernel_backends import true_float32
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)

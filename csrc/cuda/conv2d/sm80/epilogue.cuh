@@ -106,11 +106,10 @@ class Results {
   }
   // The same within the tensor, of a pixel
   FASTCONV_DEVICE int64_t place(int pixel) const {
-    int inner, column;
-    const int n = divide(p.walk.by_pixels, pixel, inner);
-    const int row = p.rows.first_pixel + divide(p.walk.by_columns, inner, column) * p.rows.step_pixel;
-    column = p.columns.first_pixel + column * p.columns.step_pixel;
-    return n * strides.n + row * strides.h + column * strides.w + offset;
+    const Pixel at = pixel_at(p.walk.by_pixels, p.walk.by_columns, pixel);
+    const int row = p.rows.first_pixel + at.row * p.rows.step_pixel;
+    const int column = p.columns.first_pixel + at.column * p.columns.step_pixel;
+    return at.n * strides.n + row * strides.h + column * strides.w + offset;
   }
 
   const ConvParams& p;

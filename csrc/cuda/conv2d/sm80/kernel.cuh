@@ -51,32 +51,18 @@ struct ConvConfig {
   static constexpr int kSharedBytes = kStages * kStageBytes > kSlabBytes ? kStages * kStageBytes : kSlabBytes;
 };
 
-// The operands of a pass, and which dimension of their tiles is contiguous
+// The operands of a pass; the tiles of those whose rows lie along the depth are contiguous there.
 template <Pass kPass, class C>
-struct Operands;
-template <class C>
-struct Operands<Pass::kFprop, C> {
+struct Operands {
   using T = typename C::T;
-  using TileA = Tile<T, C::kTileA, C::kTileDepth, true>;
-  using TileB = Tile<T, C::kTileB, C::kTileDepth, true>;
-  using A = Pixels<T, TileA, C::kVector, C::kThreads>;
-  using B = Filters<T, TileB, C::kVector, C::kThreads>;
-};
-template <class C>
-struct Operands<Pass::kDgrad, C> {
-  using T = typename C::T;
-  using TileA = Tile<T, C::kTileA, C::kTileDepth, true>;
-  using TileB = Tile<T, C::kTileB, C::kTileDepth, false>;
-  using A = Pixels<T, TileA, C::kVector, C::kThreads>;
-  using B = FilterRows<T, TileB, C::kVector, C::kThreads>;
-};
-template <class C>
-struct Operands<Pass::kWgrad, C> {
-  using T = typename C::T;
-  using TileA = Tile<T, C::kTileA, C::kTileDepth, false>;
-  using TileB = Tile<T, C::kTileB, C::kTileDepth, false>;
-  using A = GradientRows<T, TileA, C::kVector, C::kThreads>;
-  using B = PixelRows<T, TileB, C::kVector, C::kThreads>;
+  using TileA = Tile<T, C::kTileA, C::kTileDepth, kPass != Pass::kWgrad>;
+  using TileB = Tile<T, C::kTileB, C::kTileDepth, kPass == Pass::kFprop>;
+  template <template <class, class, int, int> class Source, class Tile>
+  using Loader = Source<T, Tile, C::kVector, C::kThreads>;
+  using A = std::conditional_t<kPass == Pass::kWgrad, Loader<GradientRows, TileA>, Loader<Pixels, TileA>>;
+  using B = std::conditional_t<
+      kPass == Pass::kFprop, Loader<Filters, TileB>,
+      std::conditional_t<kPass == Pass::kDgrad, Loader<FilterRows, TileB>, Loader<PixelRows, TileB>>>;
 };
 
 // Tiles along b are neighbours in the grid: they share A, which is the larger operand, in the L2 cache.

@@ -37,9 +37,7 @@ struct Anchor {
 };
 template <int kVector>
 FASTCONV_DEVICE Anchor<kVector> anchor(const Walk& walk, int pixel) {
-  int inner, column;
-  const int n = divide(walk.by_pixels, pixel, inner);
-  const int row = divide(walk.by_columns, inner, column);
+  const auto [n, row, column] = pixel_at(walk.by_pixels, walk.by_columns, pixel);
   const int h = row * walk.step_h, w = column * walk.step_w;
   const auto offset = static_cast<Offset<kVector>>(n * walk.n + h * walk.h + w * walk.w);
   return {offset, h + walk.first_h, w + walk.first_w};
@@ -240,9 +238,7 @@ struct GradientRows {
 
  private:
   FASTCONV_DEVICE Offset<kVector> row(int pixel) const {
-    int inner, column;
-    const int n = divide(p.walk.by_pixels, pixel, inner);
-    const int row = divide(p.walk.by_columns, inner, column);
+    const auto [n, row, column] = pixel_at(p.walk.by_pixels, p.walk.by_columns, pixel);
     return static_cast<Offset<kVector>>(n * p.gradient.n + row * p.gradient.h + column * p.gradient.w);
   }
 };

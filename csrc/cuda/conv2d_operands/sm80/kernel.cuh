@@ -23,8 +23,7 @@ FASTCONV_KERNEL(kPackThreads, 4)
 pack(const PackParams p) {
   const int pixel = static_cast<int>(blockIdx.x) * kPackThreads + static_cast<int>(threadIdx.x);
   if (pixel >= p.pixels) return;
-  int inner, w;
-  const int n = divide(p.by_image, pixel, inner), h = divide(p.by_row, inner, w);
+  const auto [n, h, w] = pixel_at(p.by_image, p.by_row, pixel);
   const T* const from = static_cast<const T*>(p.input) + (n * p.strides.n + h * p.strides.h + w * p.strides.w);
   T* const to = static_cast<T*>(p.packed) + int64_t{pixel} * p.packed_c;
   for (int first = static_cast<int>(blockIdx.y) * kWidth; first < p.packed_c;
@@ -61,8 +60,7 @@ gradient(const GradientParams p) {
     for (int u = 0; u < kGradientUnroll; ++u) {
       const int pixel = first + u * rows;
       const bool exists = pixel < end && is_real;
-      int inner, column;
-      const int n = divide(p.by_pixels, pixel, inner), row = divide(p.by_columns, inner, column);
+      const auto [n, row, column] = pixel_at(p.by_pixels, p.by_columns, pixel);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) dz[u].v[i] = from_float<T>(0.0f);
       if (exists) dz[u] = load<kWidth>(grad + (n * branch.y.n + row * branch.y.h + column * branch.y.w));

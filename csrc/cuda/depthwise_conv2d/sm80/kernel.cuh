@@ -45,17 +45,14 @@ template <class T, int kWidth>
 FASTCONV_KERNEL(kThreads, 2)
 fprop(const DepthwiseConv2dParams p) {
   using A = Compute<T>;
-  A* filters = dynamic_smem<A>();
-  const int count = static_cast<int>(blockDim.x) * kWidth;
-  const int64_t first = int64_t{blockIdx.y} * count;
-  fill_filters<T>(filters, p, first, count);
-  __syncthreads();
+  const BlockFilters<T> block(p, kWidth);
   const int lane = static_cast<int>(threadIdx.x) * kWidth;
-  const int64_t k = first + lane;
+  const int64_t k = block.first + lane;
   if (k >= int64_t{p.channels} * p.multiplier) return;
   const T* input = static_cast<const T*>(p.input) + (kWidth > 1 ? k : k / p.multiplier) * p.in.c;
   T* output = static_cast<T*>(p.output) + k * p.out.c;
-  filters += lane;
+  const A* const filters = block.data + lane;
+  const int count = block.count;
 
   for (int64_t tile = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; tile < p.tiles;
        tile += int64_t{gridDim.x} * blockDim.y) {
@@ -82,17 +79,14 @@ template <class T, int kWidth>
 FASTCONV_KERNEL(kThreads, 2)
 dgrad(const DepthwiseConv2dParams p) {
   using A = Compute<T>;
-  A* filters = dynamic_smem<A>();
   const int multiplier = kWidth > 1 ? 1 : p.multiplier;
-  const int count = static_cast<int>(blockDim.x) * kWidth * multiplier;
-  const int64_t first = int64_t{blockIdx.y} * count;
-  fill_filters<T>(filters, p, first, count);
-  __syncthreads();
+  const BlockFilters<T> block(p, kWidth * multiplier);
   const int lane = static_cast<int>(threadIdx.x) * kWidth;
   const int64_t c = int64_t{blockIdx.y} * blockDim.x * kWidth + lane;
   if (c >= p.channels) return;
   T* grad_input = static_cast<T*>(p.grad_input) + c * p.in.c;
-  filters += lane * multiplier;
+  const A* const filters = block.data + lane * multiplier;
+  const int count = block.count;
 
   for (int64_t tile = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; tile < p.tiles;
        tile += int64_t{gridDim.x} * blockDim.y) {

@@ -28,17 +28,13 @@ FASTCONV_KERNEL(kStripThreads, strip_resident(Pass::kFprop, kVectors, kFilter, k
 fprop_strips(const DepthwiseConv2dParams p) {
   using A = Compute<T>;
   constexpr int kLive = (kFilter + kStride - 1) / kStride, kPixels = (kColumns - 1) * kStride + kFilter;
-  A* filters = dynamic_smem<A>();
-  const int count = static_cast<int>(blockDim.x) * kWidth;
-  const int64_t first = int64_t{blockIdx.y} * count;
-  fill_filters<T>(filters, p, first, count);
-  __syncthreads();
+  const BlockFilters<T> filters(p, kWidth);
   const int lane = static_cast<int>(threadIdx.x) * kWidth;
-  const int64_t k = first + lane;
+  const int64_t k = filters.first + lane;
   if (k >= int64_t{p.channels} * p.multiplier) return;
   const T* input = static_cast<const T*>(p.input) + (kWidth > 1 ? k : k / p.multiplier) * p.in.c;
   T* output = static_cast<T*>(p.output) + k * p.out.c;
-  Taps<A, kWidth, kFilter> taps(filters + lane, count);
+  Taps<A, kWidth, kFilter> taps(filters.data + lane, filters.count);
 
   // No overflow: a step is at most as many strips as there are, and a block.
   const unsigned strips = p.tiles;
@@ -108,15 +104,11 @@ dgrad_strips(const DepthwiseConv2dParams p) {
   constexpr int kLeft = kBefore - kFilter / 2 / kStride, kVector = kColumns / kStride;
   using GradRow = std::conditional_t<kVectors == Vectors::kPixels, Row<T, kWidth, kPixels, kLeft, kVector, 1>,
                                      Row<T, kWidth, kPixels>>;
-  A* filters = dynamic_smem<A>();
-  const int count = static_cast<int>(blockDim.x) * kWidth;
-  const int64_t first = int64_t{blockIdx.y} * count;
-  fill_filters<T>(filters, p, first, count);
-  __syncthreads();
+  const BlockFilters<T> filters(p, kWidth);
   const int lane = static_cast<int>(threadIdx.x) * kWidth;
-  const int64_t c = first + lane;
+  const int64_t c = filters.first + lane;
   if (c >= p.channels) return;
-  Taps<A, kWidth, kFilter> taps(filters + lane, count);
+  Taps<A, kWidth, kFilter> taps(filters.data + lane, filters.count);
 
   // No overflow: a step is at most as many strips as there are, and a block.
   const unsigned strips = p.tiles;

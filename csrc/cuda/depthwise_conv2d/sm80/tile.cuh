@@ -42,6 +42,22 @@ FASTCONV_DEVICE void fill_filters(Compute<T>* filters, const DepthwiseConv2dPara
   }
 }
 
+// The filters of a block's channels, `count` of them, that all its threads have filled in
+template <class T>
+struct BlockFilters {
+  int count;
+  int64_t first;
+  Compute<T>* data;
+
+  FASTCONV_DEVICE BlockFilters(const DepthwiseConv2dParams& p, int of_lane)
+      : count(static_cast<int>(blockDim.x) * of_lane),
+        first(int64_t{blockIdx.y} * count),
+        data(dynamic_smem<Compute<T>>()) {
+    fill_filters<T>(data, p, first, count);
+    __syncthreads();
+  }
+};
+
 template <class A, int kWidth>
 FASTCONV_DEVICE void copy(const A* from, A (&to)[kWidth]) {
 #pragma unroll
