@@ -15,6 +15,7 @@ import torch
 
 import machine_code
 import plans
+from fastconv.measure.timing import tf32
 from gpu_model import GPUS, Trip
 from zoo_convolutions import Convolution
 
@@ -23,17 +24,17 @@ HOT = re.compile(
     r"conv2d_(fprop|dgrad|wgrad)_(fp16|tf32|fp32)_(?!reduce)|depthwise_conv2d_\w+_nhwc_\dx|depthwise_separable_conv2d_\w+_3x"
     r"|(add_relu|activation_dgrad|conv2d_gradient)\w*_vec16|local_response_norm_\w+_(vec|lanes)"
 )
-# Of kernels that move data: tensors that are moved, by those that are stored; 0 where tensors are only read.
+# Of kernels that move data: tensors that are moved, by those that are stored.
 MOVED = {
     "add_relu_fprop": 3,
     "activation_dgrad": 3,  # gradient, output, result
     "conv2d_gradient": 3,
-    "depthwise_conv2d_fprop": 2,
-    "depthwise_conv2d_dgrad": 3,
-    "depthwise_conv2d_wgrad": 0,
     "local_response_norm_fprop": 2,
     "local_response_norm_dgrad": 3,
 }
+# Of depthwise kernels: tensors as large as the result that a stride of 1 moves.
+DEPTHWISE = {"depthwise_conv2d_fprop": 2, "depthwise_conv2d_dgrad": 3, "depthwise_conv2d_wgrad": 3}
+LANES = 32
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,16 @@ class HotKernel:
 
     def trip(self, code: machine_code.Code) -> Trip:
         if self.op in MOVED:
-            ratio = MOVED[self.op]
-            # A loop for the rows of a square filter; wgrad's blocks have one row each.
-            rows = int(self.name[-2]) if self.name.endswith("x") and ratio else 1
-            path = machine_code.moving(code, rows, stores=ratio != 0)
-            loaded = machine_code.loaded(path)
-            moved = ratio * machine_code.stored(path) if ratio else loaded
-            return Trip(machine_code.counted(path), 0, loaded, moved)
-        loop = machine_code.main_loop(code)
-        assert loop is not None, self.name
-        body = machine_code.without_sums(loop)
+            path = machine_code.moving(code)
+            moved = MOVED[self.op] * machine_code.stored(path)
+            return Trip(machine_code.counted(path), 0, machine_code.loaded(path), moved)
+        body = machine_code.main_loop(code)
+        assert body is not None, self.name
+        if self.op in DEPTHWISE:
+            # A step of a strip, whatever it branches around: each element takes a multiply-add for each tap.
+            elements = body.counts["fma"] // int(self.name[-1]) ** 2 * LANES
+            loaded = machine_code.loaded(body.instructions)
+            return Trip(body.counts, 0, loaded, DEPTHWISE[self.op] * 2 * elements)
         kinds = {kind: [one for one in body.instructions if one.kind == kind] for kind in machine_code.CLASSES}
         through_shared = sum(one.bytes for kind in ("ldsm", "shared", "copy") for one in kinds[kind])
         copied = sum(one.bytes for one in kinds["copy"]) + machine_code.loaded(body.instructions)
@@ -79,28 +80,18 @@ def hot_kernels() -> Iterator[HotKernel]:
 
 def _launched(entry: dict[str, Any]) -> HotKernel:
     name, op = entry["name"], entry["op"]
-    for call, tf32 in _calls(op):
-        with contextlib.suppress(RuntimeError), plans.forced(op, name), _tf32(tf32):
+    for call, allowed in _calls(op):
+        with contextlib.suppress(RuntimeError), plans.forced(op, name), tf32(allowed):
             launch = next(each for each in plans.plan(GPUS[0], call)[-1].launches if each.kernel == name)
             return HotKernel(name, op, launch.code, launch.threads, launch.shared_bytes, entry["stages"])
     raise RuntimeError(f"{name}: none of the calls in {Path(__file__).name} runs it")
 
 
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 def _calls(op: str) -> Iterator[tuple[plans.Call, bool]]:
     """Calls of this op, one of which each of its kernels runs; and whether TF32 is allowed in it."""
-    for dtype, tf32 in ((torch.float16, False), (torch.float32, True), (torch.float32, False)):
+    for dtype, allowed in ((torch.float16, False), (torch.float32, True), (torch.float32, False)):
         for call in _calls_with(op, dtype):
-            yield call, tf32
+            yield call, allowed
 
 
 def _calls_with(op: str, dtype: torch.dtype) -> Iterator[plans.Call]:

@@ -135,21 +135,6 @@ def main_loop(code: Code) -> Loop | None:
     return None
 
 
-def without_sums(loop: Loop) -> Loop:
-    """Without what sums the gradient of a bias: all blocks but those of the first column branch around it.
-
-    It is told from the rest of a GEMM's loop by its arithmetic on what it loads from shared memory alone.
-    """
-    code = loop.instructions
-    position = {instruction.address: i for i, instruction in enumerate(code)}
-    for i, branch in enumerate(code):
-        end = position.get(branch.target or -1, 0)
-        kinds = {instruction.kind for instruction in code[i + 1 : end]}
-        if branch.guard and {"shared", "float"} <= kinds and not kinds & {"tensor", "ldsm", "copy", "global"}:
-            return loop_of(code[: i + 1] + code[end:])
-    return loop
-
-
 # ----------------------------------------------------------------------------------------- kernels that move data
 
 
@@ -166,29 +151,17 @@ def loaded(code: Code) -> int:
     return sum(instruction.bytes for instruction in code if _is_global(instruction, store=False))
 
 
-def moving(code: Code, trips: int, stores: bool) -> Code:
-    """What a kernel that moves data does for the bytes that it stores, or loads where it only reads.
+def moving(code: Code) -> Code:
+    """What a kernel that moves data does for the bytes that it stores.
 
-    Its body is the outermost loop in which all its widest stores are, else all of it; of one that reads, the loop that
-    loads most. Branches in it go the shortest way that meets all its widest loads and stores: ragged ends and the
-    general case of what has a quick one are left out.
-
-    Args:
-        trips: through the loop within the body in which it loads, once for each row of a filter, say.
+    Its body is the outermost loop in which all its widest stores are, else all of it. Branches in it go the shortest
+    way that meets all its widest loads and stores: ragged ends and the general case of what has a quick one are left
+    out.
     """
+    widest = max(i.bytes for i in code if _is_global(i, store=True))
+    wide = {i.address for i in code if _is_global(i, store=True) and i.bytes == widest}
     found = [loop.instructions for loop in loops(code)]
-    if stores:
-        widest = max(i.bytes for i in code if _is_global(i, store=True))
-        wide = {i.address for i in code if _is_global(i, store=True) and i.bytes == widest}
-        body = max((each for each in found if wide <= {i.address for i in each}), key=len, default=code)
-    else:
-        body = max(found, key=loaded)
-    path = _shortest(body)
-    inner = [loop for loop in loops(body) if loop.instructions != body and loaded(loop.instructions)]
-    if inner:
-        within = max(inner, key=lambda loop: loaded(loop.instructions))
-        path += tuple(i for i in path if within.begin <= i.address <= within.end) * (trips - 1)
-    return path
+    return _shortest(max((each for each in found if wide <= {i.address for i in each}), key=len, default=code))
 
 
 def _shortest(code: Code) -> Code:

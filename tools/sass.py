@@ -40,9 +40,6 @@ def print_loops(file: Path, arch: str | None, only: str, names: bool) -> None:
         for loop in found:
             mark = "*" if loop == best else " "
             print(f"  {mark} {loop.begin:#x}..{loop.end:#x} {counted(loop)}")
-            body = machine_code.without_sums(loop)
-            if body != loop:
-                print(f"      without the sums of a bias's gradient {counted(body)}")
             if names:
                 words = Counter(instruction.name for instruction in loop.instructions)
                 print("      " + ", ".join(f"{count} {word}" for word, count in words.most_common()))
