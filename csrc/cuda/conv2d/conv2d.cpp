@@ -143,15 +143,14 @@ GroupGradients launch_backward(const std::vector<Tensor>& grad_outputs, const st
   const int64_t channels = packed_channels(given, given.size(1), geometry.groups),
                 of_group = channels / geometry.groups;
   const bool tf32 = allows_tf32(given);
-  const auto with_gradient = [&](ConvArguments arg) {
+  const auto arguments = [&](const Tensor& image) {
+    const Tensor& like = grad_outputs[0];
+    ConvArguments arg = arguments_of(image, weights[0], like.size(2), like.size(3), geometry);
     arg.tf32 = tf32;
     arg.grad_output = device.in(gradient.tensor);
     arg.grad_channels = extent("filters", gradient.tensor.size(1));
     arg.y = strides_of(gradient.tensor);
     return arg;
-  };
-  const auto arguments = [&](const Tensor& image) {
-    return with_gradient(arguments_of(image, weights[0], grad_outputs[0].size(2), grad_outputs[0].size(3), geometry));
   };
   if (mask[1]) {
     const Tensor input = image_operand(device, given, geometry.groups);

@@ -28,7 +28,7 @@ FASTCONV_DEVICE Packed<T, N> load_packed_if(bool exists, const T* source) {
 }
 
 template <class T, int N>
-FASTCONV_DEVICE void unpack(const Packed<T, N>& packed, Compute<T> (&values)[N]) {
+FASTCONV_DEVICE void unpack(const Packed<T, N>& packed, Compute<T>* values) {
   if constexpr (kInPairs<T, N>) {
 #pragma unroll
     for (int i = 0; i < N; i += 2) {

@@ -52,6 +52,12 @@ FASTCONV_DEVICE bool passes_gradient(double output, Activation activation) {
 FASTCONV_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FASTCONV_DEVICE double fused_multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
+template <class A, int kWidth>
+FASTCONV_DEVICE void copy(const A* from, A (&to)[kWidth]) {
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) to[i] = from[i];
+}
+
 // N neighbours in the type of computation
 template <class T, int N>
 FASTCONV_DEVICE void load_wide(const T* source, Compute<T> (&values)[N]) {

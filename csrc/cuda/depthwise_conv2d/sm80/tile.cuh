@@ -59,12 +59,6 @@ struct BlockFilters {
 };
 
 template <class A, int kWidth>
-FASTCONV_DEVICE void copy(const A* from, A (&to)[kWidth]) {
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) to[i] = from[i];
-}
-
-template <class A, int kWidth>
 FASTCONV_DEVICE void multiply_add(const A (&a)[kWidth], const A (&b)[kWidth], A (&sum)[kWidth]) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) sum[i] = fused_multiply_add(a[i], b[i], sum[i]);

@@ -17,11 +17,9 @@
 // All are bound by memory: x once and y, or x, g and dx. Chosen among in ../plan.cpp.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/local_response_norm/params.h"
 #include "cuda/ptx/sm80.cuh"
-#include "cuda/runtime/scalar.cuh"
+#include "cuda/runtime/packed.cuh"
 
 namespace fastconv::cuda::inline sm80::lrn {
 
@@ -97,53 +95,6 @@ FASTCONV_DEVICE void with_power(const LocalResponseNormParams& p, F&& f) {
   } else {
     f(PowerTag<LrnPower::kAny>{});
   }
-}
-
-// A vector as it lies in memory: whole words where it has them, which cost less to set to zero and can be shuffled
-template <class T, int kWidth>
-struct RawVector {
-  static constexpr bool kInWords = sizeof(T) <= 4 && sizeof(T) * kWidth >= 4;
-  static constexpr int kCount = kInWords ? kWidth * static_cast<int>(sizeof(T)) / 4 : kWidth;
-  static constexpr int kPerUnit = kWidth / kCount;
-  using Unit = std::conditional_t<kInWords, uint32_t, T>;
-  Vec<Unit, kCount> units;
-};
-
-// Zeros where there is nothing to load
-template <int kWidth, class T>
-FASTCONV_DEVICE RawVector<T, kWidth> load_raw_if(bool exists, const T* source) {
-  using Raw = RawVector<T, kWidth>;
-  Raw raw{};
-  if (exists) raw.units = load<Raw::kCount>(reinterpret_cast<const typename Raw::Unit*>(source));
-  return raw;
-}
-
-template <class T>
-FASTCONV_DEVICE void widen_unit(T unit, Compute<T>* values) {
-  values[0] = widen(unit);
-}
-template <class T>
-FASTCONV_DEVICE void widen_unit(uint32_t word, float* values) {
-  if constexpr (sizeof(T) == 2) {
-    const float2 pair = unpack2<T>(word);
-    values[0] = pair.x;
-    values[1] = pair.y;
-  } else {
-    values[0] = __uint_as_float(word);
-  }
-}
-
-template <class T, int kWidth>
-FASTCONV_DEVICE void widen_raw(const RawVector<T, kWidth>& raw, Compute<T>* values) {
-  using Raw = RawVector<T, kWidth>;
-#pragma unroll
-  for (int i = 0; i < Raw::kCount; ++i) widen_unit<T>(raw.units.v[i], values + i * Raw::kPerUnit);
-}
-
-template <class A, int kWidth>
-FASTCONV_DEVICE void copy(const A* from, A (&to)[kWidth]) {
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) to[i] = from[i];
 }
 
 // x to y, of the sums of squares

@@ -28,8 +28,8 @@ struct LanePosition {
 };
 
 template <class T>
-FASTCONV_DEVICE RawVector<T, kVector<T>> load_lane(const void* tensor, const LanePosition& at) {
-  return load_raw_if<kVector<T>>(at.exists, static_cast<const T*>(tensor) + int64_t{at.vector} * kVector<T>);
+FASTCONV_DEVICE Packed<T, kVector<T>> load_lane(const void* tensor, const LanePosition& at) {
+  return load_packed_if<kVector<T>>(at.exists, static_cast<const T*>(tensor) + int64_t{at.vector} * kVector<T>);
 }
 
 template <class T>
@@ -39,11 +39,11 @@ FASTCONV_DEVICE void store_lane(void* tensor, const LanePosition& at, const floa
 
 // kCount values of the vectors on both sides, zeros beyond the pixel: the last ones of one into `left`, the first ones
 // of the other into `right`
-template <int kCount, class V>
-FASTCONV_DEVICE void exchange(const V* own, int length, const LanePosition& at, V* left, V* right) {
+template <class V, int kLength, int kCount>
+FASTCONV_DEVICE void exchange(const V (&own)[kLength], const LanePosition& at, V (&left)[kCount], V (&right)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const V before = __shfl_up_sync(0xffffffffu, own[length - kCount + i], 1);
+    const V before = __shfl_up_sync(0xffffffffu, own[kLength - kCount + i], 1);
     const V after = __shfl_down_sync(0xffffffffu, own[i], 1);
     left[i] = at.is_first ? V(0) : before;
     right[i] = at.is_last ? V(0) : after;
@@ -53,17 +53,12 @@ FASTCONV_DEVICE void exchange(const V* own, int length, const LanePosition& at, 
 // x of the vector at and of kReach channels on both sides
 template <class T, bool kActivated, int kLength>
 FASTCONV_DEVICE void load_row(const LocalResponseNormParams& p, const LanePosition& at, float (&x)[kLength]) {
-  using Raw = RawVector<T, kVector<T>>;
-  constexpr int kHalo = kReach / Raw::kPerUnit;
-  const Raw own = load_lane<T>(p.input, at);
-  uint32_t left[kHalo], right[kHalo];
-  exchange<kHalo>(own.units.v, Raw::kCount, at, left, right);
-#pragma unroll
-  for (int i = 0; i < kHalo; ++i) {
-    widen_unit<T>(left[i], x + i * Raw::kPerUnit);
-    widen_unit<T>(right[i], x + kReach + kVector<T> + i * Raw::kPerUnit);
-  }
-  widen_raw(own, x + kReach);
+  const Packed<T, kVector<T>> own = load_lane<T>(p.input, at);
+  Packed<T, kReach> left, right;
+  exchange(own.v, at, left.v, right.v);
+  unpack<T, kReach>(left, x);
+  unpack<T, kVector<T>>(own, x + kReach);
+  unpack<T, kReach>(right, x + kReach + kVector<T>);
   if constexpr (kActivated) {
 #pragma unroll
     for (int i = 0; i < kLength; ++i) x[i] = activate(x[i], p.activation);
@@ -89,17 +84,19 @@ FASTCONV_KERNEL(kThreads, kLrnLanesResidentBackward)
 dgrad_lanes(const LocalResponseNormParams p) {
   constexpr int kWidth = kVector<T>;
   const LanePosition at(p);
-  const RawVector<T, kWidth> grads = load_lane<T>(p.grad_output, at);
+  const Packed<T, kWidth> grads = load_lane<T>(p.grad_output, at);
   float x[kWidth + 2 * kReach], sums[kWidth], own[kWidth], scaled[kWidth];
   load_row<T, kActivated>(p, at, x);
   sum_windows<true>(x, sums);
   copy(x + kReach, own);
-  widen_raw(grads, scaled);
+  unpack<T, kWidth>(grads, scaled);
   make_terms<T>(scaled, own, sums, p);
-  float terms[kWidth + 2 * kReach];
+  float terms[kWidth + 2 * kReach], left[kReach], right[kReach];
+  exchange(sums, at, left, right);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) terms[kReach + i] = sums[i];
-  exchange<kReach>(sums, kWidth, at, terms, terms + kReach + kWidth);
+#pragma unroll
+  for (int i = 0; i < kReach; ++i) terms[i] = left[i], terms[kReach + kWidth + i] = right[i];
   sum_windows<false>(terms, sums);
   make_gradients<kActivated>(scaled, own, sums, p);
   store_lane<T>(p.output, at, scaled);

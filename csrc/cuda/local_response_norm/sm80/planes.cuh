@@ -28,20 +28,20 @@ constexpr int kStep = 2;
 // A vector of each of the channels from `channel` on, of which `source` is the first; zeros where there is none.
 template <int kWidth, class T>
 FASTCONV_DEVICE void load_step(const T* source, int channel, const LocalResponseNormParams& p,
-                               RawVector<T, kWidth> (&rows)[kStep]) {
+                               Packed<T, kWidth> (&rows)[kStep]) {
 #pragma unroll
   for (int h = 0; h < kStep; ++h) {
     const bool exists = static_cast<unsigned>(channel + h) < static_cast<unsigned>(p.channels);
-    rows[h] = load_raw_if<kWidth>(exists, source + h * p.inner);
+    rows[h] = load_packed_if<kWidth>(exists, source + h * p.inner);
   }
 }
 
 // Values of kStep channels are kept one channel behind the other.
 template <bool kActivated, class T, int kWidth, class A>
-FASTCONV_DEVICE void widen_step(const RawVector<T, kWidth> (&rows)[kStep], const LocalResponseNormParams& p,
+FASTCONV_DEVICE void widen_step(const Packed<T, kWidth> (&rows)[kStep], const LocalResponseNormParams& p,
                                 A (&values)[kStep * kWidth]) {
 #pragma unroll
-  for (int h = 0; h < kStep; ++h) widen_raw(rows[h], values + h * kWidth);
+  for (int h = 0; h < kStep; ++h) unpack<T, kWidth>(rows[h], values + h * kWidth);
   if constexpr (kActivated) {
 #pragma unroll
     for (int i = 0; i < kStep * kWidth; ++i) values[i] = activate(values[i], p.activation);
@@ -90,19 +90,19 @@ fprop_planes(const LocalResponseNormParams p) {
   const int64_t start = at.offset + at.first * p.inner, step = kStep * p.inner;
   const T* x = static_cast<const T*>(p.input) + start - step;  // of the channels that are loaded next
   T* y = static_cast<T*>(p.output) + start;
-  RawVector<T, kWidth> rows[kStep];
+  Packed<T, kWidth> rows[kStep];
   A last[kStep * kWidth], now[kStep * kWidth], next[kStep * kWidth], sums[kStep * kWidth];
   PlaneSums<A, kWidth> squares{};
-  load_step(x, at.first - kStep, p, rows);
-  widen_step<kActivated>(rows, p, last);
+  load_step<kWidth>(x, at.first - kStep, p, rows);
+  widen_step<kActivated, T, kWidth>(rows, p, last);
   sum_step<true>(squares, last, last, sums);
-  load_step(x += step, at.first, p, rows);
-  widen_step<kActivated>(rows, p, now);
+  load_step<kWidth>(x += step, at.first, p, rows);
+  widen_step<kActivated, T, kWidth>(rows, p, now);
   sum_step<true>(squares, last, now, sums);
-  load_step(x += step, at.first + kStep, p, rows);
+  load_step<kWidth>(x += step, at.first + kStep, p, rows);
   for (int c = at.first; c < at.last; c += kStep, y += step) {
-    widen_step<kActivated>(rows, p, next);
-    load_step(x += step, c + 2 * kStep, p, rows);
+    widen_step<kActivated, T, kWidth>(rows, p, next);
+    load_step<kWidth>(x += step, c + 2 * kStep, p, rows);
     sum_step<true>(squares, last + kWidth, next, sums);
     copy(now, last);
     normalize<T>(now, sums, p);
@@ -124,26 +124,26 @@ dgrad_planes(const LocalResponseNormParams p) {
   const T* x = static_cast<const T*>(p.input) + start;
   const T* g = static_cast<const T*>(p.grad_output) + start + step;
   T* dx = static_cast<T*>(p.output) + start;
-  RawVector<T, kWidth> rows[kStep], grads[kStep];
+  Packed<T, kWidth> rows[kStep], grads[kStep];
   A x_dx[kPair], x_t[kPair], x_next[kPair];  // of the channels of dx, of t, and of those behind
   A scaled[kPair] = {}, last[kPair] = {};    // g / d^beta of the channels of dx; t of those before
   A terms_before[kPair] = {};
   PlaneSums<A, kWidth> squares{}, terms{};
   A sums[kPair];
-  load_step(x, begin, p, rows);
-  widen_step<kActivated>(rows, p, x_dx);
+  load_step<kWidth>(x, begin, p, rows);
+  widen_step<kActivated, T, kWidth>(rows, p, x_dx);
   sum_step<true>(squares, x_dx, x_dx, sums);
-  load_step(x += step, begin + kStep, p, rows);
-  widen_step<kActivated>(rows, p, x_t);
+  load_step<kWidth>(x += step, begin + kStep, p, rows);
+  widen_step<kActivated, T, kWidth>(rows, p, x_t);
   sum_step<true>(squares, x_dx, x_t, sums);
-  load_step(x += step, begin + 2 * kStep, p, rows);
-  load_step(g, begin + kStep, p, grads);
+  load_step<kWidth>(x += step, begin + 2 * kStep, p, rows);
+  load_step<kWidth>(g, begin + kStep, p, grads);
   for (int c = begin; c < at.last; c += kStep, dx += step) {
     A next_scaled[kPair], next_terms[kPair];
-    widen_step<kActivated>(rows, p, x_next);
-    widen_step<false>(grads, p, next_scaled);
-    load_step(x += step, c + 3 * kStep, p, rows);
-    load_step(g += step, c + 2 * kStep, p, grads);
+    widen_step<kActivated, T, kWidth>(rows, p, x_next);
+    widen_step<false, T, kWidth>(grads, p, next_scaled);
+    load_step<kWidth>(x += step, c + 3 * kStep, p, rows);
+    load_step<kWidth>(g += step, c + 2 * kStep, p, grads);
     sum_step<true>(squares, x_dx + kWidth, x_next, next_terms);
     make_terms<T>(next_scaled, x_t, next_terms, p);
 #pragma unroll
