@@ -18,6 +18,7 @@ import hot_kernels
 import machine_code
 import plans
 import zoo_convolutions
+from fastconv.operators import kernels
 from gpu_model import GPUS, Gpu, Trip, blocks_per_multiprocessor, bound
 from zoo_convolutions import Convolution
 
@@ -134,6 +135,7 @@ class Layer:
         waves: blocks by the places for one in each multiprocessor until the last is done, of all launches.
         splits: blocks that share the depth of a tile.
         microseconds: at best, by gpu_model.
+        choice: the time of the kernel that would be fastest by gpu_model, by that of the one which is chosen.
     """
 
     kernel: str
@@ -143,15 +145,17 @@ class Layer:
     fill: float
     waves: float
     microseconds: float
+    choice: float
 
     def __str__(self) -> str:
         launches = f"/{self.launches}" if self.launches > 1 else ""
         splits = f" x{self.splits}" if self.splits > 1 else ""
-        return f"{self.kernel} {self.blocks}{launches}{splits} {self.fill:.2f} {self.waves:.2f} {self.microseconds:.4g}"
+        numbers = f"{self.fill:.2f} {self.waves:.2f} {self.microseconds:.4g} {self.choice:.2f}"
+        return f"{self.kernel} {self.blocks}{launches}{splits} {numbers}"
 
     @classmethod
     def parse(cls, text: str) -> Layer:
-        match = re.fullmatch(r"(\S+) (\d+)(?:/(\d+))?(?: x(\d+))? (\S+) (\S+) (\S+)", text)
+        match = re.fullmatch(r"(\S+) (\d+)(?:/(\d+))?(?: x(\d+))? (\S+) (\S+) (\S+) (\S+)", text)
         assert match is not None, text
         kernel, blocks, launches, splits, *numbers = match.groups()
         return cls(kernel, int(blocks), int(launches or 1), int(splits or 1), *map(float, numbers))
@@ -177,18 +181,26 @@ def layer(conv: Convolution, direction: str, batch: int, gpu: Gpu, loops: dict[s
         own = own[:1]  # wgrad's second kernel has the same name
     blocks = sum(launch.blocks for launch in own)
     waves = blocks / sum(-(-launch.blocks // gpu.multiprocessors) * gpu.multiprocessors for launch in own)
-    moved = conv.bytes(direction, batch) / gpu.bytes_per_second
-    work = moved if conv.is_depthwise else conv.flop(batch) / gpu.flop_per_second
     if kernel not in loops:
         raise LookupError(f"{kernel} was chosen for {conv}, but {LOOPS.name} does not have it: make sass ARGS=--write")
-    seconds = max(moved, work / (bound(loops[kernel].trip, gpu).share * candidate.fill * waves))
-    seconds += _bytes_beside(conv, batch, chosen.launches) / gpu.bytes_per_second
-    if candidate.splits > 1:
+    moved = conv.bytes(direction, batch) / gpu.bytes_per_second
+    work = moved if conv.is_depthwise else conv.flop(batch) / gpu.flop_per_second
+
+    def seconds(of: kernels.Candidate, waves: float) -> float:
+        done = max(moved, work / (bound(loops[of.kernel].trip, gpu).share * of.fill * waves))
+        if of.splits == 1:
+            return done
         # Each part is written and read, as float32, and is still in L2 then.
-        parts = 4 * candidate.splits * conv.results(direction, batch)
-        seconds += 2 * parts / (gpu.l2_bytes_per_clock * gpu.hertz)
+        parts = 4 * of.splits * conv.results(direction, batch)
+        return done + 2 * parts / (gpu.l2_bytes_per_clock * gpu.hertz)
+
+    able = (each for each in chosen.choice.candidates if not each.reason and each.kernel in loops)
+    fastest = min(seconds(each, each.waves) for each in able)
+    choice = fastest / seconds(candidate, candidate.waves)
+    beside = _bytes_beside(conv, batch, chosen.launches) / gpu.bytes_per_second
     short = kernel.removeprefix(chosen.choice.op + "_").removesuffix("_sm80").removeprefix("fp16_")
-    return Layer(short, blocks, len(own), candidate.splits, candidate.fill, waves, 1e6 * seconds)
+    microseconds = 1e6 * (seconds(candidate, waves) + beside)
+    return Layer(short, blocks, len(own), candidate.splits, candidate.fill, waves, microseconds, choice)
 
 
 def _bytes_beside(conv: Convolution, batch: int, launches: Sequence[plans.Launch]) -> int:

@@ -21,7 +21,7 @@ from zoo_convolutions import Convolution
 
 # Those for 16-bit types run the same code for both, and are tried with float16.
 HOT = re.compile(
-    r"conv2d_(fprop|dgrad|wgrad)_(fp16|tf32|fp32)_(?!reduce)|depthwise_conv2d_\w+_nhwc_\dx|depthwise_separable_conv2d_\w+_3x"
+    r"conv2d_(fprop|dgrad|wgrad)_(fp16|tf32|fp32)_(?!reduce)|depthwise_conv2d_\w+_n\w+_\dx|depthwise_separable_conv2d_\w+_3x"
     r"|(add_relu|activation_dgrad|conv2d_gradient)\w*_vec16|local_response_norm_\w+_(vec|lanes)"
 )
 # Of kernels that move data: tensors that are moved, by those that are stored.
@@ -97,7 +97,7 @@ def _calls(op: str) -> Iterator[tuple[plans.Call, bool]]:
 def _calls_with(op: str, dtype: torch.dtype) -> Iterator[plans.Call]:
     family, _, direction = op.rpartition("_")
     ops = torch.ops.fastconv_emulated
-    image = plans.empty((1, 64, 14, 14), dtype)
+    image = plans.empty((1, 64, 16, 16), dtype)
     if family == "add_relu":
         yield partial(ops.add_relu, image, torch.empty_like(image), "relu")
     elif family == "activation":
@@ -113,8 +113,9 @@ def _calls_with(op: str, dtype: torch.dtype) -> Iterator[plans.Call]:
         yield partial(ops.depthwise_separable_conv2d, image, *weights, None, None, *[[1, 1]] * 3, "relu", "relu")
     else:
         groups = 64 if family == "depthwise_conv2d" else 1
-        for side, relu in itertools.product((3, 5), (True, False)):
+        layouts = (torch.channels_last, torch.contiguous_format)
+        for side, relu, layout in itertools.product((3, 5), (True, False), layouts):
             padding = (side // 2, side // 2)
-            conv = Convolution(64, (14, 14), 64, (side, side), (1, 1), padding, groups, relu)
+            conv = Convolution(64, (16, 16), 64, (side, side), (1, 1), padding, groups, relu)
             # Gradients are prepared for both passes.
-            yield plans.call_of(conv, 1, "wgrad" if direction == "gradient" else direction, dtype)
+            yield plans.call_of(conv, 1, "wgrad" if direction == "gradient" else direction, dtype, layout)

@@ -105,24 +105,30 @@ def table() -> list[dict[str, Any]]:
     return _library().kernel_table()
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def empty(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format = torch.channels_last) -> Tensor:
     """Without memory of its own, as nothing touches it."""
-    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=dtype, memory_format=layout)
 
 
-def call_of(conv: Convolution, batch: int, direction: str, dtype: torch.dtype = torch.float16) -> Call:
-    """The convolution with its ReLU in channels_last, or one of its gradients."""
+def call_of(
+    conv: Convolution,
+    batch: int,
+    direction: str,
+    dtype: torch.dtype = torch.float16,
+    layout: torch.memory_format = torch.channels_last,
+) -> Call:
+    """The convolution with its ReLU, or one of its gradients."""
     ops = torch.ops.fastconv_emulated
     _library()
-    image = empty((batch, conv.channels, *conv.image), dtype)
-    weight = empty((conv.filters, conv.channels // conv.groups, *conv.kernel), dtype)
+    image = empty((batch, conv.channels, *conv.image), dtype, layout)
+    weight = empty((conv.filters, conv.channels // conv.groups, *conv.kernel), dtype, layout)
     bias = torch.empty(conv.filters, dtype=dtype)
     geometry = [list(conv.stride), list(conv.padding), [1, 1]]
     if direction == "fprop":
         if conv.is_depthwise:
             return partial(ops.depthwise_conv2d, image, weight, bias, *geometry, "relu")
         return partial(ops.conv2d_relu, image, weight, bias, *geometry, conv.groups, "relu")
-    output = empty((batch, conv.filters, *conv.output), dtype)
+    output = empty((batch, conv.filters, *conv.output), dtype, layout)
     activation, saved = ("relu", output) if conv.relu else ("none", None)
     # A batch norm leaves no bias.
     mask = [direction == "dgrad", direction == "wgrad", direction == "wgrad" and conv.relu, False]

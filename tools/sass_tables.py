@@ -58,22 +58,23 @@ def networks(layers: Layers) -> Iterator[Table]:
     """For each GPU what the planner makes of the networks, a column for each batch size."""
     for gpu in GPUS:
         head = ["network and pass"]
-        head += [f"{what}, batch {batch}" for what in ("fill x waves", "least", "of roofline") for batch in BATCHES]
-        table = Table(
-            f"The planner on {gpu.name}: means and least of the layers, time of the roofline by expected", head
-        )
+        columns_of = ("fill x waves", "least", "of roofline", "choice")
+        head += [f"{what}, batch {batch}" for what in columns_of for batch in BATCHES]
+        means = "means and least of the layers, time of the roofline and of the fastest kernels by that of the chosen"
+        table = Table(f"The planner on {gpu.name}: {means}", head)
         for network, found in zoo_convolutions.load().items():
             for direction in ("fprop", "dgrad", "wgrad"):
                 key = f"{gpu.name} {direction}"
                 counts = {conv: count for conv, count in found.items() if key in layers[conv]}
-                columns: list[list[str]] = [[], [], []]
+                columns: list[list[str]] = [[] for _ in columns_of]
                 for i, batch in enumerate(BATCHES):
-                    shares = [layers[conv][key][i].share for conv, count in counts.items() for _ in range(count)]
-                    times = sum(layers[conv][key][i].microseconds * count for conv, count in counts.items())
+                    all_of_it = [layers[conv][key][i] for conv, count in counts.items() for _ in range(count)]
+                    shares = [layer.share for layer in all_of_it]
+                    time = sum(layer.microseconds for layer in all_of_it)
                     least = sum(expected.roofline(conv, direction, batch, gpu) * n for conv, n in counts.items())
-                    for column, value in zip(
-                        columns, (statistics.mean(shares), min(shares), least / times), strict=True
-                    ):
+                    fastest = sum(layer.microseconds * layer.choice for layer in all_of_it)
+                    values = statistics.mean(shares), min(shares), least / time, fastest / time
+                    for column, value in zip(columns, values, strict=True):
                         column.append(f"{value:.2f}")
                 table.rows.append([f"{network} {direction}", *(cell for column in columns for cell in column)])
         yield table
@@ -141,10 +142,14 @@ def markdown() -> str:
         bounds = [str(bound(each.trip, gpu)) for each, gpu in both]
         table.rows.append([f"`{name}`", loop.unit, *(" / ".join(each) for each in numbers), *bounds])
     short = Table(
-        "", ["network and pass", *(f"{gpu.name}, {what}" for gpu in GPUS for what in ("fill x waves", "of roofline"))]
+        "",
+        [
+            "network and pass",
+            *(f"{gpu.name}, {what}" for gpu in GPUS for what in ("fill x waves", "of roofline", "choice")),
+        ],
     )
     for rows in zip(*(each.rows for each in networks(layers)), strict=True):
-        cells = [" / ".join(row[i : i + len(BATCHES)]) for row in rows for i in (1, 1 + 2 * len(BATCHES))]
+        cells = [" / ".join(row[i : i + len(BATCHES)]) for row in rows for i in (1, 1 + 2 * len(BATCHES), 1 + 3 * len(BATCHES))]
         short.rows.append([rows[0][0], *cells])
     return f"{BEGIN}\n\n{table.markdown()}\n\n{short.markdown()}\n\n{END}"
 

@@ -127,8 +127,8 @@ def test_a_change_of_a_layer_is_noticed() -> None:
 @pytest.mark.parametrize(
     "layer",
     [
-        expected.Layer("128x128", 96, 1, 8, 0.95, 0.89, 1.702),
-        expected.Layer("64x64_masked", 384, 4, 1, 1.0, 0.5, 123.4),
+        expected.Layer("128x128", 96, 1, 8, 0.95, 0.89, 1.702, 1.0),
+        expected.Layer("64x64_masked", 384, 4, 1, 1.0, 0.5, 123.4, 0.87),
     ],
     ids=str,
 )

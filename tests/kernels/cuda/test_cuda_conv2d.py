@@ -25,7 +25,11 @@ def variants() -> list[tuple[str, str]]:
             tiles += ["128x128", "128x64"]
         if FORMATS[name] is not torch.float32:
             tiles += ["256x128", "256x64"]
-            tiles += ["64x128", "32x256", "64x128_narrow"] if kind == "wgrad" else ["256x32", "128x64_narrow"]
+            tiles += {
+                "fprop": ["128x96", "256x48", "256x32", "128x64_narrow", "128x96_narrow"],
+                "dgrad": ["128x96", "256x48", "256x32", "128x64_narrow"],
+                "wgrad": ["96x128", "64x128", "32x256", "64x128_narrow", "96x128_narrow"],
+            }[kind]
         found += [(kind, f"{name}_{tile}") for tile in tiles]
     return found
 
@@ -42,8 +46,14 @@ def test_every_kernel(backend: str, kind: str, rest: str) -> None:
     """Tiles that are full and tiles that are not, along every extent."""
     name, tile = rest.split("_", 1)
     gathers, is_narrow = tile.endswith("gather"), tile.endswith("narrow")
-    # To gather, groups have odd channels: others are packed into vectors.
-    channels, filters = (10, 14) if gathers else (12, 76) if is_narrow else (24, 136) if "128" in tile else (16, 72)
+    if gathers:
+        channels, filters = 10, 14  # in groups of odd channels: others are packed into vectors
+    elif is_narrow:
+        channels, filters = 12, 76
+    elif "96" in tile or "48" in tile:
+        channels, filters = 56, 104
+    else:
+        channels, filters = (24, 136) if "128" in tile else (16, 72)
     groups = 2 if gathers else 1
     with forced(backend, f"conv2d_{kind}", f"conv2d_{kind}_{rest}_sm80"):
         for activation, stride in itertools.product(("none", "relu", "relu6"), (1, 2)):
@@ -91,6 +101,15 @@ def test_a_split_depth(name: str, kind: str) -> None:
     with emulated_gpu(multiprocessors=24) as library:
         check("cuda-emulated", deep(name, kind), (kind,))
         assert f"conv2d_{kind}_{reduced(name)}_reduce_sm80" in library.launches()
+
+
+@pytest.mark.parametrize(("kind", "tile"), [("fprop", "128x96"), ("dgrad", "256x48"), ("wgrad", "96x128")])
+def test_a_split_depth_in_tiles_that_are_no_power_of_two(kind: str, tile: str) -> None:
+    """Of the lanes that write a row's parts some are idle."""
+    kernel = f"conv2d_{kind}_fp16_{tile}_sm80"
+    with emulated_gpu(multiprocessors=24) as library, forced("cuda-emulated", f"conv2d_{kind}", kernel):
+        check("cuda-emulated", deep("fp16", kind), (kind,))
+        assert {kernel, f"conv2d_{kind}_fp16_reduce_sm80"} <= set(library.launches())
 
 
 def test_the_same_bits_in_any_order() -> None:

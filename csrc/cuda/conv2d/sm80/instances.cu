@@ -57,7 +57,7 @@ ConvVariant variant(const char* type, const char* what, double rate) {
            {C::kTileA, C::kTileB, C::kTileDepth},
            C::kStages,
            C::kThreads,
-           C::kSharedBytes,
+           Operands<kPass, C>::kSharedBytes,
            needs,
            kEpilogueUses | uses::kLoadStore | C::Math::kUses | (kSpreads ? uses::kShuffle : uses::kNothing) |
                (kTf32 && kPass != Pass::kWgrad ? uses::kLdmatrix : uses::kNothing) |
@@ -75,24 +75,33 @@ ConvVariant variant(const char* type, const char* what, double rate) {
           &reduce};
 }
 
-// Rates: what of the tensor cores' time their loop leaves them. The smaller a warp's part of a tile, the more it loads
-// from shared memory for a product; narrow vectors cost more copies, and to gather an address for every element.
+// Rates: what of the tensor cores' time their loop leaves them. The smaller a tile, the more it brings from L2 for a
+// product, and the smaller a warp's part of it, the more that loads from shared memory; narrow vectors cost more copies,
+// and to gather an address for every element.
 template <class Math>
 void register_tensor_cores(const char* type) {
   Register<ConvVariant>(kFamily, {variant<Config<Math, 128, 128, 2, 2, 2>>(type, "128x128", 1),
-                                  variant<Config<Math, 128, 64, 2, 2, 3>>(type, "128x64", 0.85),
-                                  variant<Config<Math, 64, 64, 2, 2, 4>>(type, "64x64", 0.65)});
+                                  variant<Config<Math, 128, 64, 2, 2, 3>>(type, "128x64", 0.8),
+                                  variant<Config<Math, 64, 64, 2, 2, 4>>(type, "64x64", 0.6)});
   if constexpr (sizeof(T) == 2) {
     Register<ConvVariant>(kFamily, {variant<Config<Math, 256, 128, 4, 2, 1>>(type, "256x128", 1),
                                     variant<Config<Math, 256, 64, 4, 1, 2>>(type, "256x64", 1)});
     if constexpr (kPass == Pass::kWgrad) {
       // Few filters, but many taps
-      Register<ConvVariant>(kFamily, {variant<Config<Math, 64, 128, 2, 2, 3>>(type, "64x128", 0.85),
-                                      variant<Config<Math, 32, 256, 1, 4, 3>>(type, "32x256", 0.85),
-                                      variant<Config<Math, 64, 128, 2, 2, 2, kNarrow>>(type, "64x128_narrow", 0.7)});
+      Register<ConvVariant>(kFamily, {variant<Config<Math, 96, 128, 2, 2, 2>>(type, "96x128", 0.95),
+                                      variant<Config<Math, 64, 128, 2, 2, 3>>(type, "64x128", 0.8),
+                                      variant<Config<Math, 32, 256, 1, 4, 2>>(type, "32x256", 0.75),
+                                      variant<Config<Math, 64, 128, 2, 2, 2, kNarrow>>(type, "64x128_narrow", 0.7),
+                                      variant<Config<Math, 96, 128, 2, 2, 2, kNarrow>>(type, "96x128_narrow", 0.8)});
     } else {
-      Register<ConvVariant>(kFamily, {variant<Config<Math, 256, 32, 4, 1, 3>>(type, "256x32", 0.85),
+      Register<ConvVariant>(kFamily, {variant<Config<Math, 128, 96, 2, 2, 2>>(type, "128x96", 0.95),
+                                      variant<Config<Math, 256, 48, 4, 1, 2>>(type, "256x48", 0.8),
+                                      variant<Config<Math, 256, 32, 4, 1, 2>>(type, "256x32", 0.7),
                                       variant<Config<Math, 128, 64, 2, 2, 2, kNarrow>>(type, "128x64_narrow", 0.7)});
+    }
+    if constexpr (kPass == Pass::kFprop) {
+      // AlexNet's first layer
+      Register<ConvVariant>(kFamily, {variant<Config<Math, 128, 96, 2, 2, 2, kNarrow>>(type, "128x96_narrow", 0.8)});
     }
   }
   Register<ConvVariant>(kFamily, {variant<Config<Math, 64, 64, 4, 2, 1, 1>>(type, "gather", 0.1)});

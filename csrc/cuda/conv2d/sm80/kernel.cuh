@@ -20,6 +20,9 @@
 // Instantiated in instances.cu, chosen among in ../plan.cpp.
 #pragma once
 
+#include <algorithm>
+#include <bit>
+
 #include "cuda/conv2d/sm80/epilogue.cuh"
 #include "cuda/conv2d/sm80/math.cuh"
 #include "cuda/conv2d/sm80/sources.cuh"
@@ -45,10 +48,10 @@ struct ConvConfig {
   static constexpr int kTileDepth = 64 / sizeof(T);
   static constexpr int kThreads = kWarpsA * kWarpsB * 32;
   static constexpr int kWarpA = kTileA / kWarpsA, kWarpB = kTileB / kWarpsB;
-  static constexpr int kStageBytes = (kTileA + kTileB) * 64;
+  // A lane for each 16 bytes of a row of results, and as many idle ones as a power of two asks for
+  static constexpr int kLanesOfRow = std::bit_ceil(kWarpB * sizeof(T) / 16);
   static constexpr int kSlabRow = kWarpB + 8;  // floats; for the banks, see `Slab`
   static constexpr int kSlabBytes = kThreads / 32 * 16 * kSlabRow * 4;
-  static constexpr int kSharedBytes = kStages * kStageBytes > kSlabBytes ? kStages * kStageBytes : kSlabBytes;
 };
 
 // The operands of a pass; the tiles of those whose rows lie along the depth are contiguous there.
@@ -63,6 +66,8 @@ struct Operands {
   using B = std::conditional_t<
       kPass == Pass::kFprop, Loader<Filters, TileB>,
       std::conditional_t<kPass == Pass::kDgrad, Loader<FilterRows, TileB>, Loader<PixelRows, TileB>>>;
+  static constexpr int kStageBytes = TileA::kBytes + TileB::kBytes;
+  static constexpr int kSharedBytes = std::max(C::kStages * kStageBytes, C::kSlabBytes);
 };
 
 // Tiles along b are neighbours in the grid: they share A, which is the larger operand, in the L2 cache.
@@ -133,7 +138,7 @@ conv2d_kernel(const __grid_constant__ ConvParams p) {
 
   uint32_t filled = 0, read = 0;  // stages, in bytes
   const auto following = [](uint32_t stage) {
-    return stage == (C::kStages - 1) * C::kStageBytes ? 0 : stage + C::kStageBytes;
+    return stage == (C::kStages - 1) * Ops::kStageBytes ? 0 : stage + Ops::kStageBytes;
   };
   const auto fetch = [&] {
     a.fetch(shared + filled, depth);
@@ -172,10 +177,9 @@ conv2d_kernel(const __grid_constant__ ConvParams p) {
   ptx::cp_async_wait<0>();
   __syncthreads();  // the stages become slabs
 
-  constexpr int kRun = Results<kPass, T>::kRun, kRuns = C::kWarpB / kRun, kRowsAtOnce = 32 / kRuns;
-  constexpr int kTurns = 16 / kRowsAtOnce;
-  const int run = lane % kRuns * kRun, first_row = lane / kRuns;
-  const Results<kPass, T> results(p, at.group, at.b + warp_b + run);
+  constexpr int kRun = Results<kPass, T>::kRun, kRowsAtOnce = 32 / C::kLanesOfRow, kTurns = 16 / kRowsAtOnce;
+  const int run = lane % C::kLanesOfRow * kRun, first_row = lane / C::kLanesOfRow;
+  const Results<kPass, T> results(p, at.group, run < C::kWarpB ? at.b + warp_b + run : p.extent_b);
   const auto row_of = [&](int block, int turn) { return at.a + warp_a + block * 16 + first_row + turn * kRowsAtOnce; };
   const bool is_part = p.splits > 1;
   typename Results<kPass, T>::Vector others[2][kTurns];
@@ -198,15 +202,13 @@ conv2d_kernel(const __grid_constant__ ConvParams p) {
       }
     }
     __syncwarp();
-    if (is_part) {
+    if (is_part && results.exists()) {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
         float sums[kRun];
         slab.load_run(first_row + turn * kRowsAtOnce, run, sums);
         const int row = row_of(i, turn);
-        if (row < p.extent_a && results.exists()) {
-          store_run(part(p, at.split, at.group, row, at.b + warp_b + run), sums);
-        }
+        if (row < p.extent_a) store_run(part(p, at.split, at.group, row, at.b + warp_b + run), sums);
       }
     } else if (results.is_whole()) {
 #pragma unroll
