@@ -13,7 +13,7 @@ from fastconv import ops
 from fastconv.measure.tolerance import assert_close_to_oracle
 from support.cuda_convolutions import FORMATS, PASSES, check, convolution, deep, reduced
 from support.cuda_kernels import check_same_bits_in_any_order, emulated_gpu, operators
-from support.kernel_backends import device_of, forced, kernel_table
+from support.kernel_backends import device_of, emulated, forced, kernel_table
 
 
 def variants() -> list[tuple[str, str]]:
@@ -43,7 +43,9 @@ def test_the_table_has_these_kernels(backend: str) -> None:
 
 @pytest.mark.parametrize(("kind", "rest"), variants(), ids=lambda value: value)
 def test_every_kernel(backend: str, kind: str, rest: str) -> None:
-    """Tiles that are full and tiles that are not, along every extent."""
+    """Tiles that are full and tiles that are not, along every extent; in shared memory no two rows meet in a bank."""
+    if backend == "cuda-emulated":
+        emulated().reset_statistics()
     name, tile = rest.split("_", 1)
     gathers, is_narrow = tile.endswith("gather"), tile.endswith("narrow")
     if gathers:
@@ -60,6 +62,8 @@ def test_every_kernel(backend: str, kind: str, rest: str) -> None:
             options = {"stride": stride, "padding": 1, "groups": groups, "activation": activation}
             shape, weight = (2, channels, 9, 8), (filters, channels // groups, 3, 3)
             check(backend, convolution(backend, name, shape, weight, **options), (kind,))
+    if backend == "cuda-emulated":
+        assert emulated().statistics()["ldmatrix_conflicts"] == 0
 
 
 LAYERS = {
