@@ -70,7 +70,7 @@ def test_cuda_variants_are_the_kernels_that_then_run(op: str, shapes: list[tuple
         torch.autograd.grad(output, leaves, torch.ones_like(output))
 
     free = choices(forward_backward)
-    found = cuda_variants(forward_backward, backend, 8)
+    found = cuda_variants(forward_backward, backend, 16)
     families, ran = {choice.op for choice in free}, {(choice.op, choice.chosen) for choice in free}
     runnable = []
     for family, kernel in [(entry["op"], entry["name"]) for entry in kernels.table(backend)]:
