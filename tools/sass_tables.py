@@ -149,7 +149,11 @@ def markdown() -> str:
         ],
     )
     for rows in zip(*(each.rows for each in networks(layers)), strict=True):
-        cells = [" / ".join(row[i : i + len(BATCHES)]) for row in rows for i in (1, 1 + 2 * len(BATCHES), 1 + 3 * len(BATCHES))]
+        cells = [
+            " / ".join(row[i : i + len(BATCHES)])
+            for row in rows
+            for i in (1, 1 + 2 * len(BATCHES), 1 + 3 * len(BATCHES))
+        ]
         short.rows.append([rows[0][0], *cells])
     return f"{BEGIN}\n\n{table.markdown()}\n\n{short.markdown()}\n\n{END}"
 

@@ -76,8 +76,8 @@ ConvVariant variant(const char* type, const char* what, double rate) {
 }
 
 // Rates: what of the tensor cores' time their loop leaves them. The smaller a tile, the more it brings from L2 for a
-// product, and the smaller a warp's part of it, the more that loads from shared memory; narrow vectors cost more copies,
-// and to gather an address for every element.
+// product, and the smaller a warp's part of it, the more that loads from shared memory; narrow vectors cost more
+// copies, and to gather an address for every element.
 template <class Math>
 void register_tensor_cores(const char* type) {
   Register<ConvVariant>(kFamily, {variant<Config<Math, 128, 128, 2, 2, 2>>(type, "128x128", 1),
