@@ -17,6 +17,8 @@ from zoo_convolutions import Convolution
 
 README = Path(__file__).resolve().parents[1] / "csrc/README.md"
 BEGIN, END = "<!-- python tools/sass.py --write -->", "<!-- end -->"
+# Of a network's layers, in this order: means, the least, and times by times
+_OF_NETWORKS = ("fill x waves", "least", "of roofline", "choice")
 _COLUMNS = ("tensor", "fma", "ldsm", "shared", "copy", "global", "local", "address", "predicate", "branch")
 
 
@@ -58,15 +60,14 @@ def networks(layers: Layers) -> Iterator[Table]:
     """For each GPU what the planner makes of the networks, a column for each batch size."""
     for gpu in GPUS:
         head = ["network and pass"]
-        columns_of = ("fill x waves", "least", "of roofline", "choice")
-        head += [f"{what}, batch {batch}" for what in columns_of for batch in BATCHES]
+        head += [f"{what}, batch {batch}" for what in _OF_NETWORKS for batch in BATCHES]
         means = "means and least of the layers, time of the roofline and of the fastest kernels by that of the chosen"
         table = Table(f"The planner on {gpu.name}: {means}", head)
         for network, found in zoo_convolutions.load().items():
             for direction in ("fprop", "dgrad", "wgrad"):
                 key = f"{gpu.name} {direction}"
                 counts = {conv: count for conv, count in found.items() if key in layers[conv]}
-                columns: list[list[str]] = [[] for _ in columns_of]
+                columns: list[list[str]] = [[] for _ in _OF_NETWORKS]
                 for i, batch in enumerate(BATCHES):
                     all_of_it = [layers[conv][key][i] for conv, count in counts.items() for _ in range(count)]
                     shares = [layer.share for layer in all_of_it]
@@ -141,19 +142,10 @@ def markdown() -> str:
         ]
         bounds = [str(bound(each.trip, gpu)) for each, gpu in both]
         table.rows.append([f"`{name}`", loop.unit, *(" / ".join(each) for each in numbers), *bounds])
-    short = Table(
-        "",
-        [
-            "network and pass",
-            *(f"{gpu.name}, {what}" for gpu in GPUS for what in ("fill x waves", "of roofline", "choice")),
-        ],
-    )
+    columns = {what: 1 + i * len(BATCHES) for i, what in enumerate(_OF_NETWORKS) if what != "least"}
+    short = Table("", ["network and pass", *(f"{gpu.name}, {what}" for gpu in GPUS for what in columns)])
     for rows in zip(*(each.rows for each in networks(layers)), strict=True):
-        cells = [
-            " / ".join(row[i : i + len(BATCHES)])
-            for row in rows
-            for i in (1, 1 + 2 * len(BATCHES), 1 + 3 * len(BATCHES))
-        ]
+        cells = [" / ".join(row[i : i + len(BATCHES)]) for row in rows for i in columns.values()]
         short.rows.append([rows[0][0], *cells])
     return f"{BEGIN}\n\n{table.markdown()}\n\n{short.markdown()}\n\n{END}"
 
