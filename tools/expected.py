@@ -194,12 +194,12 @@ def layer(conv: Convolution, direction: str, batch: int, gpu: Gpu, loops: dict[s
         parts = 4 * of.splits * conv.results(direction, batch)
         return done + 2 * parts / (gpu.l2_bytes_per_clock * gpu.hertz)
 
-    able = (each for each in chosen.choice.candidates if not each.reason and each.kernel in loops)
-    fastest = min(seconds(each, each.waves) for each in able)
-    choice = fastest / seconds(candidate, candidate.waves)
     beside = _bytes_beside(conv, batch, chosen.launches) / gpu.bytes_per_second
+    able = (each for each in chosen.choice.candidates if not each.reason and each.kernel in loops)
+    fastest = beside + min(seconds(each, each.waves) for each in able)
+    choice = fastest / (beside + seconds(candidate, candidate.waves))
     short = kernel.removeprefix(chosen.choice.op + "_").removesuffix("_sm80").removeprefix("fp16_")
-    microseconds = 1e6 * (seconds(candidate, waves) + beside)
+    microseconds = 1e6 * (beside + seconds(candidate, waves))
     return Layer(short, blocks, len(own), candidate.splits, candidate.fill, waves, microseconds, choice)
 
 
