@@ -1,5 +1,5 @@
-// The block that runs now: its fibers (block.cpp), its barriers and collectives (block_sync.cpp), its memory
-// (block_shared.cpp, block_global.cpp).
+// The block that runs now, or the blocks of a cluster together: fibers (block.cpp), barriers and collectives
+// (block_sync.cpp), memory (block_shared.cpp, block_global.cpp).
 #pragma once
 
 #include <array>
@@ -15,6 +15,8 @@ namespace fastconv::emulator {
 
 // Where dynamic shared memory begins in the shared window: aligned to what launch.cuh promises and to no more.
 constexpr uint32_t kSharedBase = 1024 + 128;
+// Of the blocks of a cluster together
+constexpr uint32_t kMostWarps = 64;
 
 // Where in the kernel's source: known at once, or through the debug information of the instruction at `pc`.
 struct Place {
@@ -37,6 +39,7 @@ struct Report {
 
 struct Statistics {
   uint64_t blocks = 0, switches = 0, mma = 0, ldmatrix = 0, ldmatrix_conflicts = 0, cp_async = 0;
+  uint64_t tma = 0, wgmma = 0, stmatrix = 0, stmatrix_conflicts = 0;
   cuda::Instructions instructions = 0;
 };
 
@@ -57,7 +60,8 @@ struct Contribution {
 struct Fiber {
   Context context;
   uint3 index;
-  uint16_t id;
+  uint16_t id;   // the threads of a cluster are numbered through
+  uint8_t rank;  // of its block in the cluster
   uint8_t warp, lane;
   bool done;
   const char* waits_in;  // null while it can run
@@ -86,26 +90,45 @@ struct Warp {
   std::array<Collective, 4> collectives;
 };
 
+// What each block of a cluster has for itself
+struct Member {
+  uint3 index;
+  uint64_t flat_index;
+  uint32_t live, at_barrier;
+  Place barrier_place;
+};
+
+class Hopper;
+
 class Block {
  public:
-  Block(dim3 grid, dim3 block, size_t shared_bytes);
+  Block(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster);
   ~Block();
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 
-  // False when the block was given up because of what the last report says.
+  // From the block of that index on those of a cluster. False when they were given up because of what the last report
+  // says.
   bool run(uint64_t index, uint64_t seed, void (*call)(void*, const void*), void* kernel, const void* params);
 
   Fiber& self() { return *self_; }
   Warp& warp() { return warps_[self_->warp]; }
+  // From the first call on in a block it also keeps the clocks and the shadow of shared memory.
+  Hopper& hopper();
   bool owns_stack(uintptr_t address) const { return address - stacks_begin_ < stacks_bytes_; }
+  uint3 index() const { return members_[self_->rank].index; }
+  // Shared memory of the thread that runs. Other blocks' lies before and behind it, with offsets that go through.
+  uint32_t own_begin() const { return self_->rank * shared_pitch_; }
+  unsigned char* own_shared() const { return shared + own_begin(); }
   bool is_shared(uintptr_t address) const { return address - shared_begin_ < shared_reach_; }
   bool is_parameter(uintptr_t address) const { return address - params_begin_ < params_bytes_; }
 
   void report(const char* kind, const Place& place, const std::string& text);
+  // Whether the same was reported there before, which then counts once more: to be asked where the text takes time.
+  bool is_reported(const char* kind, const Place& place);
   [[noreturn]] void give_up(const char* kind, const Place& place, const std::string& text);
 
-  // ---- memory; all of these check, and give up before harm is done
+  // ---- memory; all of these check, and give up before harm is done. Offsets go through all blocks.
   void shared_read(uint32_t offset, uint32_t bytes, const Place& place);
   void shared_write(uint32_t offset, uint32_t bytes, bool asynchronous, const Place& place);
   void shared_read_by_warp(uint32_t offset, uint32_t bytes, const Place& place);
@@ -115,6 +138,7 @@ class Block {
 
   // ---- synchronisation
   void sync_block(const Place& place);
+  void sync_lanes(uint32_t mask);
   // Waits for the lanes of `mask`; the last one to come runs run(), which sets everyone's result.
   Quad collective(const char* op, uint32_t mask, const Contribution& mine, const Place& place,
                   void (*run)(Block&, const Collective&));
@@ -127,8 +151,7 @@ class Block {
 
   // What the kernel sees
   const dim3 grid, block;
-  uint3 index{};
-  unsigned char* const shared;
+  unsigned char* const shared;  // of the first block
   const size_t shared_bytes;
   const size_t params_bytes_ = 4096;
 
@@ -136,6 +159,8 @@ class Block {
   Statistics statistics;
 
  private:
+  friend class Hopper;
+
   static void fiber_main();
   void finish();
   void switch_to_next();
@@ -148,34 +173,39 @@ class Block {
     return static_cast<uint32_t>(random_ >> 16);
   }
   int random_bit(uint32_t mask);
+  int random_warp();
   void make_ready(int warp, uint32_t lanes);
   void land(const Copy& copy);
   std::string name(uint32_t thread) const;
+  std::string of_block(uint32_t rank) const;
   std::string shared_place(uint32_t cell) const;
   bool ordered(uint32_t thread, uint32_t epoch, uint32_t clock);
-  void check_shared_bounds(uint32_t offset, uint32_t bytes, bool write, const Place& place);
+  void check_shared_bounds(uintptr_t offset, size_t bytes, bool write, const Place& place);
   [[noreturn]] void deadlock();
+  void yield();
 
-  const uint32_t threads_;
+  const uint32_t block_threads_;
+  const uint32_t thread_pitch_, shared_pitch_;  // from one block of a cluster to the next, which begins a warpgroup
+  const uint32_t threads_;                      // of all blocks, with those that only fill warpgroups
+  std::vector<Member> members_;
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
   Fiber* self_ = nullptr;
   Context main_;
-  uint32_t ready_warps_ = 0;
+  uint64_t ready_warps_ = 0;
   uint32_t live_ = 0;
   int sticky_ = 0;
   uint64_t random_ = 1;
   bool given_up_ = false;
 
-  uint32_t at_barrier_ = 0;
-  Place barrier_place_;
   uint32_t epoch_ = 1, first_epoch_ = 1;
   std::vector<Cell> cells_;
+  std::unique_ptr<Hopper> hopper_;
+  bool has_hopper_ = false;  // whether it is in use
 
   void (*call_)(void*, const void*) = nullptr;
   void* kernel_ = nullptr;
   const void* params_ = nullptr;
-  uint64_t flat_index_ = 0;
   size_t last_range_ = 0;
 
   uintptr_t stacks_begin_ = 0, shared_begin_ = 0, params_begin_ = 0;

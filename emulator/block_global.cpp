@@ -3,11 +3,12 @@
 #include <algorithm>
 
 #include "block.h"
+#include "hopper.h"
 
 namespace fastconv::emulator {
 namespace {
 
-// Who wrote two bytes in this launch: block + 1, thread, epoch.
+// Who wrote two bytes in this launch: block + 1, thread, epoch or its own clock.
 struct GlobalAccess {
   uint64_t bits;
   GlobalAccess(uint64_t block, uint32_t thread, uint32_t epoch)
@@ -68,7 +69,12 @@ void Block::check_global(uintptr_t address, size_t bytes, bool write, const char
     if (!write) return;
     found->writers.assign((found->end - found->begin + 1) / 2, 0);
   }
-  const GlobalAccess now(flat_index_, self_->id, epoch_);
+  const uint32_t first = self_->rank * thread_pitch_;
+  const GlobalAccess now(members_[self_->rank].flat_index, self_->id - first,
+                         has_hopper_ ? hopper_->now(self_->id) : epoch_);
+  const auto is_known = [&](const GlobalAccess& then) {
+    return has_hopper_ ? hopper_->knows(self_->id, first + then.thread(), then.epoch()) : then.epoch() != now.epoch();
+  };
   for (size_t c = (address - found->begin) / 2; c <= (address + bytes - 1 - found->begin) / 2; ++c) {
     uint64_t& writer = found->writers[c];
     if (writer != 0 && writer != now.bits) {
@@ -78,10 +84,10 @@ void Block::check_global(uintptr_t address, size_t bytes, bool write, const char
         report("race between blocks", place,
                name(self_->id) + verb + "byte " + std::to_string(c * 2) + " of " + found->name +
                    ", which block number " + std::to_string(then.block()) + " has written in this launch");
-      } else if (then.epoch() == now.epoch() && then.thread() / 32 != now.thread() / 32) {
+      } else if (then.thread() / 32 != now.thread() / 32 && !is_known(then)) {
         report("race", place,
                name(self_->id) + verb + "byte " + std::to_string(c * 2) + " of " + found->name +
-                   ", not ordered after the write of " + name(then.thread()));
+                   ", not ordered after the write of " + name(first + then.thread()));
       }
     }
     if (write) writer = now.bits;
@@ -99,6 +105,7 @@ void Block::access(const void* pointer, size_t bytes, bool write, bool aligned, 
                 " bytes at an address that is " + std::to_string(address % bytes) + " past a multiple of that");
   }
   if (is_shared(address)) {
+    check_shared_bounds(address - reinterpret_cast<uintptr_t>(own_shared()), bytes, write, place);
     const uint32_t offset = static_cast<uint32_t>(address - reinterpret_cast<uintptr_t>(shared));
     write ? shared_write(offset, static_cast<uint32_t>(bytes), false, place)
           : shared_read(offset, static_cast<uint32_t>(bytes), place);

@@ -4,9 +4,11 @@
 #include <cstring>
 
 #include "block.h"
+#include "hopper.h"
 
 namespace fastconv::emulator {
 
+// An address names the same place in every block: that of the thread's own is meant.
 uint32_t Block::shared_offset(uint32_t address, uint32_t bytes, const char* op, const Place& place) {
   const uint32_t offset = address - kSharedBase;
   if (address < kSharedBase || offset + bytes > shared_bytes) {
@@ -19,12 +21,14 @@ uint32_t Block::shared_offset(uint32_t address, uint32_t bytes, const char* op, 
             std::string(op) + " of " + name(self_->id) + " at byte " + std::to_string(offset) +
                 " of shared memory, not a multiple of " + std::to_string(bytes));
   }
-  return offset;
+  return own_begin() + offset;
 }
 
-std::string Block::shared_place(uint32_t cell) const { return "shared byte " + std::to_string(cell * 2); }
+std::string Block::shared_place(uint32_t cell) const {
+  return "shared byte " + std::to_string(cell * 2 % shared_pitch_) + of_block(cell * 2 / shared_pitch_);
+}
 
-void Block::check_shared_bounds(uint32_t offset, uint32_t bytes, bool write, const Place& place) {
+void Block::check_shared_bounds(uintptr_t offset, size_t bytes, bool write, const Place& place) {
   // An offset below 0 is a large one here.
   if (offset < shared_bytes && offset + bytes <= shared_bytes) return;
   give_up("out of bounds", place,
@@ -39,7 +43,7 @@ bool Block::ordered(uint32_t thread, uint32_t epoch, uint32_t clock) {
 }
 
 void Block::shared_read(uint32_t offset, uint32_t bytes, const Place& place) {
-  check_shared_bounds(offset, bytes, false, place);
+  if (has_hopper_) return hopper_->read(*self_, offset, bytes, place);
   const Fiber& fiber = *self_;
   const auto& known = warp().clocks.known[fiber.lane];
   for (uint32_t c = offset / 2; c <= (offset + bytes - 1) / 2; ++c) {
@@ -77,6 +81,7 @@ void Block::shared_read(uint32_t offset, uint32_t bytes, const Place& place) {
 }
 
 void Block::shared_read_by_warp(uint32_t offset, uint32_t bytes, const Place& place) {
+  if (has_hopper_) return hopper_->read_by_warp(offset, bytes, place);
   const Fiber& fiber = *self_;
   const WarpClocks& clocks = warp().clocks;
   for (uint32_t c = offset / 2; c <= (offset + bytes - 1) / 2; ++c) {
@@ -109,7 +114,7 @@ void Block::shared_read_by_warp(uint32_t offset, uint32_t bytes, const Place& pl
 }
 
 void Block::shared_write(uint32_t offset, uint32_t bytes, bool asynchronous, const Place& place) {
-  check_shared_bounds(offset, bytes, true, place);
+  if (has_hopper_) return hopper_->write(*self_, offset, bytes, asynchronous, place);
   const Fiber& fiber = *self_;
   const auto& known = warp().clocks.known[fiber.lane];
   for (uint32_t c = offset / 2; c <= (offset + bytes - 1) / 2; ++c) {
@@ -184,12 +189,13 @@ void Block::cp_async_wait(size_t pending) {
 }
 
 void Block::land(const Copy& copy) {
-  const uint32_t offset = copy.destination - kSharedBase;
+  const uint32_t offset = own_begin() + copy.destination - kSharedBase;
   if (copy.predicate) {
     std::memcpy(shared + offset, copy.source, copy.bytes);
   } else {
     std::memset(shared + offset, 0, copy.bytes);
   }
+  if (has_hopper_) return hopper_->landed(*self_, offset, copy.bytes);
   for (uint32_t c = offset / 2; c <= (offset + copy.bytes - 1) / 2; ++c) {
     Cell& cell = cells_[c];
     // Who had overtaken it was reported then.

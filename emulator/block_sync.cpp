@@ -1,32 +1,39 @@
 // Where threads of a block wait for each other: barriers, and the collectives of a warp.
 #include "block.h"
+#include "hopper.h"
 
 namespace fastconv::emulator {
 
 void Block::sync_block(const Place& place) {
-  if (at_barrier_ == 0) {
-    barrier_place_ = place;
-  } else if (barrier_place_ != place) {
+  Member& member = members_[self_->rank];
+  if (member.at_barrier == 0) {
+    member.barrier_place = place;
+  } else if (member.barrier_place != place) {
     give_up("divergence", place,
-            name(self_->id) + " is at this __syncthreads while others are at " + describe(barrier_place_));
+            name(self_->id) + " is at this __syncthreads while others are at " + describe(member.barrier_place));
   }
-  if (live_ != threads_) {
+  if (member.live != block_threads_) {
     give_up("divergence", place, name(self_->id) + " is at a __syncthreads that threads which have ended never reach");
   }
-  if (++at_barrier_ < threads_) {
+  if (++member.at_barrier < block_threads_) {
     warps_[self_->warp].at_barrier |= 1u << self_->lane;
     wait("__syncthreads", place);
     return;
   }
-  at_barrier_ = 0;
+  member.at_barrier = 0;
   ++epoch_;
-  for (size_t w = 0; w < warps_.size(); ++w) {
+  if (has_hopper_) hopper_->sync_block();
+  const size_t first = self_->rank * thread_pitch_ / 32;
+  for (size_t w = first; w < first + (block_threads_ + 31) / 32; ++w) {
     make_ready(static_cast<int>(w), warps_[w].at_barrier);
     warps_[w].at_barrier = 0;
   }
   // The last one to come has no right to be the first one to go.
-  make_ready(self_->warp, 1u << self_->lane);
-  switch_to_next();
+  yield();
+}
+
+void Block::sync_lanes(uint32_t mask) {
+  has_hopper_ ? hopper_->sync_lanes(self_->warp, mask) : warp().clocks.sync(mask);
 }
 
 Quad Block::collective(const char* op, uint32_t mask, const Contribution& mine, const Place& place,

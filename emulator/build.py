@@ -28,6 +28,9 @@ CSRC = ROOT / "csrc"
 
 # The runtime alone, for kernels that do not come from csrc.
 RUNTIME = ["block", "block_sync", "block_shared", "block_global", "control", "fiber", "hooks", "memory", "runtime"]
+RUNTIME += ["block_clocks", "block_cluster", "block_mbarrier", "block_tma", "block_wgmma", "launches", "tensor_map"]
+# These have twins.
+TWINNED = [CSRC / "cuda/runtime/device.cpp", CSRC / "cuda/runtime/tensor_map.cpp"]
 CLANGS = ["clang++-19", "clang++-20", "clang++-21", "clang++-18", "clang++"]
 
 
@@ -108,14 +111,15 @@ class Emulator:
                 variables={"libraries": shlex.join(torch)},
             )
             for source in sorted(HERE.glob("*.cu")):
-                objects = [f"tests/{source.stem}.cu.o", *runtime]
+                # The runtime first: of inline functions that both have it must not get the instrumented ones.
+                objects = [*runtime, f"tests/{source.stem}.cu.o"]
                 ninja.build(f"lib{source.stem}.so", "link", objects, variables={"libraries": "-ldl"})
 
     def _objects(self) -> Iterator[tuple[Path, str, str, list[str]]]:
         """(source, object, rule, flags) of everything to compile."""
         glue = [*self.flags, "-O1", *self.torch_flags, "-DFASTCONV_LIBRARY=fastconv_emulated"]
         for source in [CSRC / "schemas.cpp", *sorted(CSRC.glob("common/*.cpp")), *sorted(CSRC.rglob("cuda/**/*.cpp"))]:
-            if source != CSRC / "cuda/runtime/device.cpp":
+            if source not in TWINNED:
                 yield source, f"{self.torch_folder}/{source.relative_to(CSRC).with_suffix('')}.o", "cpp", glue
         yield HERE / "device.cpp", f"{self.torch_folder}/emulator/device.o", "cpp", glue
         for name in RUNTIME:

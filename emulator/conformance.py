@@ -1,4 +1,4 @@
-"""Compares the emulator with a GPU, one function of ptx/sm80.cuh and runtime/types.cuh at a time.
+"""Compares the emulator with a GPU, one function of csrc/cuda/ptx and runtime/types.cuh at a time.
 
     python emulator/conformance.py                  what can be done here: emulate, compare
     python emulator/conformance.py --require-gpu    fails where there is no GPU, or no library for it
@@ -7,9 +7,9 @@
 
 The cases are those of csrc/cuda/conformance: fastconv._C has them for the GPU, the emulator's library for this.
 
-The GPU is asked first, each case in a process of its own: what one of them breaks costs the others nothing. Without a
-GPU the emulator is compared with the recorded words of GPUs, once there are any. Without clang it does not see plain
-stores, and the cases that need them are left out.
+The GPU is asked first, each case that is for it in a process of its own: what one of them breaks costs the others
+nothing. Without a GPU the emulator is compared with the recorded words of GPUs, once there are any. Without clang it
+does not see plain stores, and the cases that need them are left out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import emulator
 from emulator.build import HERE, find_clang
 from fastconv.operators import backends, kernels
 from fastconv.qualification import conformance_cases
-from fastconv.qualification.conformance_cases import Case, compared, expectation, run_case
+from fastconv.qualification.conformance_cases import Case, arch_of, compared, expectation, possible, run_case
 
 GOLDENS = HERE / "goldens"
 EMULATED = "cuda-emulated"
@@ -46,9 +46,13 @@ def cases(backend: str) -> dict[str, Case]:
     return conformance_cases.cases(backend)
 
 
+def device_of(backend: str) -> torch.device:
+    return torch.device("cuda" if backend == "cuda" else "cpu")
+
+
 def run(backend: str, name: str) -> list[int]:
     """The output words of a case."""
-    return run_case(backend, cases(backend)[name], torch.device("cuda" if backend == "cuda" else "cpu"))
+    return run_case(backend, cases(backend)[name], device_of(backend))
 
 
 def emulate() -> tuple[Outputs, list[str]]:
@@ -63,7 +67,7 @@ def emulate() -> tuple[Outputs, list[str]]:
 
 
 def ask_gpu(backend: str = "cuda") -> tuple[Outputs, list[str]]:
-    """The GPU's output words of every case; a line for each that failed."""
+    """The GPU's output words of every case that is for it; a line for each that failed."""
 
     def ask(name: str) -> tuple[Outputs, list[str]]:
         command = [sys.executable, __file__, "--case", name, "--backend", backend]
@@ -78,19 +82,21 @@ def ask_gpu(backend: str = "cuda") -> tuple[Outputs, list[str]]:
 
     outputs, problems = {}, []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for found, failed in pool.map(ask, cases(backend)):
+        for found, failed in pool.map(ask, possible(cases(backend), device_of(backend))):
             outputs |= found
             problems += failed
     return outputs, problems
 
 
-def compare(mine: Outputs, theirs: Outputs) -> list[str]:
-    """One line for every case in which the two differ, among those that mine has."""
+def compare(mine: Outputs, theirs: Outputs, arch: int) -> list[str]:
+    """One line for every case in which the two differ, among those that mine has and that are for such a GPU."""
     problems = []
     for name, case in cases(EMULATED).items():
-        if name in mine and name not in theirs:
+        if name not in mine or not case.runs_on(arch):
+            continue
+        if name not in theirs:
             problems.append(f"{name}: not among the recorded cases; record again")
-        elif name in mine and (difference := compared(case, mine[name], theirs[name])):
+        elif difference := compared(case, mine[name], theirs[name]):
             problems.append(difference)
     return problems
 
@@ -120,17 +126,18 @@ def main() -> int:
         print(run(options.backend, options.case))
         return 0
 
-    problems, theirs, gpu, recorded = [], {}, None, None
+    problems, theirs, archs, gpu, recorded = [], {}, {}, None, None
     no_gpu = backends.problem("cuda")
     if no_gpu is None:
         gpu = torch.cuda.get_device_name()
+        archs[gpu] = arch_of(device_of("cuda"))
         theirs[gpu], failed = ask_gpu()
         problems += [f"{gpu}: {line}" for line in failed]
         print(f"{gpu}: {len(theirs[gpu])} cases ran", *problems, sep="\n", flush=True)
         if options.record:
             options.record.mkdir(parents=True, exist_ok=True)
             recorded = options.record / f"{gpu.lower().replace(' ', '-')}.json"
-            document = {"gpu": gpu, "cuda": torch.version.cuda, "cases": theirs[gpu]}
+            document = {"gpu": gpu, "arch": archs[gpu], "cuda": torch.version.cuda, "cases": theirs[gpu]}
             recorded.write_text(json.dumps(document) + "\n")
             print(f"recorded in {recorded}", flush=True)
     elif options.require_gpu or options.record:
@@ -138,7 +145,8 @@ def main() -> int:
     else:
         print(f"not compared with a GPU: {no_gpu}")
     for file in sorted(set(GOLDENS.glob("*.json")) - {recorded}):
-        theirs[file.name] = json.loads(file.read_text())["cases"]
+        document = json.loads(file.read_text())
+        theirs[file.name], archs[file.name] = document["cases"], document["arch"]
 
     mine, failed = emulate()
     print(f"emulated: {len(mine)} cases ran")
@@ -149,7 +157,7 @@ def main() -> int:
     for name, words in theirs.items():
         # What failed on the GPU that is here was said above.
         some = {case: mine[case] for case in mine if name != gpu or case in words}
-        problems += [f"{name}: {line}" for line in compare(some, words)]
+        problems += [f"{name}: {line}" for line in compare(some, words, archs[name])]
         print(f"compared with {name}")
     if options.expected and failed:
         problems.append(f"{conformance_cases.EXPECTED.name} was not written: it needs every case, hence clang")

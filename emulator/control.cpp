@@ -11,6 +11,10 @@ void Control::add(const Statistics& more) {
   statistics.ldmatrix += more.ldmatrix;
   statistics.ldmatrix_conflicts += more.ldmatrix_conflicts;
   statistics.cp_async += more.cp_async;
+  statistics.tma += more.tma;
+  statistics.wgmma += more.wgmma;
+  statistics.stmatrix += more.stmatrix;
+  statistics.stmatrix_conflicts += more.stmatrix_conflicts;
 }
 
 Control& control() {
@@ -66,7 +70,9 @@ const char* fastconv_emulator_statistics() {
   json += "}, \"blocks\": " + std::to_string(counts.blocks) + ", \"switches\": " + std::to_string(counts.switches) +
           ", \"mma\": " + std::to_string(counts.mma) + ", \"ldmatrix\": " + std::to_string(counts.ldmatrix) +
           ", \"ldmatrix_conflicts\": " + std::to_string(counts.ldmatrix_conflicts) +
-          ", \"cp_async\": " + std::to_string(counts.cp_async) + "}";
+          ", \"cp_async\": " + std::to_string(counts.cp_async) + ", \"tma\": " + std::to_string(counts.tma) +
+          ", \"wgmma\": " + std::to_string(counts.wgmma) + ", \"stmatrix\": " + std::to_string(counts.stmatrix) +
+          ", \"stmatrix_conflicts\": " + std::to_string(counts.stmatrix_conflicts) + "}";
   return json.c_str();
 }
 

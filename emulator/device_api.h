@@ -59,8 +59,49 @@ Quad ldmatrix(int matrices, bool transposed, uint32_t address, Where where);
 enum class Mma { kHalf, kBFloat16, kTf32 };
 Quad mma(Mma kind, Quad d, Quad a, Pair b, Where where);
 
+// ---- sm_90a, as csrc/cuda/ptx/sm90a.cuh has it
+
+void mbarrier_init(uint32_t barrier, int arrivals, Where where);
+void mbarrier_init_fence(Where where);
+void mbarrier_arrive(uint32_t barrier, uint32_t expected_bytes, Where where);
+void mbarrier_wait(uint32_t barrier, uint32_t parity, Where where);
+void named_barrier_sync(int number, int threads, Where where);
+uint32_t cluster_rank();
+void cluster_sync(Where where);
+void mbarrier_arrive_at(uint32_t barrier, uint32_t rank, Where where);
+void fence_proxy_async(Where where);
+
+// The innermost coordinate first; offsets of columns and of rows
+struct BoxPosition {
+  int at[4], offset[2];
+};
+void tma_prefetch(const unsigned char* map, Where where);
+void tma_load(uint32_t destination, const unsigned char* map, uint32_t barrier, int rank, bool im2col,
+              BoxPosition position, Where where);
+void tma_multicast(uint32_t destination, const unsigned char* map, uint32_t barrier, uint16_t blocks, int rank,
+                   bool im2col, BoxPosition position, Where where);
+void tma_store(const unsigned char* map, uint32_t source, int rank, BoxPosition position, Where where);
+void tma_store_commit();
+void tma_store_wait(int pending);
+
+void stmatrix_x4(uint32_t address, Quad fragments, Where where);
+void set_registers(int count, bool more, Where where);
+
+// A thread's part of a product: `d` are its registers, columns / 2 of them.
+struct WarpgroupProduct {
+  Mma kind;
+  bool extent_a, extent_b, accumulate;  // extent: Major::kExtent
+  int columns;
+  float* d;
+  uint64_t a, b;
+};
+void wgmma_fence(Where where);
+void wgmma(WarpgroupProduct product, Where where);
+void wgmma_commit(Where where);
+void wgmma_wait(int pending, Where where);
+
 // Runs call(kernel, params) once for each thread; throws std::runtime_error that lists what was found.
 void launch(const cuda::KernelInfo& info, void (*call)(void* kernel, const void* params), void* kernel,
-            const void* params, dim3 grid, dim3 block, size_t shared_bytes, Where where);
+            const void* params, dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, Where where);
 
 }  // namespace fastconv::emulator

@@ -1,22 +1,11 @@
-// The functions of device_api.h.
-#include <dlfcn.h>
-
+// The functions of device_api.h, but for launches.
 #include <algorithm>
 #include <bit>
-#include <cstdio>
 #include <cstring>
-#include <mutex>
-#include <stdexcept>
-#include <string_view>
-
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
 
 #include "block.h"
-#include "control.h"
-#include "cuda/runtime/json.h"
-#include "cuda/runtime/kernel_table.h"
+#include "hopper.h"
+#include "numbers.h"
 
 namespace fastconv::emulator {
 namespace {
@@ -30,15 +19,15 @@ void note(cuda::Instructions instructions) {
 }
 
 uint3 thread_index() { return block().self().index; }
-uint3 block_index() { return block().index; }
+uint3 block_index() { return block().index(); }
 dim3 block_size() { return block().block; }
 dim3 grid_size() { return block().grid; }
-void* shared_memory() { return block().shared; }
+void* shared_memory() { return block().own_shared(); }
 
 uint32_t shared_address(const void* pointer, Where where) {
   Block& b = block();
   note(cuda::uses::kSmemAddress);
-  const auto offset = static_cast<const unsigned char*>(pointer) - b.shared;
+  const auto offset = static_cast<const unsigned char*>(pointer) - b.own_shared();
   if (!b.is_shared(reinterpret_cast<uintptr_t>(pointer))) {
     b.give_up("out of bounds", where, "the address of something that is not in shared memory is asked for");
   }
@@ -50,8 +39,7 @@ uint32_t shared_address(const void* pointer, Where where) {
 void sync_block(Where where) { block().sync_block(where); }
 
 void sync_warp(uint32_t mask, Where where) {
-  block().collective("__syncwarp", mask, {}, where,
-                     [](Block& b, const Collective& all) { b.warp().clocks.sync(all.mask); });
+  block().collective("__syncwarp", mask, {}, where, [](Block& b, const Collective& all) { b.sync_lanes(all.mask); });
 }
 
 uint32_t shuffle(Shuffle kind, uint32_t mask, uint32_t value, int operand, int width, Where where) {
@@ -134,6 +122,17 @@ void cp_async_wait(int pending) { block().cp_async_wait(static_cast<size_t>(pend
 
 namespace {
 
+// Eight rows take one pass when they lie in different groups of four banks; how many more these take.
+uint64_t conflicts(const uint32_t (&address)[8]) {
+  int passes = 1;
+  for (int i = 0; i < 8; ++i) {
+    int same_banks = 1;
+    for (int j = 0; j < i; ++j) same_banks += address[j] / 16 % 8 == address[i] / 16 % 8 && address[j] != address[i];
+    passes = std::max(passes, same_banks);
+  }
+  return static_cast<uint64_t>(passes - 1);
+}
+
 template <int kMatrices, bool kTransposed>
 void run_ldmatrix(Block& b, const Collective& all) {
   ++b.statistics.ldmatrix;
@@ -146,14 +145,7 @@ void run_ldmatrix(Block& b, const Collective& all) {
       b.shared_read_by_warp(offset, 16, all.place);
       rows[i] = b.shared + offset;
     }
-    // Eight rows come in one pass when they lie in different groups of four banks.
-    int passes = 1;
-    for (int i = 0; i < 8; ++i) {
-      int same_banks = 1;
-      for (int j = 0; j < i; ++j) same_banks += address[j] / 16 % 8 == address[i] / 16 % 8 && address[j] != address[i];
-      passes = std::max(passes, same_banks);
-    }
-    b.statistics.ldmatrix_conflicts += static_cast<uint64_t>(passes - 1);
+    b.statistics.ldmatrix_conflicts += conflicts(address);
     for (int lane = 0; lane < 32; ++lane) {
       uint32_t& fragment = b.fiber_of_lane(lane).result.v[m];
       if constexpr (!kTransposed) {
@@ -168,22 +160,10 @@ void run_ldmatrix(Block& b, const Collective& all) {
   }
 }
 
-float half_value(uint16_t bits) {
-#ifdef __F16C__
-  return _cvtsh_ss(bits);
-#else
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
-  const uint32_t rest = static_cast<uint32_t>(bits & 0x7fff) << 13;
-  if (rest >= 0x0f800000) return std::bit_cast<float>(sign | 0x70000000 | rest);
-  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(std::bit_cast<float>(rest) * 0x1p112f));
-#endif
-}
-
 template <Mma kKind>
 float element(uint32_t pair, int which) {
   const uint16_t bits = static_cast<uint16_t>(pair >> 16 * which);
-  if constexpr (kKind == Mma::kHalf) return half_value(bits);
-  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+  return kKind == Mma::kHalf ? half_value(bits) : bfloat16_value(bits);
 }
 
 template <Mma kKind>
@@ -219,6 +199,23 @@ void run_mma(Block& b, const Collective& all) {
   }
 }
 
+void run_stmatrix(Block& b, const Collective& all) {
+  ++b.statistics.stmatrix;
+  for (int m = 0; m < 4; ++m) {
+    uint32_t address[8], offset[8];
+    for (int i = 0; i < 8; ++i) {
+      address[i] = all.from[m * 8 + i].d.v[0];
+      offset[i] = b.shared_offset(address[i], 16, "stmatrix", all.place);
+    }
+    b.statistics.stmatrix_conflicts += conflicts(address);
+    for (int lane = 0; lane < 32; ++lane) {
+      const uint32_t at = offset[lane / 4] + static_cast<uint32_t>(lane % 4) * 4;
+      b.hopper().write(b.fiber_of_lane(lane), at, 4, false, all.place);
+      std::memcpy(b.shared + at, &all.from[lane].a.v[m], 4);
+    }
+  }
+}
+
 }  // namespace
 
 Quad ldmatrix(int matrices, bool transposed, uint32_t address, Where where) {
@@ -247,113 +244,83 @@ Quad mma(Mma kind, Quad d, Quad a, Pair b, Where where) {
   }
 }
 
-// ---- launches
+// ---- sm_90a
 
-namespace {
-
-// The source line of an instruction, by the debug information: the innermost one that is not in a twin.
-std::string source_line(const void* pc) {
-  Dl_info info{};
-  if (!dladdr(pc, &info) || info.dli_fname == nullptr) return "?";
-  const auto offset = reinterpret_cast<uintptr_t>(pc) - 1 - reinterpret_cast<uintptr_t>(info.dli_fbase);
-  char command[1200];
-  std::snprintf(command, sizeof(command), "addr2line -i -e '%s' 0x%lx 2>/dev/null", info.dli_fname,
-                static_cast<unsigned long>(offset));
-  std::string line;
-  if (FILE* pipe = popen(command, "r")) {
-    char buffer[1024];
-    while (std::fgets(buffer, sizeof(buffer), pipe)) {
-      line = buffer;
-      line = line.substr(0, line.find_first_of(" \n"));
-      if (line.find("emulator/include/") == std::string::npos) break;
-    }
-    pclose(pipe);
-  }
-  if (line.empty() || line[0] == '?') return "offset " + std::to_string(offset) + " of " + info.dli_fname;
-  // As __FILE__ reads, in which the compiler leaves this out
-  constexpr std::string_view kRoot = FASTCONV_EMULATOR_ROOT;
-  return line.starts_with(kRoot) ? line.substr(kRoot.size()) : line;
+void mbarrier_init(uint32_t barrier, int arrivals, Where where) {
+  note(cuda::uses::kMbarrier);
+  block().hopper().mbarrier_init(barrier, arrivals, where);
+}
+void mbarrier_init_fence(Where) {
+  note(cuda::uses::kMbarrier);
+  block().hopper().mbarrier_init_fence();
+}
+void mbarrier_arrive(uint32_t barrier, uint32_t expected_bytes, Where where) {
+  note(cuda::uses::kMbarrier);
+  block().hopper().mbarrier_arrive(barrier, expected_bytes, where);
+}
+void mbarrier_wait(uint32_t barrier, uint32_t parity, Where where) {
+  note(cuda::uses::kMbarrier);
+  block().hopper().mbarrier_wait(barrier, parity, where);
+}
+void named_barrier_sync(int number, int threads, Where where) {
+  note(cuda::uses::kNamedBarrier);
+  block().hopper().named_barrier_sync(number, threads, where);
+}
+uint32_t cluster_rank() {
+  note(cuda::uses::kCluster);
+  return block().self().rank;
+}
+void cluster_sync(Where where) {
+  note(cuda::uses::kCluster);
+  block().hopper().cluster_sync(where);
+}
+void mbarrier_arrive_at(uint32_t barrier, uint32_t rank, Where where) {
+  note(cuda::uses::kCluster);
+  block().hopper().mbarrier_arrive_at(barrier, rank, where);
+}
+void fence_proxy_async(Where) {
+  note(cuda::uses::kProxyFence);
+  block().hopper().fence_proxy_async();
 }
 
-// What a report is about; of one kernel these are few.
-std::string summary(const std::string& kernel, const std::vector<Report>& reports) {
-  constexpr size_t kMost = 20;
-  std::string text = "fastconv emulator: " + std::string(kernel) + ": " + std::to_string(reports.size()) +
-                     (reports.size() == 1 ? " problem" : " problems");
-  for (size_t i = 0; i < std::min(kMost, reports.size()); ++i) {
-    const Report& report = reports[i];
-    text += "\n  " + describe(report.place) + ": " + report.kind + ": " + report.text;
-    if (report.hits > 1) text += " (" + std::to_string(report.hits) + " times)";
-  }
-  return text;
+void tma_prefetch(const unsigned char* map, Where where) { block().hopper().tma_prefetch(map, where); }
+void tma_load(uint32_t destination, const unsigned char* map, uint32_t barrier, int rank, bool im2col,
+              BoxPosition position, Where where) {
+  note(im2col ? cuda::uses::kTmaIm2col : cuda::uses::kTmaTiled);
+  Block& b = block();
+  b.hopper().tma_load(destination, map, barrier, 1u << b.self().rank, rank, im2col, position, where);
+}
+void tma_multicast(uint32_t destination, const unsigned char* map, uint32_t barrier, uint16_t blocks, int rank,
+                   bool im2col, BoxPosition position, Where where) {
+  note(cuda::uses::kTmaMulticast);
+  if (blocks == 0) block().give_up("misuse", where, "a multicast to no block");
+  block().hopper().tma_load(destination, map, barrier, blocks, rank, im2col, position, where);
+}
+void tma_store(const unsigned char* map, uint32_t source, int rank, BoxPosition position, Where where) {
+  note(cuda::uses::kTmaStore);
+  block().hopper().tma_store(map, source, rank, position, where);
+}
+void tma_store_commit() { block().hopper().tma_store_commit(); }
+void tma_store_wait(int pending) { block().hopper().tma_store_wait(static_cast<size_t>(pending)); }
+
+void stmatrix_x4(uint32_t address, Quad fragments, Where where) {
+  note(cuda::uses::kStmatrix);
+  Contribution mine{};
+  mine.d.v[0] = address;
+  mine.a = fragments;
+  block().collective("stmatrix.x4", ~0u, mine, where, &run_stmatrix);
+}
+void set_registers(int count, bool more, Where where) {
+  note(cuda::uses::kSetmaxnreg);
+  block().hopper().set_registers(count, more, where);
 }
 
-void check_limits(const cuda::KernelInfo& info, dim3 grid, dim3 block, size_t shared_bytes) {
-  const auto refuse = [&](const std::string& what) {
-    throw std::runtime_error("fastconv emulator: " + info.name + ": launched with " + what);
-  };
-  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (threads == 0 || threads > 1024 || block.z > 64) refuse(std::to_string(threads) + " threads to a block");
-  if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
-    refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z));
-  }
-  if (shared_bytes > static_cast<size_t>(control().device.shared_per_block)) {
-    refuse(std::to_string(shared_bytes) + " bytes of shared memory");
-  }
-  if (threads > static_cast<uint64_t>(info.threads)) {
-    refuse(std::to_string(threads) + " threads to a block, but the kernel table says at most " +
-           std::to_string(info.threads));
-  }
-  if (info.shared_bytes >= 0 && shared_bytes != static_cast<size_t>(info.shared_bytes)) {
-    refuse(std::to_string(shared_bytes) + " bytes of shared memory, but the kernel table says " +
-           std::to_string(info.shared_bytes));
-  }
+void wgmma_fence(Where where) { block().hopper().wgmma_fence(where); }
+void wgmma(WarpgroupProduct product, Where where) {
+  note(product.kind == Mma::kHalf ? cuda::uses::kWgmmaHalf : cuda::uses::kWgmmaBFloat16);
+  block().hopper().wgmma(product, where);
 }
-
-void note_planned(const cuda::KernelInfo& info, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes) {
-  Dl_info library{};
-  dladdr(kernel, &library);
-  const auto code = reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(library.dli_fbase);
-  std::string& text = control().planned;
-  text += text.empty() ? "{" : ", {";
-  text += "\"kernel\": " + cuda::quoted(info.name) + ", \"code\": " + std::to_string(code) + ", \"grid\": [" +
-          std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) +
-          "], \"threads\": " + std::to_string(block.x * block.y * block.z) +
-          ", \"shared_bytes\": " + std::to_string(shared_bytes) + "}";
-}
-
-}  // namespace
-
-std::string describe(const Place& place) {
-  if (place.file) return std::string(place.file) + ":" + std::to_string(place.line);
-  return place.pc ? source_line(place.pc) : "?";
-}
-
-void launch(const cuda::KernelInfo& info, void (*call)(void*, const void*), void* kernel, const void* params, dim3 grid,
-            dim3 block, size_t shared_bytes, Where) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  check_limits(info, grid, block, shared_bytes);
-  const std::lock_guard<std::mutex> lock(control().mutex);
-  Control& state = control();
-  ++state.launches[info.name];
-  if (state.plans_only) {
-    note_planned(info, kernel, grid, block, shared_bytes);
-    return;
-  }
-  for (Range& range : global_ranges()) range.writers.clear();
-
-  Block running(grid, block, shared_bytes);
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  // Some order that is not the obvious one: blocks may not rely on each other.
-  uint64_t at = state.seed % blocks;
-  const bool backwards = state.seed & 1;
-  for (uint64_t i = 0; i < blocks; ++i) {
-    if (!running.run(at, state.seed, call, kernel, params)) break;
-    at = backwards ? (at + blocks - 1) % blocks : (at + 1) % blocks;
-  }
-  state.add(running.statistics);
-  state.instructions[info.name] |= running.statistics.instructions;
-  if (!running.reports.empty()) throw std::runtime_error(summary(info.name, running.reports));
-}
+void wgmma_commit(Where where) { block().hopper().wgmma_commit(where); }
+void wgmma_wait(int pending, Where where) { block().hopper().wgmma_wait(static_cast<size_t>(pending), where); }
 
 }  // namespace fastconv::emulator

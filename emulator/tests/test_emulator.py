@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 pytest.importorskip("ninja", reason="the emulator is built by ninja")
+import planted
+from planted import SEEDS, pointer
+
 import emulator
 
-# Bug, the kind of report that names it, whether it takes clang to see it. "wrong" is for bugs that are legal programs:
-# those the numbers must tell.
+# Bug, the kind of report that names it, whether it takes clang to see it
 GEMM_BUGS = [
     ("kWaitOneGroupShort", "copy not waited for", False),
     ("kNoBarrierAfterWait", "race|copy not waited for", False),
@@ -56,28 +58,13 @@ EXCHANGE_BUGS = [
 ]
 # In the order of bugs.cu's enum
 NAMES = ["kNone"] + [name for name, *_ in GEMM_BUGS + EXCHANGE_BUGS]
-SEEDS = [1, 2, 3, 4, 5]
 # Rows of the output are wider than the output: what lies between them is not the kernel's.
 PITCH = 8
 
 
-BUILDS = ["clang", "gcc", pytest.param("ucontext", marks=pytest.mark.slow)]
-
-
-@pytest.fixture(scope="module", params=BUILDS)
+@pytest.fixture(scope="module", params=planted.BUILDS)
 def bugs(request):
-    """Every load and store is seen, or those that go through the headers; the latter also with portable fibers."""
-    if request.param == "clang" and emulator.find_clang() is None:
-        pytest.skip("no clang++ that instruments loads and stores is installed here")
-    library = emulator.load("bugs", clang=request.param == "clang", ucontext=request.param == "ucontext")
-    for name in ("run_gemm", "run_exchange"):
-        getattr(library.functions, name).restype = ctypes.c_char_p
-    assert library.checks_plain_accesses == (request.param == "clang")
-    return library
-
-
-def pointer(array: np.ndarray) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
+    return planted.load("bugs", request.param, ["run_gemm", "run_exchange"])
 
 
 def run_gemm(library, bug: str, m: int, n: int, k: int) -> tuple[str, bool]:
@@ -103,9 +90,7 @@ SHAPES = [(64, 64, 128), (100, 90, 136), (128, 72, 40), (5, 3, 8)]
 
 
 def test_the_bugs_are_in_the_order_of_the_enum():
-    source = (emulator.build.HERE / "bugs.cu").read_text()
-    enum = source[source.index("enum Bug {") : source.index("kBugs,")]
-    assert re.findall(r"^  (k\w+),", enum, re.MULTILINE) == NAMES
+    assert planted.enumerators("bugs") == NAMES
     assert len(NAMES) > 21
 
 
@@ -123,17 +108,9 @@ def test_correct_exchange(bugs):
 
 
 def check_is_caught(bugs, run, kinds: str, needs_clang: bool) -> set[str]:
-    """With every seed; what was said."""
     if needs_clang and not bugs.checks_plain_accesses:
         pytest.skip("only clang's instrumentation shows this one")
-    everything = set()
-    for seed in SEEDS:
-        bugs.seed(seed)
-        said, right = run()
-        named = any(kind in said for kind in kinds.split("|"))
-        assert named or ("wrong" in kinds.split("|") and not said and not right), (seed, said, right)
-        everything.add(said)
-    return everything
+    return planted.check_is_caught(bugs, run, kinds)
 
 
 @pytest.mark.parametrize(("bug", "kinds", "needs_clang"), GEMM_BUGS)

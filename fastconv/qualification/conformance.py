@@ -46,8 +46,8 @@ class Conformance:
 
 
 def answers(request: dict[str, Any], device: torch.device) -> Iterator[dict[str, Any]]:
-    """To the requests of `check`: ``{"among": names or None}`` lists the backends that have cases for the device,
-    ``{"backend": name, "case": name}`` runs one.
+    """To the requests of `check`: ``{"among": names or None}`` lists the backends that have cases, with those for the
+    device, ``{"backend": name, "case": name}`` runs one.
 
     A process whose device reports an error ends: nothing that it says after that counts.
     """
@@ -56,8 +56,9 @@ def answers(request: dict[str, Any], device: torch.device) -> Iterator[dict[str,
             is_asked = request["among"] is None or backend in request["among"]
             if is_asked and kernels.library_of(backend) is not None and backends.is_possible(backend, device):
                 uses = {kernel["name"]: kernel["uses"] for kernel in kernels.table(backend)}
-                cases = {case.name: case.uses for case in conformance_cases.cases(backend).values()}
-                yield {"backend": backend, "cases": cases, "kernels": uses}
+                cases = conformance_cases.possible(conformance_cases.cases(backend), device)
+                tried = {name: case.uses for name, case in cases.items()}
+                yield {"backend": backend, "cases": tried, "kernels": uses}
         return
     case = conformance_cases.cases(request["backend"])[request["case"]]
     wanted = conformance_cases.expected()[case.name]

@@ -42,6 +42,8 @@ class Case:
     uses: the instructions that it tries, as `fastconv.operators.kernels.table` has them.
     input: the kind of its words, see `words`.
     exact: whether every bit counts; else `TOLERANCE` is allowed.
+    arch: the GPUs that it is for, 80 for compute capability 8.0: that alone, or all from there on.
+    only: whether that alone.
     """
 
     name: str
@@ -50,6 +52,11 @@ class Case:
     in_words: int
     out_words: int
     exact: bool
+    arch: int
+    only: bool
+
+    def runs_on(self, arch: int) -> bool:
+        return arch == self.arch if self.only else arch >= self.arch
 
 
 def cases(backend: str) -> dict[str, Case]:
@@ -57,6 +64,20 @@ def cases(backend: str) -> dict[str, Case]:
     library = kernels.library_of(backend)
     found = [] if library is None else library.conformance_cases()
     return {one["name"]: Case(**{**one, "uses": tuple(one["uses"])}) for one in found}
+
+
+def arch_of(device: torch.device) -> int:
+    """80 for a GPU of compute capability 8.0"""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def possible(among: dict[str, Case], device: torch.device) -> dict[str, Case]:
+    """Those that the device can run: on a CPU, where they are emulated, all."""
+    if device.type != "cuda":
+        return among
+    arch = arch_of(device)
+    return {name: case for name, case in among.items() if case.runs_on(arch)}
 
 
 # ----------------------------------------------------------------------------------------------- what goes in
@@ -72,8 +93,10 @@ def words(kind: str, count: int) -> list[int]:
     if kind == "floats":
         special = [_word_of(value) for value in _SPECIAL]
         return [*special, *(_float(next(random), -27, 27) for _ in range(count - len(special)))][:count]
-    _, dtype, values = kind.split(" ", 2)
+    instruction, dtype, values = kind.split(" ", 2)
     fractions = values == "fractions"
+    if instruction == "wgmma":
+        return _packed([_factor(word, fractions) for word in itertools.islice(random, 2 * count)], dtype)
     a, b, d = ([_factor(next(random), fractions) for _ in range(size)] for size in _MMA_SIZES[dtype])
     if values == "low bits":
         # Were these 13 bits not ignored, the sums would be other ones.
@@ -185,7 +208,8 @@ def _same(case: Case, one: int, other: int) -> bool:
     if case.exact:
         return _plain(case, one) == _plain(case, other)
     a, b = _value_of(one), _value_of(other)
-    scale = abs(b) + (1.0 if case.input.startswith("mma") else 0.0)  # the terms of a sum may be larger than it
+    # The terms of a sum may be larger than it.
+    scale = abs(b) + (1.0 if case.input.startswith(("mma", "wgmma")) else 0.0)
     return a == b or abs(a - b) <= TOLERANCE * scale
 
 

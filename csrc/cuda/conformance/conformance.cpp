@@ -14,9 +14,11 @@ std::vector<ConformanceCase>& cases() {
 }
 
 std::string as_json(const ConformanceCase& one) {
+  const auto boolean = [](bool value) { return value ? "true" : "false"; };
   return "{\"name\": " + quoted(one.name) + ", \"uses\": " + names_as_json(one.uses) +
          ", \"input\": " + quoted(one.input) + ", \"in_words\": " + std::to_string(one.in_words) +
-         ", \"out_words\": " + std::to_string(one.out_words) + ", \"exact\": " + (one.exact ? "true" : "false") + "}";
+         ", \"out_words\": " + std::to_string(one.out_words) + ", \"exact\": " + boolean(one.exact) +
+         ", \"arch\": " + std::to_string(one.arch.number) + ", \"only\": " + boolean(one.arch.only) + "}";
 }
 
 }  // namespace

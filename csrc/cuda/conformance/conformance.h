@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "cuda/runtime/arch.h"
 #include "cuda/runtime/instructions.h"
 #include "cuda/runtime/launcher.h"
 
@@ -17,6 +18,7 @@ struct ConformanceCase {
   const char* input;  // the kind of its words
   int in_words, out_words;
   bool exact;  // else the last bits are the hardware's own
+  Arch arch;   // of the folder that it is built in
   void (*run)(const ConformanceCase& self, const uint32_t* in, uint32_t* out, Stream stream);
 };
 

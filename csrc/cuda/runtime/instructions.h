@@ -31,6 +31,18 @@ constexpr Instructions kShuffle = 1 << 14;
 constexpr Instructions kSqrt = 1 << 15;
 constexpr Instructions kLog2 = 1 << 16;
 constexpr Instructions kExp2 = 1 << 17;
+constexpr Instructions kMbarrier = 1 << 18;
+constexpr Instructions kTmaTiled = 1 << 19;   // loads of boxes ...
+constexpr Instructions kTmaIm2col = 1 << 20;  // ... of pixels as a filter position meets them
+constexpr Instructions kTmaStore = 1 << 21;
+constexpr Instructions kWgmmaHalf = 1 << 22;
+constexpr Instructions kWgmmaBFloat16 = 1 << 23;
+constexpr Instructions kStmatrix = 1 << 24;
+constexpr Instructions kNamedBarrier = 1 << 25;
+constexpr Instructions kProxyFence = 1 << 26;
+constexpr Instructions kSetmaxnreg = 1 << 27;
+constexpr Instructions kCluster = 1 << 28;       // its ranks and barriers, those of other blocks included
+constexpr Instructions kTmaMulticast = 1 << 29;  // in whatever mode
 
 // Of a kernel whose variant serves all types
 constexpr Instructions kConvert = kConvertHalf | kConvertBFloat16;
@@ -56,6 +68,18 @@ inline constexpr const char* kInstructionNames[] = {
     "sqrt",
     "log2",
     "exp2",
+    "mbarrier",
+    "tma_tiled",
+    "tma_im2col",
+    "tma_store",
+    "wgmma_f16",
+    "wgmma_bf16",
+    "stmatrix",
+    "named_barrier",
+    "proxy_fence",
+    "setmaxnreg",
+    "cluster",
+    "tma_multicast",
 };
 
 // A list of their names

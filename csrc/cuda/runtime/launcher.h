@@ -37,6 +37,7 @@ struct Extent {
 struct LaunchShape {
   Extent grid, block;
   int64_t shared_bytes = 0;
+  unsigned cluster = 1;  // neighbours along x of the grid, a multiple of it, that reach each other's shared memory
 };
 
 }  // namespace fastconv::cuda

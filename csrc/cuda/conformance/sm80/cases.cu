@@ -207,7 +207,7 @@ void launch_case(const ConformanceCase& self, const uint32_t* in, uint32_t* out,
 
 template <class C>
 ConformanceCase make(const char* name, Instructions uses, const char* input, bool exact = true) {
-  return {name, uses, input, C::kIn, C::kOut, exact, &launch_case<C>};
+  return {name, uses, input, C::kIn, C::kOut, exact, kArch, &launch_case<C>};
 }
 
 using enum Activation;

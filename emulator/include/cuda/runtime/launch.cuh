@@ -27,9 +27,9 @@ template <class P>
 void launch(const KernelInfo& info, void (*kernel)(P), const LaunchShape& shape, Stream, const P& params,
             emulator::Where where = emulator::Where::current()) {
   static_assert(sizeof(P) <= 4096, "a kernel takes at most 4 KiB of parameters");
-  const auto& [grid, block, shared_bytes] = shape;
+  const auto& [grid, block, shared_bytes, cluster] = shape;
   emulator::launch(info, &detail::call<P>, reinterpret_cast<void*>(kernel), &params, dim3(grid.x, grid.y, grid.z),
-                   dim3(block.x, block.y, block.z), static_cast<size_t>(shared_bytes), where);
+                   dim3(block.x, block.y, block.z), static_cast<size_t>(shared_bytes), cluster, where);
 }
 
 }  // namespace fastconv::cuda
