@@ -24,6 +24,10 @@ INSTANCES: dict[str, dict[str, Sequence[str]]] = {
         "FASTCONV_PASS": ("kFprop", "kDgrad", "kWgrad"),
         "FASTCONV_DTYPE": ("kFloat16", "kBFloat16", "kFloat32"),
     },
+    "cuda/conv2d/sm90a/instances.cu": {
+        "FASTCONV_PASS": ("kFprop", "kDgrad", "kWgrad"),
+        "FASTCONV_DTYPE": ("kFloat16", "kBFloat16"),
+    },
 }
 
 

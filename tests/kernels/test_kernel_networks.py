@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from fastconv import models, swap, use_backend
 from fastconv.measure.tolerance import BASELINE_FACTOR
+from fastconv.operators import kernels
+from support.cuda_kernels import emulated_hopper
 from support.kernel_backends import device_of, emulated, on
 from support.swap_models import short_resnet50, short_xception
 
@@ -68,6 +70,18 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 @runs(["alexnet2012", "googlenet", "resnet50", "xception"])
 def test_inference(backend: str, name: str) -> None:
+    check_inference(backend, name)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "resnet50"])
+def test_inference_by_the_kernels_for_hopper(name: str) -> None:
+    kernel = "conv2d_fprop_fp16_128x128_sm90a"
+    with emulated_hopper() as library, kernels.preferred({"conv2d_fprop": kernel}, "cuda-emulated"):
+        check_inference("cuda-emulated", name)
+        assert library.launches()[kernel] > 10
+
+
+def check_inference(backend: str, name: str) -> None:
     model, images = build(name, device_of(backend), torch.float16)
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(images.double())

@@ -31,9 +31,12 @@ def instructions(arch: str) -> dict[str, set[str]]:
 
 
 def wanted(name: str) -> set[str]:
-    """HMMA is what became of mma, LDSM of ldmatrix, LDGSTS of cp.async."""
+    """HMMA is what became of mma, LDSM of ldmatrix, LDGSTS of cp.async; HGMMA of wgmma, STSM of stmatrix, UTMALDG and
+    UTMASTG of boxes."""
     if name.startswith("depthwise_separable::fprop_nhwc"):
         return {"HMMA", "LDSM", "LDGSTS"}
+    if name.startswith("sm90a::conv2d_box_kernel"):
+        return {"HGMMA", "UTMALDG", "UTMASTG", "STSM"}
     if name.startswith("conformance::run<"):
         tried = {"CpAsync": "LDGSTS", "Ldmatrix": "LDSM", "Mma": "HMMA"}
         return {word for case, word in tried.items() if f"conformance::{case}" in name}
@@ -77,13 +80,41 @@ def test_no_static_shared_memory():
 def test_instructions(arch):
     found = {name: {word.partition(".")[0] for word in words} for name, words in instructions(arch).items()}
     assert found.keys() == kernels()[arch].keys()
-    telling = {"HMMA", "LDSM", "LDGSTS"}
+    of_all = {"HMMA", "LDSM", "LDGSTS"}
+    telling = of_all | {"HGMMA", "UTMALDG", "UTMASTG", "STSM"}
+    # What conformance tries for one architecture is held against what it says when it runs.
+    found = {name: kinds for name, kinds in found.items() if not name.startswith("sm90a::conformance")}
     other = {name: kinds & telling for name, kinds in found.items() if kinds & telling != wanted(name)}
     assert other == {}
-    assert any(wanted(name) == telling for name in found)
+    assert any(wanted(name) == of_all for name in found)
     assert any("HMMA.1688.F32.TF32" in words for words in instructions(arch).values())
     local = {name: kinds & {"LDL", "STL"} for name, kinds in found.items() if name not in LOCAL_MEMORY}
     assert not any(local.values()), local
+
+
+def test_products_of_warpgroups_are_not_serialised():
+    """Of a stage all HGMMA follow each other: ptxas would wait after each one where it does not trust the program."""
+    code = machine_code.code(machine_code.library(), "sm_90a")
+    kernels = {name: each for name, each in code.items() if name.startswith("sm90a::conv2d_box_kernel")}
+    assert kernels
+    for name, each in kernels.items():
+        loop = machine_code.main_loop(each)
+        words = [instruction.name.partition(".HI")[0] for instruction in loop.instructions]
+        assert words.count("WARPGROUP.ARRIVE") == words.count("WARPGROUP.DEPBAR.LE") == 1, name
+        products = [i for i, word in enumerate(words) if word.startswith("HGMMA")]
+        assert len(products) in (4, 8), name
+        between = range(products[0], products[-1])
+        assert not any(words[i].startswith(("WARPGROUP", "BAR", "SYNCS")) for i in between), name
+        # Of the clocks that the products take a scheduler, which issues for two such warps in turn, has most left.
+        columns = sum(int(words[i].split(".")[1].split("x")[1]) for i in products)
+        assert len(words) <= (0.16 if columns == 1024 else 0.3) * columns / 2, name
+
+
+def test_boxes_are_loaded_both_ways():
+    code = instructions("sm_90a")
+    words = set().union(*(each for name, each in code.items() if name.startswith("sm90a::conv2d_box_kernel")))
+    assert {"UTMALDG.2D", "UTMALDG.3D", "UTMALDG.4D.IM2COL", "UTMASTG.2D", "UTMASTG.3D"} <= words
+    assert {"UTMALDG.2D.MULTICAST", "UTMALDG.3D.MULTICAST", "UTMALDG.4D.IM2COL.MULTICAST"} <= words
 
 
 def test_resources_are_those_recorded():

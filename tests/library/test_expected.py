@@ -233,6 +233,11 @@ def test_bounds() -> None:
     assert gpu_model.bound(gemm, H100) == gpu_model.Bound("shared", 0.5)
     assert gpu_model.bound(replace(gemm, shared=32, loaded=0), H100).by == "issue"
     assert gpu_model.bound(replace(gemm, counts={"tensor": 32}, shared=0, loaded=0), H100).share == pytest.approx(0.62)
+    # A warp's stage of 128x256x64 with wgmma: 1024 clocks for two warps of a quarter, 48 KiB from L2
+    boxes = gpu_model.Trip({"tensor": 128, "address": 80}, 128, 48 * 1024 // 8, asynchronous=True)
+    assert gpu_model.bound(boxes, H100).by == "L2"
+    assert gpu_model.bound(boxes, H100).share == pytest.approx(1024 / (48 * 1024 * 132 / 5120))
+    assert gpu_model.bound(replace(boxes, loaded=0), H100).share == 1
     copy = gpu_model.Trip({"global": 2, "address": 4}, 0, 512, moved=1024)
     assert gpu_model.bound(copy, A100) == gpu_model.Bound("memory", 1)
     slow = gpu_model.bound(replace(copy, counts={"address": 845}), H100)

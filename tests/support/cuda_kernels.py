@@ -46,6 +46,18 @@ def through_mask(grad: Tensor, output: Tensor, activation: str) -> Tensor:
     return torch.where(inside, grad, 0)
 
 
+# Of an H100, but few multiprocessors: csrc/cuda/runtime/device_info.h
+HOPPER = (90, 4, 2048, 227 << 10, 228 << 10, 50 << 20)
+
+
+@contextmanager
+def emulated_hopper(multiprocessors: int = HOPPER[1]) -> Iterator[emulator.Library]:
+    """As `emulated_gpu`, on one of compute capability 9.0."""
+    with emulated_gpu() as library:
+        library.device((HOPPER[0], multiprocessors, *HOPPER[2:]))
+        yield library
+
+
 @contextmanager
 def emulated_gpu(multiprocessors: int | None = None, shared_per_block: int | None = None) -> Iterator[emulator.Library]:
     """Inside, ops run in the emulator, on a GPU of this size: small grids are spread over it. Launches count from 0."""

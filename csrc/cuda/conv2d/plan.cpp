@@ -1,6 +1,7 @@
 #include "cuda/conv2d/plan.h"
 
 #include <algorithm>
+#include <deque>
 #include <functional>
 #include <limits>
 #include <stdexcept>
@@ -14,7 +15,8 @@ constexpr int kMostRounds = 8;  // of blocks on a multiprocessor that a split ai
 
 // Estimates, in clocks: what a block does before its first and after its last product, in tiles of its depth; a second
 // launch; bytes that the device moves meanwhile, to its memory or to the L2 cache
-constexpr double kTilesAround = 4, kLaunchClocks = 2500, kBytesOfMemory = 1100, kBytesOfCache = 3000;
+constexpr double kTilesAround = 4, kBoxesAround = 1.5, kLaunchClocks = 2500, kBytesOfMemory = 1100,
+                 kBytesOfCache = 3000;
 
 bool is_multiple(int64_t value, int divisor) { return value % divisor == 0; }
 // Every stride-th pixel of one axis from this one on, and the filter's positions r that meet them.
@@ -45,6 +47,26 @@ const void* first_weight(const ConvArguments& arg) {
   const void* first = arg.branch[0].weight;
   for (int i = 1; i < arg.branches; ++i) first = std::min(first, arg.branch[i].weight, std::less<>{});
   return first;
+}
+
+// Results that are written at once
+int run_of(const ConvParams& p) { return 16 / element_bytes(p.arg.dtype); }
+
+// Whether the results of a branch can be written at once.
+bool writes_wide(Pass pass, const ConvParams& p, int index) {
+  const int run = run_of(p);
+  const ConvBranch& branch = p.arg.branch[index];
+  const int element = element_bytes(p.arg.dtype);
+  switch (pass) {
+    case Pass::kDgrad:
+      return has_vectors(p.arg.grad_input, p.arg.x, p.c_group, run, element);
+    case Pass::kWgrad:
+      return is_aligned(branch.grad_weight) && is_multiple(p.extent_b, run);
+    default:
+      // A branch's last filters may be fewer than a run: they are written one by one.
+      return has_vectors(branch.output, branch.y, run, run, element) && is_aligned(branch.residual) &&
+             (p.arg.groups == 1 || is_multiple(p.k_group, run));
+  }
 }
 
 // The GEMM's extents, the branches' places in it and the constants of its index arithmetic; what depends on the kernel
@@ -89,6 +111,10 @@ ConvParams parameters(Pass pass, const ConvArguments& arg, const Phase& rows, co
   walk.by_pixels = Divider(pass == Pass::kDgrad ? rows.pixels * columns.pixels : arg.p * arg.q);
   walk.by_columns = Divider(pass == Pass::kDgrad ? columns.pixels : arg.q);
   p.weights = first_weight(arg);
+  bool all_wide = true;
+  for (int i = 0; i < arg.branches; ++i) all_wide &= p.wide[i] = writes_wide(pass, p, i);
+  // In wgrad a column belongs to all branches.
+  if (pass == Pass::kWgrad) p.wide[0] = all_wide;
   p.by_s = Divider(std::max(columns.positions, 1)), p.by_channels = Divider(channels);
   return p;
 }
@@ -149,23 +175,37 @@ const char* refuses_vectors(Pass pass, const ConvParams& p, int vector) {
   return is_far ? "the tensors have more than 2^31 vectors" : nullptr;
 }
 
-// Whether the results of a branch can be written by `run` elements at once.
-bool writes_wide(Pass pass, const ConvParams& p, int index, int run) {
-  const ConvBranch& branch = p.arg.branch[index];
-  const int element = element_bytes(p.arg.dtype);
-  switch (pass) {
-    case Pass::kDgrad:
-      return has_vectors(p.arg.grad_input, p.arg.x, p.c_group, run, element);
-    case Pass::kWgrad:
-      return is_aligned(branch.grad_weight) && is_multiple(p.extent_b, run);
-    default:
-      // A branch's last filters may be fewer than a run: they are written one by one.
-      return has_vectors(branch.output, branch.y, run, run, element) && is_aligned(branch.residual) &&
-             (p.arg.groups == 1 || is_multiple(p.k_group, run));
-  }
+int tiles_of(int extent, int tile) { return static_cast<int>(ceil_div(extent, tile)); }
+
+std::deque<ConvReduction>& reductions() {
+  static auto& all = *new std::deque<ConvReduction>;
+  return all;
+}
+const ConvReduction& reduction_of(const ConvVariant& variant) {
+  const auto serves = [&](const ConvReduction& one) { return one.pass == variant.pass && one.dtype == variant.dtype; };
+  return *std::find_if(reductions().begin(), reductions().end(), serves);
 }
 
-int tiles_of(int extent, int tile) { return static_cast<int>(ceil_div(extent, tile)); }
+// Of a GEMM's extents what a kernel computes
+struct Tiling {
+  int64_t tiles;  // of a group
+  int64_t deep;   // tiles along the depth
+  double fill;    // of what they compute, what is asked for
+};
+Tiling tiling(const ConvVariant& variant, const ConvParams& p) {
+  const auto& [tile_a, tile_b, tile_depth] = variant.info.tile;
+  int64_t a = p.extent_a, b = p.extent_b, depth = p.depth;
+  if (variant.boxes) {
+    const BoxExtents boxes = box_extents(variant.pass, p);
+    if (variant.pass == Pass::kWgrad) a = boxes.a * kBox;
+    b = boxes.b * kBox, depth = boxes.depth * kBox;
+  }
+  const int64_t tiles_a = ceil_div(a, tile_a * variant.cluster) * variant.cluster, tiles_b = ceil_div(b, tile_b);
+  const double area = static_cast<double>(tiles_a * tile_a) * static_cast<double>(tiles_b * tile_b);
+  const double of_depth = depth > 0 ? static_cast<double>(p.depth) / static_cast<double>(depth) : 1;
+  return {tiles_a * tiles_b, ceil_div(depth, tile_depth),
+          static_cast<double>(p.extent_a) * p.extent_b / std::max(area, 1.0) * of_depth};
+}
 
 LaunchShape shape_of(const ConvVariant& variant, const ConvParams& p, int64_t tiles, int splits) {
   return {{static_cast<unsigned>(tiles), 1, static_cast<unsigned>(p.arg.groups * splits)},
@@ -173,40 +213,47 @@ LaunchShape shape_of(const ConvVariant& variant, const ConvParams& p, int64_t ti
           variant.info.shared_bytes};
 }
 
-int run_of(const ConvParams& p) { return 16 / element_bytes(p.arg.dtype); }
 int pitch_of(const ConvParams& p) { return static_cast<int>(ceil_div(p.extent_b, kBranchStep)) * kBranchStep; }
 
 // What the launch of one GEMM needs beyond `parameters`.
-ConvPlan::Launch launch_of(const ConvVariant& variant, const ConvParams& params, int splits) {
-  ConvPlan::Launch found{params, {}, {}};
+ConvLaunch launch_of(const ConvVariant& variant, const ConvReduction& reduction, const ConvParams& params, int splits,
+                     const DeviceInfo& device) {
+  ConvLaunch found{params, {}, {}, {}};
   ConvParams& p = found.params;
   const auto& [tile_a, tile_b, tile_depth] = variant.info.tile;
+  const auto [tiles, deep, fill] = tiling(variant, p);
+  const int tiles_b = tiles_of(p.extent_b, tile_b);
+  p.by_tiles_b = Divider(tiles_b);
+  p.splits = splits, p.by_splits = Divider(splits);
+  p.split_depth = static_cast<int>(ceil_div(deep, splits)) * tile_depth;
+  const int run = run_of(p);
+  p.pitch_b = pitch_of(p);
+  const int runs = tiles_of(p.extent_b, run);
+  p.by_runs = Divider(runs), p.by_extent_a = Divider(p.extent_a);
+  found.shape = shape_of(variant, p, tiles, splits);
+  if (variant.boxes) {
+    found.boxes = box_params(variant.pass, p, tile_a, tile_b, variant.cluster);
+    const int clusters = std::min(found.boxes->work, std::max(device.multiprocessors / variant.cluster, 1));
+    found.shape.grid = {static_cast<unsigned>(clusters * variant.cluster), 1, 1};
+    found.shape.cluster = static_cast<unsigned>(variant.cluster);
+  }
   Walk& walk = p.walk;
   const int64_t first = walk.first_h * walk.h + walk.first_w * walk.w;
   walk.data = static_cast<const char*>(walk.data) + first * element_bytes(p.arg.dtype);
   walk.n /= variant.vector, walk.h /= variant.vector, walk.w /= variant.vector;
   walk.tap_row = walk.tap_h * walk.h, walk.tap_column = walk.tap_w * walk.w;
   p.gradient = {p.arg.y.n / variant.vector, 1, p.arg.y.h / variant.vector, p.arg.y.w / variant.vector};
-  const int tiles_b = tiles_of(p.extent_b, tile_b);
-  p.by_tiles_b = Divider(tiles_b);
-  p.splits = splits, p.by_splits = Divider(splits);
-  p.split_depth = static_cast<int>(ceil_div(ceil_div(p.depth, tile_depth), splits)) * tile_depth;
-  const int run = run_of(p);
-  bool all_wide = true;
-  for (int i = 0; i < p.arg.branches; ++i) all_wide &= p.wide[i] = writes_wide(variant.pass, p, i, run);
-  // In wgrad a column belongs to all branches.
-  if (variant.pass == Pass::kWgrad) p.wide[0] = all_wide;
-  found.shape = shape_of(variant, p, int64_t{tiles_of(p.extent_a, tile_a)} * tiles_b, splits);
-  p.pitch_b = pitch_of(p);
-  const int runs = tiles_of(p.extent_b, run);
-  p.by_runs = Divider(runs), p.by_extent_a = Divider(p.extent_a);
-  const int threads = variant.reduce_info->threads;
+  const int threads = reduction.info.threads;
   const int64_t all = int64_t{p.arg.groups} * p.extent_a * runs;
   found.reduction = {{static_cast<unsigned>(ceil_div(all, threads))}, {static_cast<unsigned>(threads)}};
   return found;
 }
 
 }  // namespace
+
+void register_reduction(const ConvReduction& reduction) {
+  list_kernel(reductions().emplace_back(reduction).info, false);
+}
 
 bool has_vectors(const void* data, const Strides& strides, int64_t channels, int vector, int element) {
   return is_aligned(data, vector * element) && strides.c == 1 && is_multiple(channels, vector) &&
@@ -216,14 +263,14 @@ bool has_vectors(const void* data, const Strides& strides, int64_t channels, int
 const char* ConvVariant::refusal(const ConvParams& p, const DeviceInfo&) const {
   if (p.arg.dtype != dtype) return "the tensors have another dtype";
   if (dtype == DType::kFloat32 && p.arg.tf32 != tf32) return tf32 ? "TF32 is not allowed" : "TF32 is allowed";
-  return vector > 1 ? refuses_vectors(pass, p, vector) : nullptr;
+  const char* const refused = vector > 1 ? refuses_vectors(pass, p, vector) : nullptr;
+  return boxes && !refused ? refuses_boxes(pass, p) : refused;
 }
 
 ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& device) const {
   ConvCandidate found;
-  const int64_t tiles = int64_t{tiles_of(p.extent_a, info.tile[0])} * tiles_of(p.extent_b, info.tile[1]),
-                blocks = tiles * p.arg.groups;
-  const int64_t deep = ceil_div(p.depth, info.tile[2]);
+  const auto [tiles, deep, fill] = tiling(*this, p);
+  const int64_t blocks = tiles * p.arg.groups;
   const double area = static_cast<double>(info.tile[0]) * info.tile[1];
   const double tile_clocks = area * info.tile[2] / (tf32 ? 512 : dtype == DType::kFloat32 ? 64 : 1024) / rate;
 
@@ -240,7 +287,7 @@ ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& devi
     return static_cast<double>(rounds(splits) * ceil_div(std::max<int64_t>(deep, 1), splits)) * tile_clocks;
   };
   const auto clocks = [&](int64_t splits) {
-    const double around = static_cast<double>(rounds(splits)) * kTilesAround * tile_clocks;
+    const double around = static_cast<double>(rounds(splits)) * (boxes ? kBoxesAround : kTilesAround) * tile_clocks;
     const double parts = splits * static_cast<double>(p.arg.groups) * p.extent_a * pitch_of(p) * sizeof(float);
     const double passes = 2 * parts / (2 * parts < device.l2_bytes ? kBytesOfCache : kBytesOfMemory);
     return (products(splits) + around) / busy(splits) + (splits > 1 ? kLaunchClocks + passes : 0);
@@ -259,9 +306,10 @@ ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& devi
   found.cost.shape = shape_of(*this, p, tiles, found.splits);
   found.cost.rate = rate;
   found.cost.resident = resident;
-  found.cost.fill = static_cast<double>(p.extent_a) * p.extent_b / std::max(static_cast<double>(tiles) * area, 1.0);
+  found.cost.fill = fill;
   found.cost.splits = found.splits;
   found.cost.rest = products(found.splits) / least;
+  found.cost.unproven = boxes;  // no GPU has run them yet
   return found;
 }
 
@@ -274,13 +322,14 @@ ConvPlan plan_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo
   }
   ConvPlan plan;
   plan.variant = variant;
+  plan.reduction = &reduction_of(*variant);
   for (const ConvParams& gemm : gemms) {
     // The other phases of a stride are less deep than the first, or empty.
-    const int64_t deep = ceil_div(gemm.depth, variant->info.tile[2]);
+    const int64_t deep = tiling(*variant, gemm).deep;
     int splits = candidate.splits;
     if (&gemm != &gemms[0]) splits = static_cast<int>(std::clamp<int64_t>(deep / kFewestTilesDeep, 1, splits));
     if (splits > 1) splits = static_cast<int>(ceil_div(deep, ceil_div(deep, splits)));
-    plan.launches.push_back(launch_of(*variant, gemm, splits));
+    plan.launches.push_back(launch_of(*variant, *plan.reduction, gemm, splits, device));
     if (splits > 1) {
       const int64_t parts = splits * int64_t{arguments.groups} * gemm.extent_a * pitch_of(gemm);
       plan.workspace = std::max(plan.workspace, parts);
@@ -290,10 +339,11 @@ ConvPlan plan_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo
 }
 
 void launch_conv2d(ConvPlan& plan, float* workspace, Stream stream) {
-  for (auto& [params, shape, reduction] : plan.launches) {
-    params.workspace = workspace;
-    plan.variant->run(plan.variant->info, shape, params, stream);
-    if (params.splits > 1) plan.variant->reduce(*plan.variant->reduce_info, reduction, params, stream);
+  for (ConvLaunch& launch : plan.launches) {
+    launch.params.workspace = workspace;
+    if (launch.boxes) launch.boxes->workspace = workspace;
+    plan.variant->run(plan.variant->info, launch, stream);
+    if (launch.params.splits > 1) plan.reduction->run(plan.reduction->info, launch, stream);
   }
 }
 

@@ -2,8 +2,10 @@
 // launch only adds the workspace.
 #pragma once
 
+#include <optional>
 #include <vector>
 
+#include "cuda/conv2d/boxes.h"
 #include "cuda/conv2d/params.h"
 #include "cuda/runtime/choice.h"
 
@@ -16,38 +18,51 @@ struct ConvCandidate {
   int splits = 1;
 };
 
+// One GEMM of a plan
+struct ConvLaunch {
+  ConvParams params;
+  std::optional<BoxParams> boxes;  // for kernels that use them
+  LaunchShape shape, reduction;
+};
+
 // A kernel for one pass and type.
 struct ConvVariant {
   static constexpr const char* kOps[] = {"conv2d_fprop", "conv2d_dgrad", "conv2d_wgrad"};
   using Candidate = ConvCandidate;
-  using Run = void (*)(const KernelInfo&, const LaunchShape&, const ConvParams&, Stream);
+  using Run = void (*)(const KernelInfo&, const ConvLaunch&, Stream);
 
   KernelInfo info;
   Pass pass;
   DType dtype;
   bool tf32;
   int vector;    // elements that are read at once
+  bool boxes;    // whether the TMA brings boxes, and blocks do one tile after the other
+  int cluster;   // blocks of a cluster
   int resident;  // see Cost
   double rate;   // see Cost
   Run run;
-  const KernelInfo* reduce_info;  // of the kernel that adds the parts of a split depth
-  Run reduce;
 
   const char* refusal(const ConvParams& params, const DeviceInfo& device) const;
   Candidate candidate(const ConvParams& params, const DeviceInfo& device) const;
 };
 
+// Adds the parts of a split depth, for all kernels of a pass and type.
+struct ConvReduction {
+  Pass pass;
+  DType dtype;
+  KernelInfo info;
+  ConvVariant::Run run;
+};
+void register_reduction(const ConvReduction& reduction);
+
 // Whether so many channels of each pixel can be moved by `vector` elements of so many bytes at once.
 bool has_vectors(const void* data, const Strides& strides, int64_t channels, int vector, int element);
 
 struct ConvPlan {
-  struct Launch {
-    ConvParams params;
-    LaunchShape shape, reduction;
-  };
   const ConvVariant* variant = nullptr;
-  std::vector<Launch> launches;  // in dgrad one for each phase
-  int64_t workspace = 0;         // float32 elements
+  const ConvReduction* reduction = nullptr;
+  std::vector<ConvLaunch> launches;  // in dgrad one for each phase
+  int64_t workspace = 0;             // float32 elements
 };
 
 // Extents are below 2^31 - kSpareExtent, those of the GEMM included; the glue checks that. Throws when the kernel that

@@ -52,7 +52,7 @@ std::string as_json(double value) {
 }  // namespace
 
 Outlook outlook(const Cost& cost, const DeviceInfo& device) {
-  const auto& [grid, block, shared] = cost.shape;
+  const auto& [grid, block, shared, cluster] = cost.shape;
   const int64_t blocks = std::max<int64_t>(int64_t{grid.x} * grid.y * grid.z, 1);
   const int64_t threads = std::max<int64_t>(int64_t{block.x} * block.y * block.z, 1);
   const int64_t by_threads = device.threads_per_multiprocessor / threads;
@@ -88,7 +88,8 @@ void ChoiceRecord::consider(const KernelInfo& kernel, const Cost& cost, const Ou
   note(kernel, cost.objection ? cost.objection : "",
        ", \"score\": " + as_json(outlook.score) + ", \"blocks\": " + std::to_string(outlook.blocks) +
            ", \"resident\": " + std::to_string(outlook.resident) + ", \"fill\": " + as_json(cost.fill) +
-           ", \"waves\": " + as_json(outlook.waves) + ", \"splits\": " + std::to_string(cost.splits));
+           ", \"waves\": " + as_json(outlook.waves) + ", \"splits\": " + std::to_string(cost.splits) +
+           ", \"unproven\": " + (cost.unproven ? "true" : "false"));
 }
 
 void ChoiceRecord::note(const KernelInfo& kernel, const char* reason, const std::string& numbers) {

@@ -32,6 +32,7 @@ struct Cost {
   int resident = 1;  // blocks on a multiprocessor that the kernel's launch bounds promise
   int splits = 1;    // how many blocks share the depth of a tile; noted, no part of the score
   const char* objection = nullptr;  // why it should not run although it could, which makes its score 0
+  bool unproven = false;            // whether it is chosen only where the call prefers it, as one that was qualified is
 };
 
 // What becomes of a launch on a device.
@@ -121,7 +122,8 @@ Chosen<Variant> choose_if_any(int family, const Call& call, const DeviceInfo& de
     typename Variant::Candidate candidate = variant.candidate(call, device);
     const Outlook found = outlook(candidate.cost, device);
     record.consider(variant.info, candidate.cost, found);
-    const double rank = &variant.info == preferred ? std::numeric_limits<double>::infinity() : found.score;
+    double rank = candidate.cost.unproven ? 0 : found.score;
+    if (&variant.info == preferred) rank = std::numeric_limits<double>::infinity();
     if (forced ? is_forced : rank > best_score) {
       best = {&variant, candidate};
       best_score = rank;
@@ -159,6 +161,6 @@ __attribute__((visibility("default"))) void fastconv_cuda_disable_kernels(const 
 __attribute__((visibility("default"))) void fastconv_cuda_record_choices(int on);
 // The choices that were noted, as JSON, a list of {"op", "arch", "multiprocessors", "chosen", "candidates"}, of which
 // the last is a list of {"kernel", "reason"}, and where it can run the call {"score", "blocks", "resident", "fill",
-// "waves", "splits"}; forgets them. Valid until the thread's next call.
+// "waves", "splits", "unproven"}; forgets them. Valid until the thread's next call.
 __attribute__((visibility("default"))) const char* fastconv_cuda_take_choices();
 }

@@ -25,7 +25,8 @@ std::string as_json(const KernelInfo& kernel) {
   const std::string tile =
       std::to_string(kernel.tile[0]) + ", " + std::to_string(kernel.tile[1]) + ", " + std::to_string(kernel.tile[2]);
   return "{\"name\": " + quoted(kernel.name) + ", \"op\": " + quoted(kernel.op) + number("arch", kernel.arch.number) +
-         ", \"tile\": [" + tile + "]" + number("stages", kernel.stages) + number("threads", kernel.threads) +
+         ", \"only\": " + (kernel.arch.only ? "true" : "false") + ", \"tile\": [" + tile + "]" +
+         number("stages", kernel.stages) + number("threads", kernel.threads) +
          number("shared_bytes", kernel.shared_bytes) + ", \"needs\": " + quoted(kernel.needs) +
          ", \"uses\": " + names_as_json(kernel.uses) + "}";
 }

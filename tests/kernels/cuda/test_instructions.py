@@ -11,7 +11,7 @@ import torch
 
 from fastconv import ops
 from fastconv.operators import kernels
-from support.cuda_kernels import emulated_gpu, operators, random
+from support.cuda_kernels import emulated_gpu, emulated_hopper, operators, random
 from support.kernel_backends import kernel_table
 
 BACKEND = "cuda-emulated"
@@ -60,17 +60,20 @@ def gradients(op: Callable[..., Any], *tensors: Any, **options: Any) -> None:
     torch.autograd.grad(output, leaves, torch.ones_like(output))
 
 
-def with_every_kernel(call: Call) -> None:
-    """Of those that the call may choose among; where one cannot run it, another does."""
+def with_every_kernel(call: Call, among: str = "") -> None:
+    """Of those that the call may choose among, and whose names have this; where one cannot run it, another does."""
     with kernels.choices() as made:
         call()
-    for op, kernel in {(choice.op, one.kernel) for choice in made for one in choice.candidates if may_run(one)}:
+    for op, kernel in {(choice.op, one.kernel) for choice in made for one in choice.candidates if may_run(one, among)}:
         with kernels.preferred({op: kernel}, BACKEND), torch.autograd.set_multithreading_enabled(False):
             call()
 
 
-def may_run(candidate: kernels.Candidate) -> bool:
-    return candidate.reason in ("", "its blocks do not fill the device")  # of which the second is no refusal
+def may_run(candidate: kernels.Candidate, among: str) -> bool:
+    return among in candidate.kernel and candidate.reason in (
+        "",
+        "its blocks do not fill the device",
+    )  # of which the second is no refusal
 
 
 def test_kernels_use_what_their_table_says() -> None:
@@ -92,6 +95,14 @@ def test_kernels_use_what_their_table_says() -> None:
                     with_every_kernel(call)
             for name, used in library.statistics()["instructions"].items():
                 ran.setdefault(name, set()).update(used)
+    for count, channels, size in ((64, 264, 4), (64, 16, 44), (1, 16, 6)):
+        with emulated_hopper(count) as library:
+            for dtype in HALVES:
+                for call in convolutions(dtype, "channels_last", channels, size):
+                    with_every_kernel(call, "_sm90a")
+            for name, used in library.statistics()["instructions"].items():
+                if name.endswith("_sm90a"):
+                    ran.setdefault(name, set()).update(used)
     said = {kernel["name"]: set(kernel["uses"]) for kernel in kernel_table(BACKEND)}
     differs = {name: (ran.get(name), used) for name, used in said.items() if ran.get(name) != used}
     assert differs.keys() == FLOAT64_ALONE

@@ -24,25 +24,19 @@ std::string name_of(const char* type, const char* what) {
   return std::string(ConvVariant::kOps[kFamily]) + "_" + type + "_" + what + "_sm" + std::to_string(kArch.number);
 }
 
-void reduce(const KernelInfo& info, const LaunchShape& shape, const ConvParams& params, Stream stream) {
-  launch(info, &conv2d_reduce_kernel<kPass, T>, shape, stream, params);
-}
-
 // Of what finishes a sum
 constexpr Instructions kEpilogueUses =
     (kBackward ? uses::kNothing : uses::kActivate) | (kDType == DType::kFloat32   ? uses::kNothing
                                                       : kDType == DType::kFloat16 ? uses::kConvertHalf
                                                                                   : uses::kConvertBFloat16);
 
-const ListedKernel reduction({name_of(kType, "reduce"),
-                              "conv2d_reduce",
-                              kArch,
-                              {0, 0, 0},
-                              0,
-                              kReduceThreads,
-                              0,
-                              "a split depth",
-                              kEpilogueUses | uses::kLoadStore});
+const KernelInfo kReduction{
+    name_of(kType, "reduce"),        "conv2d_reduce", kArch, {0, 0, 0}, 0, kReduceThreads, 0, "a split depth",
+    kEpilogueUses | uses::kLoadStore};
+
+void reduce(const KernelInfo& info, const ConvLaunch& planned, Stream stream) {
+  launch(info, &conv2d_reduce_kernel<kPass, T>, planned.reduction, stream, planned.params);
+}
 
 template <class C>
 ConvVariant variant(const char* type, const char* what, double rate) {
@@ -66,13 +60,13 @@ ConvVariant variant(const char* type, const char* what, double rate) {
           kDType,
           kTf32,
           C::kVector,
+          false,
+          1,
           C::kBlocks,
           rate,
-          [](const KernelInfo& info, const LaunchShape& shape, const ConvParams& params, Stream stream) {
-            launch(info, &conv2d_kernel<kPass, C>, shape, stream, params);
-          },
-          &reduction.info,
-          &reduce};
+          [](const KernelInfo& info, const ConvLaunch& planned, Stream stream) {
+            launch(info, &conv2d_kernel<kPass, C>, planned.shape, stream, planned.params);
+          }};
 }
 
 // Rates: what of the tensor cores' time their loop leaves them. The smaller a tile, the more it brings from L2 for a
@@ -108,6 +102,7 @@ void register_tensor_cores(const char* type) {
 }
 
 const bool registered = [] {
+  register_reduction({kPass, kDType, kReduction, &reduce});
   if constexpr (sizeof(T) == 2) {
     register_tensor_cores<HalfMath<T>>(kType);
   } else {

@@ -1,0 +1,222 @@
+#include "cuda/conv2d/boxes.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <optional>
+
+namespace fastconv::cuda {
+namespace {
+
+int boxes_of(int64_t elements) { return static_cast<int>(ceil_div(elements, kBox)); }
+
+// Elements between neighbouring pixels where all images' lie at one distance; nothing where they do not.
+std::optional<int64_t> pixel_pitch(const Strides& strides, int64_t n, int64_t h, int64_t w, int64_t channels) {
+  int64_t pitch = 0, pixels = 1;
+  for (const auto& [size, stride] : {std::pair{w, strides.w}, {h, strides.h}, {n, strides.n}}) {
+    if (size == 1) continue;
+    if (pitch == 0) pitch = stride;
+    if (stride != pitch * pixels) return std::nullopt;
+    pixels *= size;
+  }
+  return pitch ? pitch : ceil_div(channels, 8) * 8;
+}
+
+constexpr const char* kNoWalk = "the distances of images, rows and columns are no multiples of each other";
+
+// What is walked over: the input, or in dgrad the gradient of the output
+struct Image {
+  const void* data;
+  int n, h, w, c;
+  Strides strides;
+};
+
+Image image_of(Pass pass, const ConvParams& p) {
+  const ConvArguments& arg = p.arg;
+  if (pass == Pass::kDgrad) return {arg.grad_output, arg.n, arg.p, arg.q, arg.grad_channels, arg.y};
+  return {arg.input, arg.n, arg.h, arg.w, arg.c, arg.x};
+}
+Image gradient_of(const ConvParams& p) {
+  return {p.arg.grad_output, p.arg.n, p.arg.p, p.arg.q, p.arg.grad_channels, p.arg.y};
+}
+
+// One axis of the walk: pixels at first + index * step meet the position with the least offset.
+struct Axis {
+  int first, step, count, extent;
+  int offset, tap;  // of the first position from there, and from one position to the next
+  int reach;        // the largest offset
+};
+Axis axis(int first, int step, int tap, const Phase& phase, int extent) {
+  const int reach = (std::max(phase.positions, 1) - 1) * tap;
+  return {first + std::min(reach, 0), step, phase.pixels, extent, std::max(-reach, 0), tap, std::abs(reach)};
+}
+Axis axis_h(const ConvParams& p) { return axis(p.walk.first_h, p.walk.step_h, p.walk.tap_h, p.rows, p.walk.height); }
+Axis axis_w(const ConvParams& p) { return axis(p.walk.first_w, p.walk.step_w, p.walk.tap_w, p.columns, p.walk.width); }
+
+bool is_whole(const Axis& axis) { return axis.first == 0 && axis.step == 1 && axis.count == axis.extent; }
+
+// Whether a position's pixels are all pixels of the image, in their order, at one pitch
+bool is_plain(Pass pass, const ConvParams& p) {
+  const Image image = image_of(pass, p);
+  return p.rows.positions * p.columns.positions == 1 && is_whole(axis_h(p)) && is_whole(axis_w(p)) &&
+         pixel_pitch(image.strides, image.n, image.h, image.w, image.c);
+}
+
+// `slack`: by how much another phase of a stride may lie elsewhere
+bool fits_im2col(const Axis& axis, int slack) {
+  const int64_t lower = axis.first, upper = lower + int64_t{axis.count - 1} * axis.step - (axis.extent - 1);
+  return axis.step <= kMostStep && std::min(lower, upper) - slack >= -kMostCorner &&
+         std::max(lower, upper) + slack <= kMostCorner && axis.reach <= kMostOffset;
+}
+
+// The driver wants each stride as a multiple of the one before.
+bool has_nested_strides(const Image& image) {
+  int64_t inner = 1;
+  for (const auto& [size, stride] : {std::pair<int64_t, int64_t>{image.w, image.strides.w},
+                                     {image.h, image.strides.h},
+                                     {image.n, image.strides.n}}) {
+    if (size == 1) continue;
+    if (stride == 0 || stride % inner) return false;
+    inner = stride;
+  }
+  return true;
+}
+
+Im2colMap walk_of(DType dtype, const Image& image, const Axis& h, const Axis& w, int pixels) {
+  // The strides of a single element say nothing; the driver wants them in order.
+  const int64_t stride_w = image.w == 1 ? ceil_div(image.c, 8) * 8 : image.strides.w;
+  const int64_t stride_h = image.h == 1 ? stride_w * image.w : image.strides.h;
+  const int64_t stride_n = image.n == 1 ? stride_h * image.h : image.strides.n;
+  return {image.data, dtype,   image.n, image.h, image.w, image.c, stride_n, stride_h,
+          stride_w,   h.first, w.first, h.step,  w.step,  h.count, w.count,  pixels};
+}
+
+TiledMap matrix(DType dtype, const void* data, int64_t channels, int64_t pixels, int64_t pitch, int box) {
+  return {data, dtype, 2, {channels, pixels, 1}, {pitch, 0}, {box, 1}};
+}
+
+// [filters, positions, channels], dense
+TiledMap filters_map(DType dtype, const void* data, int64_t filters, int64_t positions, int64_t channels) {
+  return {data, dtype, 3, {channels, positions, filters}, {channels, positions * channels}, {1, kBox}};
+}
+
+TensorMap image_map(DType dtype, const Image& image, bool plain, const Axis& h, const Axis& w, int pixels) {
+  if (!plain) return im2col_map(walk_of(dtype, image, h, w, pixels));
+  const int64_t pitch = *pixel_pitch(image.strides, image.n, image.h, image.w, image.c);
+  return tiled_map(matrix(dtype, image.data, image.c, int64_t{image.n} * image.h * image.w, pitch, pixels));
+}
+
+// Where an image of results lies
+Strides result_strides(Pass pass, const ConvParams& p, int branch) {
+  return pass == Pass::kFprop ? p.arg.branch[branch].y : p.arg.x;
+}
+std::optional<int64_t> result_pitch(Pass pass, const ConvParams& p, int branch) {
+  const ConvArguments& arg = p.arg;
+  if (pass == Pass::kFprop) return pixel_pitch(arg.branch[branch].y, arg.n, arg.p, arg.q, arg.branch[branch].k);
+  if (p.rows.step_pixel != 1 || p.columns.step_pixel != 1) return std::nullopt;
+  return pixel_pitch(arg.x, arg.n, arg.h, arg.w, arg.c);
+}
+
+}  // namespace
+
+BoxExtents box_extents(Pass pass, const ConvParams& p) {
+  int64_t filters = 0;
+  for (int i = 0; i < p.arg.branches; ++i) filters += boxes_of(p.filters[i]);
+  const int64_t positions = int64_t{p.rows.positions} * p.columns.positions;
+  switch (pass) {
+    case Pass::kFprop:
+      return {boxes_of(p.extent_a), filters, positions * boxes_of(p.c_group)};
+    case Pass::kDgrad:
+      return {boxes_of(p.extent_a), boxes_of(p.c_group), positions * boxes_of(p.k_group)};
+    default:
+      return {filters, positions * boxes_of(p.c_group), boxes_of(p.depth)};
+  }
+}
+
+const char* refuses_boxes(Pass pass, const ConvParams& p) {
+  if (p.arg.groups > 1) return "it has groups";
+  if (!is_plain(pass, p)) {
+    const int slack = pass == Pass::kDgrad ? std::max(p.arg.dilation_h, p.arg.dilation_w) + 2 : 0;
+    if (!fits_im2col(axis_h(p), slack) || !fits_im2col(axis_w(p), slack)) {
+      return "stride, padding or the filter's reach are more than an im2col map can have";
+    }
+    if (!has_nested_strides(image_of(pass, p))) return kNoWalk;
+  }
+  if (pass == Pass::kWgrad && !has_nested_strides(gradient_of(p))) return kNoWalk;
+  for (int i = 0; i < p.arg.branches && pass == Pass::kFprop; ++i) {
+    const ConvBranch& branch = p.arg.branch[i];
+    if (!p.wide[i] || p.filters[i] % 8) return "the filters, or results, are not whole vectors";
+    if (!result_pitch(pass, p, i) && (p.arg.branches > 1 || branch.residual)) {
+      return "the results' pixels do not lie at one pitch";
+    }
+  }
+  if (!p.wide[0]) return "the results are not whole vectors";
+  return nullptr;
+}
+
+BoxParams box_params(Pass pass, const ConvParams& p, int tile_a, int tile_b, int cluster) {
+  const ConvArguments& arg = p.arg;
+  const auto [boxes_a, boxes_b, deep] = box_extents(pass, p);
+  const Axis h = axis_h(p), w = axis_w(p);
+  const Image image = image_of(pass, p), gradient = gradient_of(p);
+  const int positions = arg.r * arg.s;
+
+  BoxParams b{};
+  b.plain_image = is_plain(pass, p);
+  b.image = image_map(arg.dtype, image, b.plain_image, h, w, pass == Pass::kWgrad ? kBox : tile_a);
+  if (pass == Pass::kWgrad) {
+    b.plain_gradient = pixel_pitch(arg.y, arg.n, arg.p, arg.q, arg.grad_channels).has_value();
+    b.gradient = image_map(arg.dtype, gradient, b.plain_gradient, {0, 1, arg.p, arg.p, 0, 0, 0},
+                           {0, 1, arg.q, arg.q, 0, 0, 0}, kBox);
+  }
+  b.activation = arg.activation;
+
+  b.extent_a = p.extent_a, b.extent_b = p.extent_b;
+  b.boxes_b = static_cast<int>(boxes_b), b.deep = static_cast<int>(std::max<int64_t>(deep, 1));
+  const int tiles_b = static_cast<int>(ceil_div(boxes_b * kBox, tile_b));
+  const int tiles = static_cast<int>(ceil_div(boxes_a * kBox, tile_a * cluster)) * tiles_b;
+  b.splits = p.splits, b.split_deep = static_cast<int>(ceil_div(b.deep, p.splits));
+  b.work = tiles * p.splits;
+  b.by_tiles = Divider(static_cast<uint32_t>(tiles)), b.by_tiles_b = Divider(static_cast<uint32_t>(tiles_b));
+  b.channels = pass == Pass::kDgrad ? arg.grad_channels : arg.c;
+  b.channel_boxes = boxes_of(b.channels);
+  b.first_channel = deep == 0 ? b.channels : 0;
+  b.by_channel_boxes = Divider(static_cast<uint32_t>(b.channel_boxes)), b.by_s = p.by_s;
+  b.s = std::max(p.columns.positions, 1);
+
+  b.by_pixels = p.walk.by_pixels, b.by_columns = p.walk.by_columns;
+  b.first_h = h.first, b.first_w = w.first, b.step_h = h.step, b.step_w = w.step;
+  b.offset_h = h.offset, b.offset_w = w.offset, b.tap_h = h.tap, b.tap_w = w.tap;
+  b.first_position = p.rows.first_position * arg.s + p.columns.first_position;
+  b.position_row = p.rows.step_position * arg.s, b.position_column = p.columns.step_position;
+  b.rows = p.rows, b.columns = p.columns;
+
+  b.plain_result = true;
+  b.branches = arg.branches;
+  for (int i = 0; i < arg.branches; ++i) {
+    const ConvBranch& branch = arg.branch[i];
+    b.filters[i] = p.filters[i], b.first_filter[i] = p.first_filter[i];
+    b.first_box[i + 1] = b.first_box[i] + boxes_of(p.filters[i]);
+    b.bias[i] = branch.bias;
+    if (pass != Pass::kWgrad) {
+      b.weight[i] = tiled_map(filters_map(arg.dtype, branch.weight, branch.k, positions, arg.c));
+      void* const output = pass == Pass::kFprop ? branch.output : arg.grad_input;
+      const int channels = pass == Pass::kFprop ? branch.k : arg.c;
+      if (const auto pitch = result_pitch(pass, p, i)) {
+        b.result[i] = tiled_map(matrix(arg.dtype, output, channels, p.extent_a, *pitch, kBox));
+        if (branch.residual && pass == Pass::kFprop) {
+          b.has_residual = true;
+          b.residual = tiled_map(matrix(arg.dtype, branch.residual, channels, p.extent_a, *pitch, kBox));
+        }
+      } else {
+        b.plain_result = false;
+        b.output = output, b.y = result_strides(pass, p, i);
+      }
+    } else {
+      b.result[i] = tiled_map(filters_map(arg.dtype, branch.grad_weight, p.filters[i], positions, arg.c));
+    }
+  }
+  b.pitch_b = p.pitch_b;
+  return b;
+}
+
+}  // namespace fastconv::cuda

@@ -1,0 +1,60 @@
+// The Hopper kernels of one pass and one dtype. The build compiles this file for each of them, see _build/sources.py:
+// FASTCONV_PASS is kFprop, kDgrad or kWgrad, FASTCONV_DTYPE is kFloat16 or kBFloat16.
+#include "cuda/conv2d/plan.h"
+#include "cuda/conv2d/sm90a/kernel.cuh"
+
+namespace fastconv::cuda {
+namespace {
+
+constexpr Pass kPass = Pass::FASTCONV_PASS;
+constexpr DType kDType = DType::FASTCONV_DTYPE;
+constexpr int kFamily = static_cast<int>(kPass);
+constexpr bool kIsHalf = kDType == DType::kFloat16;
+
+using T = std::conditional_t<kIsHalf, Half, BFloat16>;
+
+constexpr Instructions kUses =
+    uses::kSmemAddress | uses::kMbarrier | uses::kTmaTiled | uses::kTmaIm2col | uses::kTmaStore | uses::kStmatrix |
+    uses::kNamedBarrier | uses::kProxyFence | uses::kSetmaxnreg | uses::kLoadStore | uses::kShuffle |
+    (kIsHalf ? uses::kWgmmaHalf | uses::kConvertHalf : uses::kWgmmaBFloat16 | uses::kConvertBFloat16) |
+    (kPass == Pass::kFprop ? uses::kActivate : uses::kNothing);
+
+template <class C>
+ConvVariant variant(const char* what, double rate) {
+  constexpr Instructions kOfCluster = C::kCluster > 1 ? uses::kCluster | uses::kTmaMulticast : uses::kNothing;
+  ConvVariant found{};
+  found.info = {std::string(ConvVariant::kOps[kFamily]) + (kIsHalf ? "_fp16_" : "_bf16_") + what + "_sm90a",
+                ConvVariant::kOps[kFamily],
+                kArch,
+                {C::kTileA, C::kTileB, kBox},
+                C::kStages,
+                C::kThreads,
+                C::kSharedBytes,
+                "channels_last, channels in multiples of 16 bytes, no groups",
+                kUses | kOfCluster};
+  found.pass = kPass;
+  found.dtype = kDType;
+  found.vector = 8;
+  found.boxes = true;
+  found.cluster = C::kCluster;
+  found.resident = 1;
+  found.rate = rate;
+  found.run = [](const KernelInfo& info, const ConvLaunch& planned, Stream stream) {
+    launch(info, &conv2d_box_kernel<kPass, C>, planned.shape, stream, *planned.boxes);
+  };
+  return found;
+}
+
+// Stages fill the 227 KiB. Rates: beside mma.sync's largest tile, by what L2 can bring for a tile's products.
+template <int kTileA, int kTileB, int kStages, bool kTogether, int kCluster = 1>
+using Config = BoxConfig<T, kTileA, kTileB, kStages, kTogether, kCluster>;
+const Register<ConvVariant> registered(kFamily, {variant<Config<128, 256, 4, true>>("128x256", 1.4),
+                                                 variant<Config<128, 256, 4, true, 2>>("128x256_pair", 1.7),
+                                                 variant<Config<256, 128, 4, true>>("256x128", 1.4),
+                                                 variant<Config<256, 128, 4, true, 2>>("256x128_pair", 1.6),
+                                                 variant<Config<128, 128, 6, false>>("128x128", 1.1),
+                                                 variant<Config<128, 128, 6, false, 2>>("128x128_pair", 1.4),
+                                                 variant<Config<256, 64, 4, true>>("256x64", 0.9)});
+
+}  // namespace
+}  // namespace fastconv::cuda

@@ -1,0 +1,256 @@
+"""The convolution kernels for Hopper (sm_90a), every one of the table, against float64: in the emulator, and on a GPU
+of that compute capability."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastconv import ops
+from fastconv.measure.tolerance import assert_close_to_oracle
+from fastconv.operators import kernels
+from support import numerics
+from support.cases import LAYOUTS, Case, Concatenation, named
+from support.cuda_convolutions import DEEP, PASSES, Convolution, check, convolution
+from support.cuda_kernels import check_same_bits_in_any_order, emulated_hopper, operators
+from support.eager import activate
+from support.kernel_backends import device_of, emulated, kernel_table
+
+TILES = ("128x256", "128x256_pair", "256x128", "256x128_pair", "128x128", "128x128_pair", "256x64")
+NAMES = ("fp16", "bf16")
+VARIANTS = list(itertools.product(PASSES, NAMES, TILES))
+
+
+@pytest.fixture(autouse=True)
+def _hopper(backend: str) -> Iterator[None]:
+    if backend == "cuda-emulated":
+        with emulated_hopper():
+            yield
+    elif torch.cuda.get_device_capability() == (9, 0):
+        yield
+    else:
+        pytest.skip("the GPU here is not of compute capability 9.0")
+
+
+@contextlib.contextmanager
+def forced(backend: str, name: str, tile: str, passes: tuple[str, ...] = PASSES) -> Iterator[None]:
+    """These passes run the kernels of this tile, or fail."""
+    with contextlib.ExitStack() as stack:
+        for kind in passes:
+            stack.enter_context(kernels.forced(f"conv2d_{kind}", f"conv2d_{kind}_{name}_{tile}_sm90a", backend))
+        yield
+
+
+def test_the_table_has_these_kernels(backend: str) -> None:
+    names = {f"conv2d_{kind}_{name}_{tile}_sm90a" for kind, name, tile in VARIANTS}
+    assert {kernel["name"] for kernel in kernel_table(backend) if kernel["name"].endswith("sm90a")} == names
+
+
+@pytest.mark.parametrize(("kind", "name", "tile"), VARIANTS)
+def test_every_kernel(backend: str, kind: str, name: str, tile: str) -> None:
+    """More tiles than multiprocessors, full ones and others; in shared memory no two rows meet in a bank."""
+    if backend == "cuda-emulated":
+        emulated().reset_statistics()
+    with forced(backend, name, tile, (kind,)):
+        for activation, stride in (("none", 1), ("relu", 2), ("relu6", 1)):
+            # Pixels, channels and filters are no multiples of tiles, nor of boxes.
+            options = {"stride": stride, "padding": 1, "activation": activation}
+            check(backend, convolution(backend, name, (3, 72, 17, 13), (136, 72, 3, 3), **options), (kind,))
+        check(backend, convolution(backend, name, (2, 72, 9, 11), (328, 72, 1, 1)), (kind,))
+    if backend == "cuda-emulated":
+        statistics = emulated().statistics()
+        assert statistics["wgmma"] > 0
+        assert statistics["stmatrix_conflicts"] == 0
+
+
+LAYERS = {
+    "VGG": ((2, 64, 7, 7), (64, 64, 3, 3), {"padding": 1}),
+    "ResNet's strided 3x3": ((2, 32, 10, 10), (32, 32, 3, 3), {"stride": 2, "padding": 1}),
+    "an odd image, strided": ((2, 16, 9, 7), (24, 16, 3, 3), {"stride": 2, "padding": 1}),
+    "ResNet's shortcut": ((1, 32, 8, 8), (64, 32, 1, 1), {"stride": 2}),
+    "the end of a bottleneck": ((2, 32, 7, 7), (128, 32, 1, 1), {}),
+    "Inception's 1x7": ((1, 24, 9, 9), (24, 24, 1, 7), {"padding": 3}),
+    "Inception's 5x5": ((2, 16, 6, 8), (48, 16, 5, 5), {"padding": 2}),
+    "dilated": ((1, 8, 12, 12), (8, 8, 3, 3), {"dilation": 3, "padding": 3}),
+    "dilated and strided": ((2, 16, 11, 14), (8, 16, 3, 2), {"dilation": 2, "padding": 2, "stride": 3}),
+    "stride beyond the filter": ((1, 8, 10, 10), (8, 8, 2, 2), {"stride": 3}),
+    "padding beyond the filter": ((1, 8, 4, 4), (8, 8, 3, 3), {"padding": 5}),
+    "1x1 with padding": ((2, 16, 5, 6), (8, 16, 1, 1), {"padding": 2}),
+    "one pixel": ((3, 16, 1, 1), (24, 16, 1, 1), {}),
+    "one row": ((2, 16, 1, 9), (24, 16, 1, 3), {}),
+    "a filter as large as the image": ((3, 24, 7, 7), (40, 24, 7, 7), {}),
+    "many small images": ((40, 8, 2, 3), (16, 8, 2, 2), {"padding": 1}),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_of_networks(backend: str, layer: str) -> None:
+    shape, filters, options = LAYERS[layer]
+    with forced(backend, "fp16", "128x128"):
+        check(backend, convolution(backend, "fp16", shape, filters, activation="relu", **options))
+
+
+def deep(backend: str, name: str, kind: str) -> Convolution:
+    return convolution(backend, name, *DEEP[kind], padding=DEEP[kind][1][2] // 2, activation="relu")
+
+
+@pytest.mark.parametrize("tile", ["256x128", "128x128_pair"])
+@pytest.mark.parametrize("kind", PASSES)
+def test_a_split_depth(kind: str, tile: str) -> None:
+    """Small grids are spread over the GPU, deterministically."""
+    with emulated_hopper(multiprocessors=24) as library, forced("cuda-emulated", "bf16", tile, (kind,)):
+        check("cuda-emulated", deep("cuda-emulated", "bf16", kind), (kind,))
+        assert f"conv2d_{kind}_bf16_reduce_sm80" in library.launches()
+
+
+def test_the_same_bits_in_any_order() -> None:
+    def call() -> list[Tensor]:
+        conv = deep("cuda-emulated", "fp16", "dgrad")
+        arguments = conv.grad, conv.output, conv.input, conv.weight, *conv.geometry, "relu"
+        return operators("cuda-emulated").conv2d_backward(*arguments, [True] * 3 + [False])[:3]
+
+    with emulated_hopper(multiprocessors=24), forced("cuda-emulated", "fp16", "128x256"):
+        check_same_bits_in_any_order(call)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("offset", [0, 8])
+def test_out_with_a_residual(backend: str, offset: int, tile: str) -> None:
+    """Into a slice of the channels of a wider tensor, the rest of which stays as it is."""
+    conv = convolution(backend, "fp16", (3, 40, 11, 9), (328, 40, 1, 1), activation="relu")
+    inner = replace(conv, activation="none")
+    joined = Concatenation.of([inner.forward(torch.float16)], offset, "channels_last", 8)
+    beside = Concatenation.of([conv.grad], offset, "channels_last", 8)
+    residual = beside.slices[0].copy_(conv.grad)
+    with forced(backend, "fp16", tile, ("fprop",)):
+        found = ops.conv2d_add_relu(
+            conv.input, conv.weight, conv.bias, residual, activation="relu", out=joined.slices[0]
+        )
+    assert found is joined.slices[0]
+    joined.check_the_rest()
+    oracle, baseline = (
+        activate(inner.forward(dtype) + conv.grad.to(dtype), "relu") for dtype in (torch.float64, torch.float16)
+    )
+    assert_close_to_oracle(found, oracle, baseline, what="out", border=1)
+
+
+def test_slices_are_read_in_place(backend: str) -> None:
+    """Of channels, of images, and of images' rows and columns: all that has a pitch, and what has none."""
+    device = device_of(backend)
+    wide = torch.randn(3, 64, 8, 8, device=device).half().contiguous(memory_format=torch.channels_last)
+    weights = [(0.2 * torch.randn(24, 32, side, side, device=device)).half() for side in (1, 3)]
+    slices = [wide[:, 16:48], wide[::2, 16:48], wide[:, :32, 2:7], wide[:, :32, :, 1:6], wide[:, :32, ::2, ::4]]
+    with forced(backend, "fp16", "128x128", ("fprop",)):
+        for image, weight in itertools.product(slices, weights):
+            padding = weight.shape[-1] // 2
+            found = ops.conv2d_relu(image, weight, None, padding=padding)
+            exact, baseline = (
+                F.relu(F.conv2d(image.to(d), weight.to(d), padding=padding)) for d in (torch.float64, torch.float16)
+            )
+            assert_close_to_oracle(found, exact, baseline, what="slice")
+
+
+@pytest.mark.parametrize("tile", ["128x256", "128x128_pair"])
+@pytest.mark.parametrize("sizes", [[8, 72, 16], [64, 128], [8] * 10], ids=["vectors", "boxes", "more than one launch"])
+def test_branches(backend: str, sizes: list[int], tile: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def tensor(*size: int) -> Tensor:
+        value = torch.randn(size, generator=generator).to(device_of(backend), torch.float16)
+        return value.contiguous(memory_format=torch.channels_last) if len(size) == 4 else value
+
+    input, weights = tensor(2, 72, 9, 8), [0.2 * tensor(k, 72, 1, 1) for k in sizes]
+    biases, grads = [tensor(k) for k in sizes], [tensor(2, k, 9, 8) for k in sizes]
+
+    def run(dtype: torch.dtype, name: str) -> list[Tensor]:
+        leaves = [t.to(dtype).detach().requires_grad_() for t in (input, *weights, *biases)]
+        n = len(sizes)
+        outputs = ops.pointwise_conv2d_group(
+            leaves[0], leaves[1 : n + 1], leaves[n + 1 :], activation="relu", backend=name
+        )
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in grads])]
+
+    with forced(backend, "fp16", tile):
+        found = run(torch.float16, backend)
+    oracle, baseline = run(torch.float64, "reference"), run(torch.float16, "reference")
+    for i, triple in enumerate(zip(found, oracle, baseline, strict=True)):
+        assert_close_to_oracle(*triple, what=f"result {i}")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_special_values(backend: str, value: float) -> None:
+    """They stay with the pixels that meet them, whatever else is in their boxes."""
+    conv = convolution(backend, "fp16", (2, 16, 6, 6), (8, 16, 3, 3), padding=1, activation="relu")
+    conv.input[0, 3, 2, 2] = value
+    with forced(backend, "fp16", "128x256", ("fprop",)):
+        found = ops.conv2d_relu(conv.input, conv.weight, conv.bias, *conv.geometry)
+    expected = F.relu(F.conv2d(conv.input, conv.weight, conv.bias, *conv.geometry))
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("tile", ["256x128_pair", "128x128"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "case", named("conv2d_relu", "conv2d_add_relu", "pointwise_conv2d", "pointwise_conv2d_group"), ids=str
+)
+def test_ops(backend: str, case: Case, layout: str, tile: str) -> None:
+    """The suite of the ops, with these kernels wherever they can run a call."""
+    dtype, device = torch.float16, device_of(backend)
+    names = {f"conv2d_{kind}": f"conv2d_{kind}_fp16_{tile}_sm90a" for kind in PASSES}
+    with kernels.preferred(names, backend):
+        numerics.check_forward(case, dtype, layout, device)
+        numerics.check_out(case, dtype, layout, device)
+        numerics.check_backward(case, dtype, layout, device)
+
+
+REFUSED = {
+    "it has groups": ((1, 32, 6, 6), (16, 16, 3, 3), {"groups": 2}),
+    "a group's channels are not whole vectors": ((1, 12, 6, 6), (16, 12, 3, 3), {}),
+    "the filters, or results, are not whole vectors": ((1, 16, 6, 6), (12, 16, 3, 3), {}),
+    "more than an im2col map can have": ((1, 8, 30, 30), (8, 8, 3, 3), {"stride": 9}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_forced_kernel_that_does_not_fit(backend: str, reason: str) -> None:
+    shape, filters, options = REFUSED[reason]
+    conv = convolution(backend, "fp16", shape, filters, **options)
+    with forced(backend, "fp16", "128x128", ("fprop",)), pytest.raises(RuntimeError, match=reason):
+        ops.conv2d_relu(conv.input, conv.weight, None, *conv.geometry)
+
+
+def test_strides_that_no_map_has(backend: str) -> None:
+    image = torch.randn(2, 8, 9, 12, device=device_of(backend)).half().contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(8, 8, 1, 1, device=device_of(backend)).half()
+    with (
+        forced(backend, "fp16", "128x128", ("fprop",)),
+        pytest.raises(RuntimeError, match="no multiples of each other"),
+    ):
+        ops.conv2d_relu(image[..., ::5], weight, None)
+
+
+def test_they_are_chosen_where_they_are_preferred(backend: str) -> None:
+    """By what `fastconv.qualify` found; until then their score is told, and another runs."""
+    conv = convolution(backend, "fp16", (4, 64, 32, 32), (64, 64, 1, 1))
+
+    def choice() -> kernels.Choice:
+        with kernels.choices() as made:
+            ops.conv2d_relu(conv.input, conv.weight, None)
+        return made[-1]
+
+    free = choice()
+    best = max(free.candidates, key=lambda candidate: candidate.score)
+    assert best.unproven
+    assert best.kernel.endswith("sm90a")
+    assert "only where it is qualified" in best.outlook
+    assert free.chosen.endswith("sm80")
+    with kernels.preferred({"conv2d_fprop": best.kernel}, backend):
+        assert choice().chosen == best.kernel
