@@ -71,11 +71,11 @@ def loops() -> dict[str, dict[str, Loop]]:
     library = machine_code.library()
     found: dict[str, dict[str, Loop]] = {gpu.arch: {} for gpu in GPUS}
     for kernel in hot_kernels.hot_kernels():
-        for arch, each in found.items():
-            trip = kernel.trip(machine_code.code(library, arch)[kernel.code])
-            registers = machine_code.kernels(library)[arch][kernel.code].registers
+        for gpu in filter(kernel.runs_on, GPUS):
+            trip = kernel.trip(machine_code.code(library, gpu.arch)[kernel.code])
+            registers = machine_code.kernels(library)[gpu.arch][kernel.code].registers
             shape = kernel.threads, kernel.shared_bytes, kernel.stages
-            each[kernel.name] = Loop(kernel.name, *shape, registers, trip)
+            found[gpu.arch][kernel.name] = Loop(kernel.name, *shape, registers, trip)
     return found
 
 
@@ -136,6 +136,7 @@ class Layer:
         splits: blocks that share the depth of a tile.
         microseconds: at best, by gpu_model.
         choice: the time of the kernel that would be fastest by gpu_model, by that of the one which is chosen.
+        unproven: the same, of the kernels that are chosen only where they are qualified; 1 where none is faster.
     """
 
     kernel: str
@@ -146,19 +147,23 @@ class Layer:
     waves: float
     microseconds: float
     choice: float
+    unproven: float = 1
 
     def __str__(self) -> str:
         launches = f"/{self.launches}" if self.launches > 1 else ""
         splits = f" x{self.splits}" if self.splits > 1 else ""
         numbers = f"{self.fill:.2f} {self.waves:.2f} {self.microseconds:.4g} {self.choice:.2f}"
+        numbers += f" {self.unproven:.2f}" if self.unproven < 1 else ""
         return f"{self.kernel} {self.blocks}{launches}{splits} {numbers}"
 
     @classmethod
     def parse(cls, text: str) -> Layer:
-        match = re.fullmatch(r"(\S+) (\d+)(?:/(\d+))?(?: x(\d+))? (\S+) (\S+) (\S+) (\S+)", text)
+        match = re.fullmatch(r"(\S+) (\d+)(?:/(\d+))?(?: x(\d+))? (\S+) (\S+) (\S+) (\S+)(?: (\S+))?", text)
         assert match is not None, text
         kernel, blocks, launches, splits, *numbers = match.groups()
-        return cls(kernel, int(blocks), int(launches or 1), int(splits or 1), *map(float, numbers))
+        return cls(
+            kernel, int(blocks), int(launches or 1), int(splits or 1), *(float(each) for each in numbers if each)
+        )
 
     @property
     def share(self) -> float:
@@ -195,12 +200,16 @@ def layer(conv: Convolution, direction: str, batch: int, gpu: Gpu, loops: dict[s
         return done + 2 * parts / (gpu.l2_bytes_per_clock * gpu.hertz)
 
     beside = _bytes_beside(conv, batch, chosen.launches) / gpu.bytes_per_second
-    able = (each for each in chosen.choice.candidates if not each.reason and each.kernel in loops)
-    fastest = beside + min(seconds(each, each.waves) for each in able)
-    choice = fastest / (beside + seconds(candidate, candidate.waves))
+    able = [each for each in chosen.choice.candidates if not each.reason and each.kernel in loops]
+    times = {each.kernel: beside + seconds(each, each.waves) for each in able}
+    own_time = times[kernel]
+    choice = min(times[each.kernel] for each in able if not each.unproven) / own_time
+    unproven = min((times[each.kernel] / own_time for each in able if each.unproven), default=1.0)
     short = kernel.removeprefix(chosen.choice.op + "_").removesuffix("_sm80").removeprefix("fp16_")
     microseconds = 1e6 * (beside + seconds(candidate, waves))
-    return Layer(short, blocks, len(own), candidate.splits, candidate.fill, waves, microseconds, choice)
+    return Layer(
+        short, blocks, len(own), candidate.splits, candidate.fill, waves, microseconds, choice, min(unproven, 1.0)
+    )
 
 
 def _bytes_beside(conv: Convolution, batch: int, launches: Sequence[plans.Launch]) -> int:

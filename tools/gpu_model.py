@@ -4,10 +4,12 @@ One trip of one warp through a kernel's main loop takes so many clocks of a part
 quarters with a warp scheduler each:
 
     tensor   HMMA x its clocks (m16n8k16 of 16-bit types and m16n8k8 of TF32 take the same), at the rate that mma.sync
-             reaches; without tensor cores FFMA x its clocks
+             reaches; a warp's quarter of an HGMMA of n columns as n / 8 HMMA, at the peak; without tensor cores FFMA x
+             its clocks
     issue    all instructions: a scheduler issues one each clock, whatever becomes of it
-    shared   bytes that LDSM, LDS, STS and LDGSTS move / 128, times four: the quarters share it
-    L2       bytes that LDGSTS and LDG bring / the multiprocessor's share of L2's rate, times four
+    shared   bytes that LDSM, LDS, STS and LDGSTS move / 128, times four: the quarters share it; of HGMMA both operands,
+             and what the TMA brings
+    L2       bytes that LDGSTS, LDG and the TMA bring / the multiprocessor's share of L2's rate, times four
 
 The longest of these bounds the loop. Its share of the peak is the clocks of HMMA (FFMA) at the peak by that bound. A
 kernel that moves data is bounded by memory or by issue: its share is that of the bandwidth.
@@ -81,12 +83,14 @@ class Trip:
         shared: clocks of shared memory.
         loaded: bytes that it brings from L2, or global memory.
         moved: for kernels that move data, the bytes that memory must move for it.
+        asynchronous: whether the tensor cores read shared memory by themselves, as HGMMA has them do.
     """
 
     counts: Mapping[str, int]
     shared: int
     loaded: int
     moved: int = 0
+    asynchronous: bool = False
 
     @property
     def instructions(self) -> int:
@@ -111,7 +115,7 @@ def bound(trip: Trip, gpu: Gpu) -> Bound:
         peak = clocks["memory"] = 4 * trip.moved * gpu.multiprocessors * gpu.hertz / gpu.bytes_per_second
     else:
         peak = tensor * gpu.hmma_clocks if tensor else fma * gpu.ffma_clocks
-        clocks["tensor"] = peak / gpu.mma_sync if tensor else peak
+        clocks["tensor"] = peak / gpu.mma_sync if tensor and not trip.asynchronous else peak
         clocks["L2"] = 4 * trip.loaded * gpu.multiprocessors / gpu.l2_bytes_per_clock
     longest = max(clocks, key=lambda part: clocks[part])
     return Bound(longest, peak / clocks[longest])

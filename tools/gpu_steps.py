@@ -55,7 +55,7 @@ def stages(arch: str | None, files: Path) -> list[list[Step]]:
     return [
         [Step("build", build, 240, build, environ, is_built)],
         [
-            Step("conformance", record, 120, conformance),
+            Step("conformance", record, 180, conformance),
             Step("info", info, 60, info),
             Step("machine", machine, 60, machine),
         ],

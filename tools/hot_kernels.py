@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 import machine_code
 import plans
 from fastconv.measure.timing import tf32
-from gpu_model import GPUS, Trip
+from gpu_model import GPUS, Gpu, Trip
 from zoo_convolutions import Convolution
 
 # Those for 16-bit types run the same code for both, and are tried with float16.
@@ -44,15 +45,23 @@ class HotKernel:
     Attributes:
         name: in the table of kernels.
         code: as machine_code has it.
+        arch: the compute capability that it is for, and later ones; or `only` that one.
         stages: of its asynchronous pipeline, 0 without one.
+        tile: M x N x K of a GEMM.
     """
 
     name: str
     op: str
     code: str
+    arch: int
+    only: bool
     threads: int
     shared_bytes: int
     stages: int
+    tile: tuple[int, int, int]
+
+    def runs_on(self, gpu: Gpu) -> bool:
+        return gpu.number == self.arch if self.only else gpu.number >= self.arch
 
     def trip(self, code: machine_code.Code) -> Trip:
         if self.op in MOVED:
@@ -61,6 +70,8 @@ class HotKernel:
             return Trip(machine_code.counted(path), 0, machine_code.loaded(path), moved)
         body = machine_code.main_loop(code)
         assert body is not None, self.name
+        if any(one.name.startswith("HGMMA") for one in body.instructions):
+            return self._warpgroup_trip(body, shares=any("MULTICAST" in one.name for one in code))
         if self.op in DEPTHWISE:
             # A step of a strip, whatever it branches around: each element takes a multiply-add for each tap.
             elements = body.counts["fma"] // int(self.name[-1]) ** 2 * LANES
@@ -70,6 +81,20 @@ class HotKernel:
         through_shared = sum(one.bytes for kind in ("ldsm", "shared", "copy") for one in kinds[kind])
         copied = sum(one.bytes for one in kinds["copy"]) + machine_code.loaded(body.instructions)
         return Trip(body.counts, through_shared // 128, copied)
+
+    def _warpgroup_trip(self, body: machine_code.Loop, shares: bool) -> Trip:
+        """Of a warp among those that multiply, for one stage: it has a quarter of each HGMMA of its warpgroup.
+
+        Where it `shares`, two blocks each bring half of B for both.
+        """
+        columns = [int(one.name.split(".")[1].split("x")[1]) for one in body.instructions if one.kind == "tensor"]
+        rows, width, depth = self.tile
+        counts = Counter({**body.counts, "tensor": sum(columns) // 8})
+        stage = 2 * (rows + width) * depth  # bytes that come for the warps which share the tile
+        brought = stage - width * depth if shares else stage
+        sharing = 4 * rows * width * depth // (64 * 16 * sum(columns))
+        read = sum(2 * 16 * (64 + n) for n in columns) // 4
+        return Trip(counts, (read + stage // sharing) // 128, brought // sharing, asynchronous=True)
 
 
 def hot_kernels() -> Iterator[HotKernel]:
@@ -82,8 +107,10 @@ def _launched(entry: dict[str, Any]) -> HotKernel:
     name, op = entry["name"], entry["op"]
     for call, allowed in _calls(op):
         with contextlib.suppress(RuntimeError), plans.forced(op, name), tf32(allowed):
-            launch = next(each for each in plans.plan(GPUS[0], call)[-1].launches if each.kernel == name)
-            return HotKernel(name, op, launch.code, launch.threads, launch.shared_bytes, entry["stages"])
+            gpu = next(each for each in GPUS if each.number >= entry["arch"])
+            launch = next(each for each in plans.plan(gpu, call)[-1].launches if each.kernel == name)
+            shape = launch.threads, launch.shared_bytes, entry["stages"], tuple(entry["tile"])
+            return HotKernel(name, op, launch.code, entry["arch"], entry["only"], *shape)
     raise RuntimeError(f"{name}: none of the calls in {Path(__file__).name} runs it")
 
 

@@ -60,7 +60,7 @@ def main() -> int:
         return 0
     loops = expected.loops()
     layers = expected.layers(loops)
-    for table in (sass_tables.kernels(loops), *sass_tables.networks(layers)):
+    for table in (sass_tables.kernels(loops), *sass_tables.networks(layers), sass_tables.goals(layers)):
         table.print()
     for network in args.layers:
         sass_tables.layers(network, layers, sass_tables.measured(args.measured)).print()

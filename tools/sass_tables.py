@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,8 +18,20 @@ from zoo_convolutions import Convolution
 
 README = Path(__file__).resolve().parents[1] / "csrc/README.md"
 BEGIN, END = "<!-- python tools/sass.py --write -->", "<!-- end -->"
-# Of a network's layers, in this order: means, the least, and times by times
-_OF_NETWORKS = ("fill x waves", "least", "of roofline", "choice")
+# Of a network's layers, in this order: means, the least, and times by times; the last is the roofline's by the time of
+# the kernels that run only where they are qualified
+_OF_NETWORKS = ("fill x waves", "least", "of roofline", "choice", "unproven")
+# What the kernels for Hopper are to reach of the roofline of layers like these
+_GOALS: tuple[tuple[str, str, float, Callable[[Convolution], bool]], ...] = (
+    ("3x3, 128 channels or more", "fprop", 0.70, lambda conv: conv.kernel == (3, 3) and conv.channels >= 128),
+    ("3x3, 64 channels", "fprop", 0.65, lambda conv: conv.kernel == (3, 3) and conv.channels == 64),
+    ("1x1", "fprop", 0.80, lambda conv: conv.kernel == (1, 1)),
+    ("3x3, 128 channels or more", "dgrad", 0.60, lambda conv: conv.kernel == (3, 3) and conv.channels >= 128),
+    ("3x3, 128 channels or more", "wgrad", 0.60, lambda conv: conv.kernel == (3, 3) and conv.channels >= 128),
+    ("1x1", "dgrad", 0.60, lambda conv: conv.kernel == (1, 1)),
+    ("1x1", "wgrad", 0.60, lambda conv: conv.kernel == (1, 1)),
+)
+_GOAL_NETWORKS = ("resnet50", "vgg16", "googlenet", "alexnet2012")
 _COLUMNS = ("tensor", "fma", "ldsm", "shared", "copy", "global", "local", "address", "predicate", "branch")
 
 
@@ -43,8 +56,10 @@ class Table:
 def kernels(loops: dict[str, dict[str, Loop]]) -> Table:
     head = ["kernel", "arch", "to", "all", *_COLUMNS, "other", "registers", "blocks", "in flight", "bound"]
     table = Table("Main loops: instructions of a warp", head)
-    for name in loops[GPUS[0].arch]:
+    for name in dict.fromkeys(name for each in loops.values() for name in each):
         for gpu in GPUS:
+            if name not in loops[gpu.arch]:
+                continue
             loop = loops[gpu.arch][name]
             scale = loop.instructions / loop.trip.instructions
             counts = [loop.trip.counts.get(kind, 0) for kind in _COLUMNS]
@@ -61,7 +76,7 @@ def networks(layers: Layers) -> Iterator[Table]:
     for gpu in GPUS:
         head = ["network and pass"]
         head += [f"{what}, batch {batch}" for what in _OF_NETWORKS for batch in BATCHES]
-        means = "means and least of the layers, time of the roofline and of the fastest kernels by that of the chosen"
+        means = "means and least of the layers, and shares of their times"
         table = Table(f"The planner on {gpu.name}: {means}", head)
         for network, found in zoo_convolutions.load().items():
             for direction in ("fprop", "dgrad", "wgrad"):
@@ -74,15 +89,54 @@ def networks(layers: Layers) -> Iterator[Table]:
                     time = sum(layer.microseconds for layer in all_of_it)
                     least = sum(expected.roofline(conv, direction, batch, gpu) * n for conv, n in counts.items())
                     fastest = sum(layer.microseconds * layer.choice for layer in all_of_it)
-                    values = statistics.mean(shares), min(shares), least / time, fastest / time
+                    unproven = sum(layer.microseconds * min(layer.choice, layer.unproven) for layer in all_of_it)
+                    values = statistics.mean(shares), min(shares), least / time, fastest / time, least / unproven
                     for column, value in zip(columns, values, strict=True):
                         column.append(f"{value:.2f}")
                 table.rows.append([f"{network} {direction}", *(cell for column in columns for cell in column)])
         yield table
 
 
+def goals(layers: Layers) -> Table:
+    """Shares of the roofline of what is chosen now, and of the kernels that run only where they are qualified."""
+    head = [
+        "layers",
+        "pass",
+        "goal",
+        *(f"batch {batch}, {what}" for batch in BATCHES for what in ("chosen", "unproven")),
+    ]
+    table = Table("The kernels for Hopper on H100: shares of the roofline, by the layers' time", head)
+    gpu = GPUS[1]
+    known = zoo_convolutions.load()
+    for name, direction, goal, belongs in _GOALS:
+        counts = Counter[Convolution]()
+        for network in _GOAL_NETWORKS:
+            counts.update({conv: n for conv, n in known[network].items() if belongs(conv) and conv.groups == 1})
+        row = [name, direction, f"{goal:.2f}"]
+        for i, batch in enumerate(BATCHES):
+            found = {conv: layers[conv][f"{gpu.name} {direction}"][i] for conv in counts}
+            least = sum(expected.roofline(conv, direction, batch, gpu) * n for conv, n in counts.items())
+            for share in (lambda layer: 1.0, lambda layer: min(layer.choice, layer.unproven)):
+                time = sum(found[conv].microseconds * share(found[conv]) * n for conv, n in counts.items())
+                row.append(f"{least / time:.2f}")
+        table.rows.append(row)
+    return table
+
+
 def layers(network: str, layers: Layers, times: dict[tuple[Convolution, int], float]) -> Table:
-    head = ["layer", "pass", "batch", "kernel", "blocks", "splits", "fill", "waves", "expected us", "roofline us"]
+    head = [
+        "layer",
+        "pass",
+        "batch",
+        "kernel",
+        "blocks",
+        "splits",
+        "fill",
+        "waves",
+        "expected us",
+        "unproven us",
+        "roofline us",
+    ]
     table = Table(f"{network}", [*head, *(["measured us"] if times else [])])
     for conv in zoo_convolutions.load()[network]:
         for gpu in GPUS:
@@ -92,6 +146,7 @@ def layers(network: str, layers: Layers, times: dict[tuple[Convolution, int], fl
                     blocks = f"{layer.blocks}/{layer.launches}" if layer.launches > 1 else str(layer.blocks)
                     row = [str(conv), f"{gpu.name} {direction}", str(batch), layer.kernel, blocks, str(layer.splits)]
                     row += [f"{layer.fill:.2f}", f"{layer.waves:.2f}", f"{layer.microseconds:.4g}"]
+                    row.append(f"{layer.microseconds * layer.unproven:.4g}" if layer.unproven < 1 else "")
                     row.append(f"{expected.roofline(conv, direction, batch, gpu):.4g}")
                     if times:
                         row.append(f"{1e6 * seconds:.4g}" if seconds else "")
@@ -142,12 +197,24 @@ def markdown() -> str:
         ]
         bounds = [str(bound(each.trip, gpu)) for each, gpu in both]
         table.rows.append([f"`{name}`", loop.unit, *(" / ".join(each) for each in numbers), *bounds])
-    columns = {what: 1 + i * len(BATCHES) for i, what in enumerate(_OF_NETWORKS) if what != "least"}
-    short = Table("", ["network and pass", *(f"{gpu.name}, {what}" for gpu in GPUS for what in columns)])
+    for name in (name for name in h100 if name not in a100):
+        loop = h100[name]
+        own = [f"{loop.instructions:.0f}", str(loop.registers), str(loop.blocks(GPUS[1]))]
+        in_flight = f"{loop.bytes_in_flight(GPUS[1]) / 1024:.0f}"
+        table.rows.append([f"`{name}`", loop.unit, *own, in_flight, "", str(bound(loop.trip, GPUS[1]))])
+    columns = [
+        (gpu, what, 1 + i * len(BATCHES))
+        for gpu in GPUS
+        for i, what in enumerate(_OF_NETWORKS)
+        if what != "least" and (what != "unproven" or gpu is GPUS[1])
+    ]
+    short = Table("", ["network and pass", *(f"{gpu.name}, {what}" for gpu, what, _ in columns)])
     for rows in zip(*(each.rows for each in networks(layers)), strict=True):
-        cells = [" / ".join(row[i : i + len(BATCHES)]) for row in rows for i in columns.values()]
+        of_gpu = dict(zip(GPUS, rows, strict=True))
+        cells = [" / ".join(of_gpu[gpu][i : i + len(BATCHES)]) for gpu, _, i in columns]
         short.rows.append([rows[0][0], *cells])
-    return f"{BEGIN}\n\n{table.markdown()}\n\n{short.markdown()}\n\n{END}"
+    parts = (BEGIN, table.markdown(), short.markdown(), goals(layers).markdown(), END)
+    return "\n\n".join(parts)
 
 
 def shown() -> str:

@@ -51,6 +51,7 @@ class Candidate:
         fill: useful work by all work, where tiles reach beyond the edges of a matrix.
         waves: blocks by the places for blocks in all the waves that they take.
         splits: how many blocks share the depth of a tile.
+        unproven: whether it is chosen only where `fastconv.qualify` found it right and faster, whatever its score.
     """
 
     kernel: str
@@ -61,12 +62,14 @@ class Candidate:
     fill: float = 0
     waves: float = 0
     splits: int = 0
+    unproven: bool = False
 
     @property
     def outlook(self) -> str:
         """The numbers in words."""
         text = f"score {self.score:.3g}: {self.blocks} blocks, fill {self.fill:.2f}, waves {self.waves:.2f}"
-        return f"{text}, {self.splits} splits" if self.splits > 1 else text
+        text += f", {self.splits} splits" if self.splits > 1 else ""
+        return f"{text}; only where it is qualified" if self.unproven else text
 
 
 @dataclass(frozen=True)
