@@ -119,7 +119,7 @@ conv2d_box_kernel(const __grid_constant__ BoxParams p) {
     ptx::mbarrier_init_fence();
     ptx::tma_prefetch(p.image);
     ptx::tma_prefetch(kPass == Pass::kWgrad ? p.gradient : p.weight[0]);
-    ptx::tma_prefetch(p.result[0]);
+    if (p.plain_result) ptx::tma_prefetch(p.result[0]);
   }
   sync_cluster<C>();
   if (warpgroup == 0) {
