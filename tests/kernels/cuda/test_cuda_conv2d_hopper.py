@@ -16,6 +16,7 @@ from torch import Tensor
 from fastconv import ops
 from fastconv.measure.tolerance import assert_close_to_oracle
 from fastconv.operators import kernels
+from fastconv.qualification.variants import cuda_variants
 from support import numerics
 from support.cases import LAYOUTS, Case, Concatenation, named
 from support.cuda_convolutions import DEEP, PASSES, Convolution, check, convolution
@@ -241,9 +242,12 @@ def test_they_are_chosen_where_they_are_preferred(backend: str) -> None:
     """By what `fastconv.qualify` found; until then their score is told, and another runs."""
     conv = convolution(backend, "fp16", (4, 64, 32, 32), (64, 64, 1, 1))
 
+    def call() -> Tensor:
+        return ops.conv2d_relu(conv.input, conv.weight, None)
+
     def choice() -> kernels.Choice:
         with kernels.choices() as made:
-            ops.conv2d_relu(conv.input, conv.weight, None)
+            call()
         return made[-1]
 
     free = choice()
@@ -252,5 +256,6 @@ def test_they_are_chosen_where_they_are_preferred(backend: str) -> None:
     assert best.kernel.endswith("sm90a")
     assert "only where it is qualified" in best.outlook
     assert free.chosen.endswith("sm80")
+    assert cuda_variants(call, backend, 4)[0] == {"conv2d_fprop": best.kernel}, "it is tried first"
     with kernels.preferred({"conv2d_fprop": best.kernel}, backend):
         assert choice().chosen == best.kernel

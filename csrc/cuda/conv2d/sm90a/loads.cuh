@@ -61,8 +61,9 @@ class Loads<kPass, C> {
   static constexpr ptx::Major kMajorA = ptx::Major::kDepth;
   static constexpr ptx::Major kMajorB = kPass == Pass::kFprop ? ptx::Major::kDepth : ptx::Major::kExtent;
 
+  // Of a pair of tiles the second one may have no pixels: it has the last one, and stores nothing.
   FASTCONV_DEVICE Loads(const BoxParams& params, const Place& place)
-      : p(params), at(place), start(pixel_at(p.by_pixels, p.by_columns, place.a)) {
+      : p(params), at(place), start(pixel_at(p.by_pixels, p.by_columns, min(place.a, p.extent_a - 1))) {
     const int number = divide(p.by_channel_boxes, place.first, channel_box);
     position.r = divide(p.by_s, number, position.s);
   }

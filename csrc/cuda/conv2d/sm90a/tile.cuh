@@ -10,7 +10,7 @@
 namespace fastconv::cuda::inline sm90a {
 
 constexpr int kWarpgroup = 128;                 // threads
-constexpr int kBoxBytes = kBox * kBoxRowBytes;  // of 64 rows: what a box of 64 rows takes in shared memory
+constexpr int kBoxBytes = kBox * kBoxRowBytes;  // of 64 rows
 
 // kTogether: whether the two warpgroups that multiply share a tile, half of its rows each; else each has its own, and
 // one stores its results while the other multiplies.
@@ -95,10 +95,10 @@ FASTCONV_DEVICE int rank() {
   return static_cast<int>(ptx::cluster_rank());
 }
 
-// A tile, and the part of the depth that is done of it, in boxes
+// A tile, and the part of the depth that is done of it
 struct Place {
-  int a, b;  // first row and column
-  int first, last, split;
+  int a, b;                // first row and column
+  int first, last, split;  // boxes along the depth
 };
 
 // What the cluster of this block does next: a tile, or for several blocks one for each. Tiles along b are neighbours:
