@@ -15,7 +15,7 @@ std::optional<int64_t> pixel_pitch(const Strides& strides, int64_t n, int64_t h,
   for (const auto& [size, stride] : {std::pair{w, strides.w}, {h, strides.h}, {n, strides.n}}) {
     if (size == 1) continue;
     if (pitch == 0) pitch = stride;
-    if (stride != pitch * pixels) return std::nullopt;
+    if (stride == 0 || stride != pitch * pixels) return std::nullopt;
     pixels *= size;
   }
   return pitch ? pitch : ceil_div(channels, 8) * 8;

@@ -158,6 +158,36 @@ def test_slices_are_read_in_place(backend: str) -> None:
             assert_close_to_oracle(found, exact, baseline, what="slice")
 
 
+def test_expanded_images(backend: str) -> None:
+    """Whose pixels lie all in one place, or whose images do: no map has these, so others run."""
+    device = device_of(backend)
+    pixel = torch.randn(1, 64, 1, 1, device=device).half().contiguous(memory_format=torch.channels_last)
+    image = torch.randn(1, 64, 5, 6, device=device).half().contiguous(memory_format=torch.channels_last)
+    weight = (0.1 * torch.randn(64, 64, 1, 1, device=device)).half()
+    names = {f"conv2d_{kind}": f"conv2d_{kind}_fp16_128x128_sm90a" for kind in PASSES}
+    for x in (pixel.expand(2, 64, 5, 6), image.expand(3, 64, 5, 6), image[..., :1].expand(1, 64, 5, 6)):
+        grad = x
+        with kernels.preferred(names, backend):
+            found = [ops.conv2d_relu(x, weight, None, activation="none")]
+            geometry = [1, 1], [0, 0], [1, 1], 1
+            backward = operators(backend).conv2d_backward
+            found += backward(grad, None, x, weight, *geometry, "none", [True, True, False, False])[:2]
+        for result, (oracle, baseline) in zip(
+            found,
+            zip(*(_convolved(x.to(d), weight.to(d), grad.to(d)) for d in (torch.float64, torch.float16)), strict=True),
+            strict=True,
+        ):
+            assert_close_to_oracle(result, oracle, baseline, what="expanded")
+
+
+def _convolved(x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
+    """With both gradients."""
+    gradients = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
+    )
+    return [F.conv2d(x, weight), *gradients[:2]]
+
+
 @pytest.mark.parametrize("tile", ["128x256", "128x128_pair"])
 @pytest.mark.parametrize("sizes", [[8, 72, 16], [64, 128], [8] * 10], ids=["vectors", "boxes", "more than one launch"])
 def test_branches(backend: str, sizes: list[int], tile: str) -> None:
