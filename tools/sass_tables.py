@@ -17,6 +17,8 @@ from gpu_model import GPUS, bound
 from zoo_convolutions import Convolution
 
 README = Path(__file__).resolve().parents[1] / "csrc/README.md"
+HOPPER = expected.FOLDER / "hopper.md"
+AROUND = 2.0  # microseconds that a launch takes before its first product and after its last: a guess
 BEGIN, END = "<!-- python tools/sass.py --write -->", "<!-- end -->"
 # Of a network's layers, in this order: means, the least, and times by times; the last is the roofline's by the time of
 # the kernels that run only where they are qualified
@@ -106,21 +108,62 @@ def goals(layers: Layers) -> Table:
         *(f"batch {batch}, {what}" for batch in BATCHES for what in ("chosen", "unproven")),
     ]
     table = Table("The kernels for Hopper on H100: shares of the roofline, by the layers' time", head)
-    gpu = GPUS[1]
     known = zoo_convolutions.load()
     for name, direction, goal, belongs in _GOALS:
         counts = Counter[Convolution]()
         for network in _GOAL_NETWORKS:
             counts.update({conv: n for conv, n in known[network].items() if belongs(conv) and conv.groups == 1})
         row = [name, direction, f"{goal:.2f}"]
-        for i, batch in enumerate(BATCHES):
-            found = {conv: layers[conv][f"{gpu.name} {direction}"][i] for conv in counts}
-            least = sum(expected.roofline(conv, direction, batch, gpu) * n for conv, n in counts.items())
-            for share in (lambda layer: 1.0, lambda layer: min(layer.choice, layer.unproven)):
-                time = sum(found[conv].microseconds * share(found[conv]) * n for conv, n in counts.items())
-                row.append(f"{least / time:.2f}")
+        for i in range(len(BATCHES)):
+            times = [[n * each for each in _hopper_times(layers, conv, direction, i)] for conv, n in counts.items()]
+            least, chosen, unproven = map(sum, zip(*times, strict=True))
+            row += [f"{least / chosen:.2f}", f"{least / unproven:.2f}"]
         table.rows.append(row)
     return table
+
+
+def _hopper_times(layers: Layers, conv: Convolution, direction: str, batch: int) -> tuple[float, float, float]:
+    """Microseconds on H100: the roofline's, of the kernel that is chosen, of the fastest if all were qualified."""
+    layer = layers[conv][f"{GPUS[1].name} {direction}"][batch]
+    least = expected.roofline(conv, direction, BATCHES[batch], GPUS[1])
+    fastest = layer.microseconds * min(layer.choice, layer.unproven)
+    return least, layer.microseconds + AROUND, fastest + AROUND
+
+
+def hopper(layers: Layers) -> str:
+    """What HOPPER shows: the layers of some networks at the larger batch sizes."""
+    parts = [
+        "# Hopper: what to expect of each layer",
+        "Written by `python tools/sass.py --write`, from the model of `tools/gpu_model.py` (bytes, operations, waves "
+        f"and fill) and {AROUND:.0f} us for what a launch takes before its first product and after its last, which is "
+        "a guess. No GPU has a part in it. Shares of an H100's roofline, of the peak of its tensor cores or of its "
+        "memory's bandwidth, whichever a layer meets first: of the kernel that is chosen now, which runs `mma.sync`, and "
+        "of the fastest if those for Hopper were qualified. A gradient has the time of its mask in it where a ReLU "
+        "follows the layer.",
+    ]
+    for network in _GOAL_NETWORKS:
+        batches = range(1, len(BATCHES))
+        head = [
+            "layer",
+            "pass",
+            "bound by",
+            *(f"batch {BATCHES[i]}: {what}" for i in batches for what in ("now", "then")),
+        ]
+        table = Table(network, head)
+        for conv in zoo_convolutions.load()[network]:
+            for direction in expected.directions(conv):
+                row = [str(conv), direction, "memory" if _is_bound_by_memory(conv, direction) else "tensor cores"]
+                for i in batches:
+                    least, chosen, fastest = _hopper_times(layers, conv, direction, i)
+                    row += [f"{least / chosen:.2f}", f"{least / fastest:.2f}"]
+                table.rows.append(row)
+        parts += [f"## {network}", table.markdown()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_bound_by_memory(conv: Convolution, direction: str) -> bool:
+    batch = BATCHES[-1]
+    return conv.bytes(direction, batch) / GPUS[1].bytes_per_second > conv.flop(batch) / GPUS[1].flop_per_second
 
 
 def layers(network: str, layers: Layers, times: dict[tuple[Convolution, int], float]) -> Table:
@@ -225,3 +268,4 @@ def shown() -> str:
 
 def write_readme() -> None:
     README.write_text(README.read_text().replace(shown(), markdown()))
+    HOPPER.write_text(hopper(expected.recorded_layers()))

@@ -46,6 +46,7 @@ def test_plans_are_those_recorded() -> None:
 
 def test_the_readme_shows_what_is_recorded() -> None:
     assert sass_tables.shown() == sass_tables.markdown(), RECORD
+    assert sass_tables.HOPPER.read_text() == sass_tables.hopper(expected.recorded_layers()), RECORD
 
 
 @pytest.mark.parametrize("network", zoo_convolutions.NETWORKS)
