@@ -137,8 +137,8 @@ def hopper(layers: Layers) -> str:
         "Written by `python tools/sass.py --write`, from the model of `tools/gpu_model.py` (bytes, operations, waves "
         f"and fill) and {AROUND:.0f} us for what a launch takes before its first product and after its last, which is "
         "a guess. No GPU has a part in it. Shares of an H100's roofline, of the peak of its tensor cores or of its "
-        "memory's bandwidth, whichever a layer meets first: of the kernel that is chosen now, which runs `mma.sync`, and "
-        "of the fastest if those for Hopper were qualified. A gradient has the time of its mask in it where a ReLU "
+        "memory's bandwidth, whichever a layer meets first: of the kernel that is chosen now, which runs `mma.sync`, "
+        "and of the fastest if those for Hopper were qualified. A gradient has the time of its mask in it where a ReLU "
         "follows the layer.",
     ]
     for network in _GOAL_NETWORKS:
