@@ -1,12 +1,10 @@
 // Kernels with one bug each, planted by a template parameter: what the emulator is there to catch. test_emulator.py
 // runs them.
 #include <cstring>
-#include <exception>
-#include <string>
 
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/runtime/launch.cuh"
-#include "memory.h"
+#include "planted.h"
 
 namespace fastconv::cuda {
 namespace {
@@ -241,19 +239,6 @@ exchange(const __grid_constant__ ExchangeParams p) {
 
 // ---- running them
 
-using emulator::global_ranges;
-
-void name(const char* name, const void* begin, int64_t bytes, bool writable, int64_t run = 1, int64_t pitch = 1) {
-  const auto at = reinterpret_cast<uintptr_t>(begin);
-  global_ranges().push_back({at,
-                             at + static_cast<uintptr_t>(bytes),
-                             writable,
-                             static_cast<size_t>(run),
-                             static_cast<size_t>(pitch),
-                             name,
-                             {}});
-}
-
 template <int kBug>
 void run_gemm(const GemmParams& p) {
   constexpr int kShared = kStages * kStageBytes + 16;
@@ -283,24 +268,10 @@ struct Exchange {
   static void run(const ExchangeParams& p) { run_exchange<kBug>(p); }
 };
 
-const char* attempt(auto&& run) {
-  static std::string said;
-  said.clear();
-  try {
-    run();
-  } catch (const std::exception& error) {
-    said = error.what();
-  }
-  global_ranges().clear();
-  return said.c_str();
-}
-
 }  // namespace
 }  // namespace fastconv::cuda
 
 using namespace fastconv::cuda;
-
-#define API extern "C" __attribute__((visibility("default")))
 
 // What the emulator says; "" when it has nothing to say. c's rows are `pitch` elements apart and hold n.
 API const char* run_gemm(int bug, const void* a, const void* b, const void* bias, void* c, int m, int n, int k,

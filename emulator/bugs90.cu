@@ -1,12 +1,8 @@
 // Kernels of sm_90a with one bug each, planted by a template parameter, as bugs.cu has them; test_emulator_sm90a.py
 // runs them.
-// One file because all bugs are parameters of one kernel.
-#include <exception>
-#include <string>
-
 #include "cuda/ptx/sm90a.cuh"
 #include "cuda/runtime/launch.cuh"
-#include "memory.h"
+#include "planted.h"
 
 namespace fastconv::cuda {
 namespace {
@@ -309,19 +305,6 @@ gemm(const __grid_constant__ GemmParams p) {
 
 // ---- running it
 
-using emulator::global_ranges;
-
-void name(const char* name, const void* begin, int64_t bytes, bool writable, int64_t run = 1, int64_t pitch = 1) {
-  const auto at = reinterpret_cast<uintptr_t>(begin);
-  global_ranges().push_back({at,
-                             at + static_cast<uintptr_t>(bytes),
-                             writable,
-                             static_cast<size_t>(run),
-                             static_cast<size_t>(pitch),
-                             name,
-                             {}});
-}
-
 TensorMap matrix(const void* data, int64_t inner, int64_t outer, int64_t pitch, int box) {
   TiledMap map;
   map.data = data;
@@ -351,24 +334,10 @@ void dispatch(int bug, Source source, const GemmParams& p, std::integer_sequence
   ((bug == kBug + 1 ? run<kBug + 1, source_of(kBug + 1)>(p) : void()), ...);
 }
 
-const char* attempt(auto&& run) {
-  static std::string said;
-  said.clear();
-  try {
-    run();
-  } catch (const std::exception& error) {
-    said = error.what();
-  }
-  global_ranges().clear();
-  return said.c_str();
-}
-
 }  // namespace
 }  // namespace fastconv::cuda
 
 using namespace fastconv::cuda;
-
-#define API extern "C" __attribute__((visibility("default")))
 
 // What the emulator says; "" when it has nothing to say. c's rows are `pitch` elements apart and hold n. Of
 // Source::kImage a is [images, height, width, channels], b [n, 3, 3, channels], and c's rows are the pixels of the

@@ -1,11 +1,8 @@
 // A kernel of clusters with one bug each, planted by a template parameter, as bugs.cu has them;
 // test_emulator_clusters.py runs them.
-#include <exception>
-#include <string>
-
 #include "cuda/ptx/sm90a.cuh"
 #include "cuda/runtime/launch.cuh"
-#include "memory.h"
+#include "planted.h"
 
 namespace fastconv::cuda {
 namespace {
@@ -180,13 +177,6 @@ gemm(const __grid_constant__ GemmParams p) {
 
 // ---- running it
 
-using emulator::global_ranges;
-
-void name(const char* name, const void* begin, int64_t bytes, bool writable) {
-  const auto at = reinterpret_cast<uintptr_t>(begin);
-  global_ranges().push_back({at, at + static_cast<uintptr_t>(bytes), writable, 1, 1, name, {}});
-}
-
 TensorMap matrix(const void* data, int64_t inner, int64_t outer, int box) {
   TiledMap map;
   map.data = data;
@@ -214,14 +204,10 @@ void dispatch(int bug, unsigned grid, const GemmParams& p, std::integer_sequence
 
 using namespace fastconv::cuda;
 
-#define API extern "C" __attribute__((visibility("default")))
-
 // What the emulator says; "" when it has nothing to say. Clusters of other than 2 blocks have no bugs.
 API const char* run_gemm(int bug, int cluster, unsigned grid, const void* a, const void* b, void* c, int m, int n,
                          int k) {
-  static std::string said;
-  said.clear();
-  try {
+  return attempt([&] {
     GemmParams p{};
     p.a = matrix(a, k, m, kTile);
     p.b = matrix(b, k, n, kTile / cluster);
@@ -236,9 +222,5 @@ API const char* run_gemm(int bug, int cluster, unsigned grid, const void* a, con
     if (cluster == 2) dispatch(bug, grid, p, std::make_integer_sequence<int, kBugs>());
     if (cluster == 4) run<kNone, 4>(grid, p);
     if (cluster == 8) run<kNone, 8>(grid, p);
-  } catch (const std::exception& error) {
-    said = error.what();
-  }
-  global_ranges().clear();
-  return said.c_str();
+  });
 }

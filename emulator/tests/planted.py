@@ -1,4 +1,4 @@
-"""What the tests of kernels with planted bugs share, those of bugs.cu and of bugs90.cu."""
+"""What the tests of kernels with planted bugs share, those of emulator/bugs*.cu."""
 
 import ctypes
 import re
@@ -10,6 +10,8 @@ import pytest
 import emulator
 
 SEEDS = [1, 2, 3, 4, 5]
+# Compute capability 9.0, of which a block may have 227 KiB
+HOPPER = [90, 4, 2048, 227 * 1024, 228 * 1024, 50 << 20]
 BUILDS = ["clang", "gcc", pytest.param("ucontext", marks=pytest.mark.slow)]
 
 
@@ -29,6 +31,15 @@ def enumerators(name: str) -> list[str]:
     source = (emulator.build.HERE / f"{name}.cu").read_text()
     enum = source[source.index("enum Bug {") : source.index("kBugs,")]
     return re.findall(r"^  (k\w+),", enum, re.MULTILINE)
+
+
+def aligned(values: np.ndarray) -> np.ndarray:
+    """As halves, from a multiple of 16 bytes on, as tensor maps have it."""
+    memory = np.empty(values.size * 2 + 16, np.uint8)
+    begin = -memory.ctypes.data % 16
+    halves = memory[begin : begin + values.size * 2].view(np.float16).reshape(values.shape)
+    halves[...] = values
+    return halves
 
 
 def pointer(array: np.ndarray) -> ctypes.c_void_p:

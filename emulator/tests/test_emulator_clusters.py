@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("ninja", reason="the emulator is built by ninja")
 import planted
-from planted import SEEDS, pointer
+from planted import HOPPER, SEEDS, aligned, pointer
 
 # Bug, the kinds of reports that name it; in the order of bugs_cluster.cu's enum. Those of a program that has several
 # orders show as one of several.
@@ -35,8 +35,6 @@ BUGS = [
 ]
 
 NAMES = ["kNone", "kDrainsTheRing", "kExpectsLate"] + [name for name, _ in BUGS]
-# Compute capability 9.0, of which a block may have 227 KiB
-HOPPER = [90, 4, 2048, 227 * 1024, 228 * 1024, 50 << 20]
 # In this every bug shows: several tiles for a cluster, several rounds of the ring.
 PROBLEM = (400, 136, 328)
 
@@ -46,15 +44,6 @@ def bugs(request):
     library = planted.load("bugs_cluster", request.param, ["run_gemm"])
     library.device(HOPPER)
     return library
-
-
-def aligned(values: np.ndarray) -> np.ndarray:
-    """As halves, from a multiple of 16 bytes on, as tensor maps have it."""
-    memory = np.empty(values.size * 2 + 16, np.uint8)
-    begin = -memory.ctypes.data % 16
-    halves = memory[begin : begin + values.size * 2].view(np.float16).reshape(values.shape)
-    halves[...] = values
-    return halves
 
 
 def run(library, bug: str = "kNone", cluster: int = 2, grid: int = 4, problem=PROBLEM) -> tuple[str, bool]:

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("ninja", reason="the emulator is built by ninja")
 import planted
-from planted import SEEDS, pointer
+from planted import HOPPER, SEEDS, aligned, pointer
 
 # Bug, the kinds of reports that name it; in the order of bugs90.cu's enum. Those of a program that has several orders
 # show as one of several.
@@ -53,8 +53,6 @@ COLUMN_BUGS = [("kLeadingOffset", "wrong")]
 IMAGE_BUGS = [("kOffsetsExchanged", "wrong"), ("kStartOutside", "out of bounds")]
 WRITTEN_BUGS = [("kNoFenceBeforeProduct", "missing proxy fence"), ("kFenceAfterArrival", "missing proxy fence")]
 NAMES = ["kNone"] + [name for name, _ in ROW_BUGS + COLUMN_BUGS + IMAGE_BUGS + WRITTEN_BUGS]
-# Compute capability 9.0, of which a block may have 227 KiB
-HOPPER = [90, 4, 2048, 227 * 1024, 228 * 1024, 50 << 20]
 
 
 @pytest.fixture(scope="module", params=planted.BUILDS)
@@ -62,15 +60,6 @@ def bugs(request):
     library = planted.load("bugs90", request.param, ["run_gemm"])
     library.device(HOPPER)
     return library
-
-
-def aligned(values: np.ndarray) -> np.ndarray:
-    """As halves, from a multiple of 16 bytes on, as tensor maps have it."""
-    memory = np.empty(values.size * 2 + 16, np.uint8)
-    begin = -memory.ctypes.data % 16
-    halves = memory[begin : begin + values.size * 2].view(np.float16).reshape(values.shape)
-    halves[...] = values
-    return halves
 
 
 def launch(library, bug: str, source: int, operands, expected: np.ndarray, pitch: int, shape) -> tuple[str, bool]:
