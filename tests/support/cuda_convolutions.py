@@ -104,6 +104,32 @@ def check(backend: str, conv: Convolution, passes: tuple[str, ...] = PASSES) -> 
             assert_close_to_oracle(gradient, oracle, baseline, what=what)
 
 
+def check_branches(backend: str, sizes: list[int], shape: tuple[int, ...], activation: str) -> None:
+    """1x1 convolutions of one image with so many filters each, and all their gradients."""
+    generator = torch.Generator().manual_seed(1)
+    count, channels, *side = shape
+
+    def tensor(*size: int, scale: float = 1.0) -> Tensor:
+        value = scale * torch.randn(size, generator=generator).to(device_of(backend), torch.float16)
+        return value.contiguous(memory_format=torch.channels_last) if len(size) == 4 else value
+
+    input, weights = tensor(*shape), [tensor(k, channels, 1, 1, scale=1.6 / channels**0.5) for k in sizes]
+    biases, grads = [tensor(k) for k in sizes], [tensor(count, k, *side) for k in sizes]
+
+    def run(dtype: torch.dtype, name: str) -> list[Tensor]:
+        leaves = [t.to(dtype).detach().requires_grad_() for t in (input, *weights, *biases)]
+        n = len(sizes)
+        outputs = ops.pointwise_conv2d_group(
+            leaves[0], leaves[1 : n + 1], leaves[n + 1 :], activation=activation, backend=name
+        )
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in grads])]
+
+    found = run(torch.float16, backend)
+    oracle, baseline = run(torch.float64, "reference"), run(torch.float16, "reference")
+    for i, triple in enumerate(zip(found, oracle, baseline, strict=True)):
+        assert_close_to_oracle(*triple, what=f"result {i}")
+
+
 # Whose depth is split: few results, of many products each
 DEEP = {
     "fprop": ((1, 264, 4, 5), (40, 264, 3, 3)),

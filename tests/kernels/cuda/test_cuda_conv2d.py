@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastconv import ops
 from fastconv.measure.tolerance import assert_close_to_oracle
-from support.cuda_convolutions import FORMATS, PASSES, check, convolution, deep, reduced
+from support.cuda_convolutions import FORMATS, PASSES, check, check_branches, convolution, deep, reduced
 from support.cuda_kernels import check_same_bits_in_any_order, emulated_gpu, operators
 from support.kernel_backends import device_of, emulated, forced, kernel_table
 
@@ -149,30 +149,7 @@ def test_a_forced_kernel_that_does_not_fit(backend: str) -> None:
 @pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("sizes", [[8, 24, 16], [3, 5], [8] * 10], ids=["vectors", "odd", "more than one launch"])
 def test_branches(backend: str, sizes: list[int], activation: str) -> None:
-    device = device_of(backend)
-    generator = torch.Generator().manual_seed(1)
-
-    def tensor(*size: int) -> Tensor:
-        value = torch.randn(size, generator=generator).to(device, torch.float16)
-        return value.contiguous(memory_format=torch.channels_last) if len(size) == 4 else value
-
-    input, weights = tensor(2, 16, 5, 6), [0.4 * tensor(k, 16, 1, 1) for k in sizes]
-    biases, grads = [tensor(k) for k in sizes], [tensor(2, k, 5, 6) for k in sizes]
-
-    def run(dtype: torch.dtype, name: str) -> list[Tensor]:
-        leaves = [t.to(dtype).detach().requires_grad_() for t in (input, *weights, *biases)]
-        n = len(sizes)
-        outputs = ops.pointwise_conv2d_group(
-            leaves[0], leaves[1 : n + 1], leaves[n + 1 :], activation=activation, backend=name
-        )
-        gradients = torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in grads])
-        return [*outputs, *gradients]
-
-    found = run(torch.float16, backend)
-    for i, triple in enumerate(
-        zip(found, run(torch.float64, "reference"), run(torch.float16, "reference"), strict=True)
-    ):
-        assert_close_to_oracle(*triple, what=f"result {i}")
+    check_branches(backend, sizes, (2, 16, 5, 6), activation)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)

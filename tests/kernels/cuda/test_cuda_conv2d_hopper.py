@@ -19,7 +19,7 @@ from fastconv.operators import kernels
 from fastconv.qualification.variants import cuda_variants
 from support import numerics
 from support.cases import LAYOUTS, Case, Concatenation, named, run
-from support.cuda_convolutions import DEEP, PASSES, Convolution, check, convolution
+from support.cuda_convolutions import DEEP, PASSES, Convolution, check, check_branches, convolution
 from support.cuda_kernels import check_same_bits_in_any_order, emulated_hopper, operators
 from support.eager import activate
 from support.kernel_backends import device_of, emulated, kernel_table
@@ -191,28 +191,8 @@ def _convolved(x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("tile", ["128x256", "128x128_pair"])
 @pytest.mark.parametrize("sizes", [[8, 72, 16], [64, 128], [8] * 10], ids=["vectors", "boxes", "more than one launch"])
 def test_branches(backend: str, sizes: list[int], tile: str) -> None:
-    generator = torch.Generator().manual_seed(1)
-
-    def tensor(*size: int) -> Tensor:
-        value = torch.randn(size, generator=generator).to(device_of(backend), torch.float16)
-        return value.contiguous(memory_format=torch.channels_last) if len(size) == 4 else value
-
-    input, weights = tensor(2, 72, 9, 8), [0.2 * tensor(k, 72, 1, 1) for k in sizes]
-    biases, grads = [tensor(k) for k in sizes], [tensor(2, k, 9, 8) for k in sizes]
-
-    def run(dtype: torch.dtype, name: str) -> list[Tensor]:
-        leaves = [t.to(dtype).detach().requires_grad_() for t in (input, *weights, *biases)]
-        n = len(sizes)
-        outputs = ops.pointwise_conv2d_group(
-            leaves[0], leaves[1 : n + 1], leaves[n + 1 :], activation="relu", backend=name
-        )
-        return [*outputs, *torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in grads])]
-
     with forced(backend, "fp16", tile):
-        found = run(torch.float16, backend)
-    oracle, baseline = run(torch.float64, "reference"), run(torch.float16, "reference")
-    for i, triple in enumerate(zip(found, oracle, baseline, strict=True)):
-        assert_close_to_oracle(*triple, what=f"result {i}")
+        check_branches(backend, sizes, (2, 72, 9, 8), "relu")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
