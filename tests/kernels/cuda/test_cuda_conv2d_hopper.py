@@ -24,7 +24,17 @@ from support.cuda_kernels import check_same_bits_in_any_order, emulated_hopper, 
 from support.eager import activate
 from support.kernel_backends import device_of, emulated, kernel_table
 
-TILES = ("128x256", "128x256_pair", "256x128", "256x128_pair", "128x128", "128x128_pair", "256x64")
+TILES = (
+    "128x256",
+    "128x256_pair",
+    "128x192",
+    "128x192_pair",
+    "256x128",
+    "256x128_pair",
+    "128x128",
+    "128x128_pair",
+    "256x64",
+)
 NAMES = ("fp16", "bf16")
 VARIANTS = list(itertools.product(PASSES, NAMES, TILES))
 

@@ -48,13 +48,13 @@ ConvVariant variant(const char* what, double rate) {
 // Stages fill the 227 KiB. Rates: beside mma.sync's largest tile, by what L2 can bring for a tile's products.
 template <int kTileA, int kTileB, int kStages, bool kTogether, int kCluster = 1>
 using Config = BoxConfig<T, kTileA, kTileB, kStages, kTogether, kCluster>;
-const Register<ConvVariant> registered(kFamily, {variant<Config<128, 256, 4, true>>("128x256", 1.4),
-                                                 variant<Config<128, 256, 4, true, 2>>("128x256_pair", 1.7),
-                                                 variant<Config<256, 128, 4, true>>("256x128", 1.4),
-                                                 variant<Config<256, 128, 4, true, 2>>("256x128_pair", 1.6),
-                                                 variant<Config<128, 128, 6, false>>("128x128", 1.1),
-                                                 variant<Config<128, 128, 6, false, 2>>("128x128_pair", 1.4),
-                                                 variant<Config<256, 64, 4, true>>("256x64", 0.9)});
+const Register<ConvVariant> registered(
+    kFamily,
+    {variant<Config<128, 256, 4, true>>("128x256", 1.4), variant<Config<128, 256, 4, true, 2>>("128x256_pair", 1.7),
+     variant<Config<128, 192, 4, true>>("128x192", 1.25), variant<Config<128, 192, 4, true, 2>>("128x192_pair", 1.6),
+     variant<Config<256, 128, 4, true>>("256x128", 1.4), variant<Config<256, 128, 4, true, 2>>("256x128_pair", 1.6),
+     variant<Config<128, 128, 6, false>>("128x128", 1.1), variant<Config<128, 128, 6, false, 2>>("128x128_pair", 1.4),
+     variant<Config<256, 64, 4, true>>("256x64", 0.9)});
 
 }  // namespace
 }  // namespace fastconv::cuda
