@@ -292,7 +292,7 @@ void tma_load(uint32_t destination, const unsigned char* map, uint32_t barrier, 
 }
 void tma_multicast(uint32_t destination, const unsigned char* map, uint32_t barrier, uint16_t blocks, int rank,
                    bool im2col, BoxPosition position, Where where) {
-  note(cuda::uses::kTmaMulticast);
+  note(cuda::uses::kTmaMulticast | (im2col ? cuda::uses::kTmaIm2col : cuda::uses::kTmaTiled));
   if (blocks == 0) block().give_up("misuse", where, "a multicast to no block");
   block().hopper().tma_load(destination, map, barrier, blocks, rank, im2col, position, where);
 }
