@@ -85,15 +85,7 @@ constexpr uint32_t kStaging = kStages * kStageBytes;
 constexpr uint32_t kBarriers = kStaging + kConsumers * 2 * kBoxBytes;
 constexpr int kSharedBytes = 1024 + kBarriers + 8 * (2 * kStages + kConsumers);
 
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-  void advance() {
-    if (++stage < kStages) return;
-    stage = 0;
-    parity ^= 1;
-  }
-};
+using Turn = RingTurn<kStages>;
 
 struct Shared {
   unsigned char* memory;

@@ -53,15 +53,7 @@ constexpr uint32_t kOperandBytes = kTile * 128, kStageBytes = 2 * kOperandBytes;
 constexpr uint32_t kBarriers = kStages * kStageBytes;
 constexpr int kSharedBytes = 1024 + kBarriers + 8 * 2 * kStages;
 
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-  void advance() {
-    if (++stage < kStages) return;
-    stage = 0;
-    parity ^= 1;
-  }
-};
+using Turn = RingTurn<kStages>;
 
 struct Shared {
   uint32_t base;
