@@ -84,10 +84,13 @@ void tma_store(const unsigned char* map, uint32_t source, int rank, BoxPosition 
 void tma_store_commit();
 void tma_store_wait(int pending);
 
-void stmatrix_x4(uint32_t address, Quad fragments, Where where);
+void stmatrix_x4(uint32_t address, bool transposed, Quad fragments, Where where);
 void set_registers(int count, bool more, Where where);
 
 // A thread's part of a product: `d` are its registers, columns / 2 of them.
+// Of the eight rows of a swizzle the one in which an operand begins
+constexpr int first_row(uint64_t descriptor) { return static_cast<int>(descriptor >> 3 & 7); }
+
 struct WarpgroupProduct {
   Mma kind;
   bool extent_a, extent_b, accumulate;  // extent: Major::kExtent

@@ -199,6 +199,7 @@ void run_mma(Block& b, const Collective& all) {
   }
 }
 
+template <bool kTransposed>
 void run_stmatrix(Block& b, const Collective& all) {
   ++b.statistics.stmatrix;
   for (int m = 0; m < 4; ++m) {
@@ -209,9 +210,14 @@ void run_stmatrix(Block& b, const Collective& all) {
     }
     b.statistics.stmatrix_conflicts += conflicts(address);
     for (int lane = 0; lane < 32; ++lane) {
-      const uint32_t at = offset[lane / 4] + static_cast<uint32_t>(lane % 4) * 4;
-      b.hopper().write(b.fiber_of_lane(lane), at, 4, false, all.place);
-      std::memcpy(b.shared + at, &all.from[lane].a.v[m], 4);
+      for (int half = 0; half < 2; ++half) {
+        const int row = kTransposed ? lane % 4 * 2 + half : lane / 4,
+                  column = kTransposed ? lane / 4 : lane % 4 * 2 + half;
+        const uint32_t at = offset[row] + static_cast<uint32_t>(column) * 2;
+        const auto element = static_cast<uint16_t>(all.from[lane].a.v[m] >> 16 * half);
+        b.hopper().write(b.fiber_of_lane(lane), at, 2, false, all.place);
+        std::memcpy(b.shared + at, &element, 2);
+      }
     }
   }
 }
@@ -303,12 +309,16 @@ void tma_store(const unsigned char* map, uint32_t source, int rank, BoxPosition 
 void tma_store_commit() { block().hopper().tma_store_commit(); }
 void tma_store_wait(int pending) { block().hopper().tma_store_wait(static_cast<size_t>(pending)); }
 
-void stmatrix_x4(uint32_t address, Quad fragments, Where where) {
+void stmatrix_x4(uint32_t address, bool transposed, Quad fragments, Where where) {
   note(cuda::uses::kStmatrix);
   Contribution mine{};
   mine.d.v[0] = address;
   mine.a = fragments;
-  block().collective("stmatrix.x4", ~0u, mine, where, &run_stmatrix);
+  if (transposed) {
+    block().collective("stmatrix.x4.trans", ~0u, mine, where, &run_stmatrix<true>);
+  } else {
+    block().collective("stmatrix.x4", ~0u, mine, where, &run_stmatrix<false>);
+  }
 }
 void set_registers(int count, bool more, Where where) {
   note(cuda::uses::kSetmaxnreg);
@@ -318,6 +328,7 @@ void set_registers(int count, bool more, Where where) {
 void wgmma_fence(Where where) { block().hopper().wgmma_fence(where); }
 void wgmma(WarpgroupProduct product, Where where) {
   note(product.kind == Mma::kHalf ? cuda::uses::kWgmmaHalf : cuda::uses::kWgmmaBFloat16);
+  if (first_row(product.a) || first_row(product.b)) note(cuda::uses::kWgmmaRows);
   block().hopper().wgmma(product, where);
 }
 void wgmma_commit(Where where) { block().hopper().wgmma_commit(where); }

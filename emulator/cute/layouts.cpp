@@ -100,6 +100,7 @@ int main() {
   print_ldmatrix<SM75_U16x4_LDSM_T>("ldmatrix_x2_trans", 2);
   print_ldmatrix<SM75_U16x8_LDSM_T>("ldmatrix_x4_trans", 4);
   print_stmatrix<SM90_U32x4_STSM_N>("stmatrix_x4");
+  print_stmatrix<SM90_U16x8_STSM_T>("stmatrix_x4_trans");
   print_wgmma<64>();
   print_wgmma<128>();
   print_wgmma<192>();

@@ -176,6 +176,16 @@ def test_stmatrix(program, output):
     assert (output["stmatrix_x4"].reshape(32, 8) == expected).all()
 
 
+def test_transposed_stmatrix(program, output):
+    words = given(program, "stmatrix_x4_trans")
+    # [row and two columns, matrix], then [matrix, row, column]
+    fragments = words[:128].reshape(32, 4).T.copy().view(np.uint16).reshape(4, 8, 8)
+    expected = words[128:].view(np.uint16).reshape(32, 16).copy()
+    for lane in range(32):
+        expected[lane ^ 5, :8] = fragments[lane // 8, :, lane % 8]
+    assert (output["stmatrix_x4_trans"].view(np.uint16).reshape(32, 16) == expected).all()
+
+
 def wgmma_place(columns: int) -> tuple[np.ndarray, np.ndarray]:
     """[thread, number]: row and column of a sum, as csrc/cuda/ptx/sm90a.cuh says it"""
     thread, i = np.arange(128)[:, None], np.arange(columns // 2)
@@ -243,12 +253,13 @@ def test_boxes_for_several_blocks(program, output, mode):
 # ---- as CuTe's host code has them
 
 
-def test_stmatrix_is_that_of_cute(program, layouts):
+@pytest.mark.parametrize("name", ["stmatrix_x4", "stmatrix_x4_trans"])
+def test_stmatrix_is_that_of_cute(program, layouts, name):
     elements = np.arange(256, dtype=np.uint16).reshape(32, 8)
     words = np.concatenate([elements.view(np.uint32).reshape(-1), np.zeros(256, np.uint32)])
-    rows = program.run_words("stmatrix_x4", words).view(np.uint16).reshape(32, 16)[np.arange(32) ^ 5, :8]
-    at = {position: elements[place] for place, position in np.ndenumerate(layouts["stmatrix_x4 source"])}
-    assert (rows == np.vectorize(at.__getitem__)(layouts["stmatrix_x4 destination"])).all()
+    rows = program.run_words(name, words).view(np.uint16).reshape(32, 16)[np.arange(32) ^ 5, :8]
+    at = {position: elements[place] for place, position in np.ndenumerate(layouts[f"{name} source"])}
+    assert (rows == np.vectorize(at.__getitem__)(layouts[f"{name} destination"])).all()
 
 
 @pytest.mark.parametrize("columns", [64, 128, 192, 256])

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <optional>
 
 namespace fastconv::cuda {
@@ -51,6 +52,11 @@ Axis axis(int first, int step, int tap, const Phase& phase, int extent) {
 }
 Axis axis_h(const ConvParams& p) { return axis(p.walk.first_h, p.walk.step_h, p.walk.tap_h, p.rows, p.walk.height); }
 Axis axis_w(const ConvParams& p) { return axis(p.walk.first_w, p.walk.step_w, p.walk.tap_w, p.columns, p.walk.width); }
+
+// Of all pixels that the positions meet from those, one after the other
+Axis with_halo(const Axis& of) { return {of.first, of.step, of.count + of.reach, of.extent, of.offset, of.tap, 0}; }
+
+int patch_of(int64_t reach) { return static_cast<int>(ceil_div(kHaloTile + reach, kBox)); }
 
 bool is_whole(const Axis& axis) { return axis.first == 0 && axis.step == 1 && axis.count == axis.extent; }
 
@@ -118,24 +124,45 @@ std::optional<int64_t> result_pitch(Pass pass, const ConvParams& p, int branch) 
 
 }  // namespace
 
-BoxExtents box_extents(Pass pass, const ConvParams& p) {
+BoxExtents box_extents(Pass pass, const ConvParams& p, bool halo) {
   int64_t filters = 0;
   for (int i = 0; i < p.arg.branches; ++i) filters += boxes_of(p.filters[i]);
   const int64_t positions = int64_t{p.rows.positions} * p.columns.positions;
+  const int64_t rows = halo ? int64_t{p.arg.n} * with_halo(axis_h(p)).count * with_halo(axis_w(p)).count : p.extent_a;
   switch (pass) {
     case Pass::kFprop:
-      return {boxes_of(p.extent_a), filters, positions * boxes_of(p.c_group)};
+      return {rows, filters, positions * boxes_of(p.c_group)};
     case Pass::kDgrad:
-      return {boxes_of(p.extent_a), boxes_of(p.c_group), positions * boxes_of(p.k_group)};
+      return {rows, boxes_of(p.c_group), positions * boxes_of(p.k_group)};
     default:
-      return {filters, positions * boxes_of(p.c_group), boxes_of(p.depth)};
+      return {filters * kBox, positions * boxes_of(p.c_group), boxes_of(p.depth)};
   }
 }
 
-const char* refuses_boxes(Pass pass, const ConvParams& p) {
+int halo_run(int64_t tiles_a, int64_t tiles_b, int multiprocessors) {
+  return static_cast<int>(ceil_div(tiles_a, std::max<int64_t>(multiprocessors / std::max<int64_t>(tiles_b, 1), 1)));
+}
+
+const char* refuses_boxes(Pass pass, const ConvParams& p, bool halo) {
   if (p.arg.groups > 1) return "it has groups";
-  if (!is_plain(pass, p)) {
-    const int slack = pass == Pass::kDgrad ? std::max(p.arg.dilation_h, p.arg.dilation_w) + 2 : 0;
+  // Another phase of a stride may lie elsewhere.
+  const int slack = pass == Pass::kDgrad ? std::max(p.arg.dilation_h, p.arg.dilation_w) + 2 : 0;
+  if (halo) {
+    const Axis h = with_halo(axis_h(p)), w = with_halo(axis_w(p));
+    if (p.rows.positions * p.columns.positions < 2) return "the filter has one position";
+    if (h.step != 1 || w.step != 1) return "it has a stride";
+    if (p.arg.branches > 1) return "it has branches";
+    if (!fits_im2col(h, slack) || !fits_im2col(w, slack)) return "padding or the filter's reach are too long for a map";
+    const int64_t pitch = w.count + (p.arg.stride_w > 1), reach = axis_h(p).reach * pitch + axis_w(p).reach;
+    if (patch_of(reach) > kHaloSlots) return "the rows of a tile, and those around it, do not fit into shared memory";
+    if (box_extents(pass, p, true).rows > std::numeric_limits<int>::max() - kSpareExtent) {
+      return "it has too many pixels around the image";
+    }
+    if (!has_nested_strides(image_of(pass, p))) return kNoWalk;
+    const ConvBranch& branch = p.arg.branch[0];
+    const Image results{branch.residual, p.arg.n, p.arg.p, p.arg.q, branch.k, branch.y};
+    if (pass == Pass::kFprop && branch.residual && !has_nested_strides(results)) return kNoWalk;
+  } else if (!is_plain(pass, p)) {
     if (!fits_im2col(axis_h(p), slack) || !fits_im2col(axis_w(p), slack)) {
       return "stride, padding or the filter's reach are more than an im2col map can have";
     }
@@ -145,7 +172,7 @@ const char* refuses_boxes(Pass pass, const ConvParams& p) {
   for (int i = 0; i < p.arg.branches && pass == Pass::kFprop; ++i) {
     const ConvBranch& branch = p.arg.branch[i];
     if (!p.wide[i] || p.filters[i] % 8) return "the filters, or results, are not whole vectors";
-    if (!result_pitch(pass, p, i) && (p.arg.branches > 1 || branch.residual)) {
+    if (!halo && !result_pitch(pass, p, i) && (p.arg.branches > 1 || branch.residual)) {
       return "the results' pixels do not lie at one pitch";
     }
   }
@@ -153,16 +180,16 @@ const char* refuses_boxes(Pass pass, const ConvParams& p) {
   return nullptr;
 }
 
-BoxParams box_params(Pass pass, const ConvParams& p, int tile_a, int tile_b, int cluster) {
+BoxParams box_params(Pass pass, const ConvParams& p, const BoxTiles& of, int multiprocessors) {
   const ConvArguments& arg = p.arg;
-  const auto [boxes_a, boxes_b, deep] = box_extents(pass, p);
-  const Axis h = axis_h(p), w = axis_w(p);
+  const auto [rows, boxes_b, deep] = box_extents(pass, p, of.halo);
+  const Axis h = of.halo ? with_halo(axis_h(p)) : axis_h(p), w = of.halo ? with_halo(axis_w(p)) : axis_w(p);
   const Image image = image_of(pass, p), gradient = gradient_of(p);
   const int positions = arg.r * arg.s;
 
   BoxParams b{};
-  b.plain_image = is_plain(pass, p);
-  b.image = image_map(arg.dtype, image, b.plain_image, h, w, pass == Pass::kWgrad ? kBox : tile_a);
+  b.plain_image = !of.halo && is_plain(pass, p);
+  b.image = image_map(arg.dtype, image, b.plain_image, h, w, pass == Pass::kWgrad || of.halo ? kBox : of.a);
   if (pass == Pass::kWgrad) {
     b.plain_gradient = pixel_pitch(arg.y, arg.n, arg.p, arg.q, arg.grad_channels).has_value();
     b.gradient = image_map(arg.dtype, gradient, b.plain_gradient, {0, 1, arg.p, arg.p, 0, 0, 0},
@@ -170,10 +197,10 @@ BoxParams box_params(Pass pass, const ConvParams& p, int tile_a, int tile_b, int
   }
   b.activation = arg.activation;
 
-  b.extent_a = p.extent_a, b.extent_b = p.extent_b;
+  b.extent_a = of.halo ? static_cast<int>(rows) : p.extent_a, b.extent_b = p.extent_b;
   b.boxes_b = static_cast<int>(boxes_b), b.deep = static_cast<int>(std::max<int64_t>(deep, 1));
-  const int tiles_b = static_cast<int>(ceil_div(boxes_b * kBox, tile_b));
-  const int tiles = static_cast<int>(ceil_div(boxes_a * kBox, tile_a * cluster)) * tiles_b;
+  const int tiles_b = static_cast<int>(ceil_div(boxes_b * kBox, of.b));
+  const int tiles = static_cast<int>(ceil_div(rows, of.a * of.cluster)) * tiles_b;
   b.splits = p.splits, b.split_deep = static_cast<int>(ceil_div(b.deep, p.splits));
   b.work = tiles * p.splits;
   b.by_tiles = Divider(static_cast<uint32_t>(tiles)), b.by_tiles_b = Divider(static_cast<uint32_t>(tiles_b));
@@ -184,13 +211,20 @@ BoxParams box_params(Pass pass, const ConvParams& p, int tile_a, int tile_b, int
   b.s = std::max(p.columns.positions, 1);
 
   b.by_pixels = p.walk.by_pixels, b.by_columns = p.walk.by_columns;
+  if (of.halo) {
+    b.by_pixels = Divider(static_cast<uint32_t>(h.count * w.count)), b.by_columns = Divider(w.count);
+    const int tiles_a = static_cast<int>(ceil_div(rows, of.a)), run = halo_run(tiles_a, tiles_b, multiprocessors);
+    const int patch = patch_of(int64_t{axis_h(p).reach} * w.count + axis_w(p).reach);
+    b.halo = {w.count, patch, b.channel_boxes == 1, tiles_a, run, std::max(p.rows.positions, 1)};
+    b.work = static_cast<int>(ceil_div(tiles_a, run)) * tiles_b;
+  }
   b.first_h = h.first, b.first_w = w.first, b.step_h = h.step, b.step_w = w.step;
   b.offset_h = h.offset, b.offset_w = w.offset, b.tap_h = h.tap, b.tap_w = w.tap;
   b.first_position = p.rows.first_position * arg.s + p.columns.first_position;
   b.position_row = p.rows.step_position * arg.s, b.position_column = p.columns.step_position;
   b.rows = p.rows, b.columns = p.columns;
 
-  b.plain_result = true;
+  b.plain_result = !of.halo;
   b.branches = arg.branches;
   for (int i = 0; i < arg.branches; ++i) {
     const ConvBranch& branch = arg.branch[i];
@@ -201,7 +235,15 @@ BoxParams box_params(Pass pass, const ConvParams& p, int tile_a, int tile_b, int
       b.weight[i] = tiled_map(filters_map(arg.dtype, branch.weight, branch.k, positions, arg.c));
       void* const output = pass == Pass::kFprop ? branch.output : arg.grad_input;
       const int channels = pass == Pass::kFprop ? branch.k : arg.c;
-      if (const auto pitch = result_pitch(pass, p, i)) {
+      if (of.halo) {
+        b.output = output, b.y = result_strides(pass, p, i);
+        if (branch.residual && pass == Pass::kFprop) {
+          const Image results{branch.residual, arg.n, arg.p, arg.q, branch.k, branch.y};
+          b.has_residual = true;
+          b.residual = im2col_map(
+              walk_of(arg.dtype, results, {0, 1, h.count, arg.p, 0, 0, 0}, {0, 1, w.count, arg.q, 0, 0, 0}, kBox));
+        }
+      } else if (const auto pitch = result_pitch(pass, p, i)) {
         b.result[i] = tiled_map(matrix(arg.dtype, output, channels, p.extent_a, *pitch, kBox));
         if (branch.residual && pass == Pass::kFprop) {
           b.has_residual = true;

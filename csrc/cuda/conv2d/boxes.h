@@ -18,6 +18,17 @@ namespace fastconv::cuda {
 
 constexpr int kBox = kBoxChannels;
 
+// Of the kernels that bring a pixel once for all positions, see sm90a/halo.cuh: their tiles, and the boxes of pixels
+// that shared memory has room for at once.
+constexpr int kHaloTile = 256, kHaloSlots = 13;
+struct Halo {
+  int row_pitch;   // rows of the GEMM from one row of pixels to the next
+  int patch;       // boxes of pixels that a tile meets
+  bool slides;     // whether it has those that it shares with the tile before from there
+  int tiles, run;  // along extent a; of a block
+  int r;           // rows of the filter
+};
+
 // The one parameter of the kernels that use boxes
 struct BoxParams {
   TensorMap image;     // the input; in dgrad the gradient of the output
@@ -50,6 +61,8 @@ struct BoxParams {
   void* output;                                       // of results that are no boxes
   Strides y;
 
+  Halo halo;
+
   int branches;
   int filters[kMaxBranches];
   int first_filter[kMaxBranches];   // of each branch among all
@@ -59,17 +72,27 @@ struct BoxParams {
   int pitch_b;
 };
 
-// Extents in boxes, the last of which may be partly empty
-struct BoxExtents {
-  int64_t a, b, depth;
+// What a kernel does with boxes
+struct BoxTiles {
+  int a = 0, b = 0;   // of a tile
+  int cluster = 1;    // tiles below each other that are done at once
+  bool halo = false;  // whether a pixel comes once for all positions
 };
-BoxExtents box_extents(Pass pass, const ConvParams& params);
+
+// Extents; along the depth and of what has parts the last box may be partly empty.
+struct BoxExtents {
+  int64_t rows;      // of extent a: elements, or with a halo all that are computed; in wgrad those of boxes
+  int64_t b, depth;  // boxes
+};
+BoxExtents box_extents(Pass pass, const ConvParams& params, bool halo);
+
+// Tiles of a block with a halo, such that so many multiprocessors have one block each
+int halo_run(int64_t tiles_a, int64_t tiles_b, int multiprocessors);
 
 // Why boxes cannot serve a call that vectors of 16 bytes serve; null if they can.
-const char* refuses_boxes(Pass pass, const ConvParams& params);
+const char* refuses_boxes(Pass pass, const ConvParams& params, bool halo);
 
-// For tiles of tile_a x tile_b, of which so many below each other are done at once; `params` is completed, but for its
-// walk, which counts elements from the first pixel of the image.
-BoxParams box_params(Pass pass, const ConvParams& params, int tile_a, int tile_b, int cluster);
+// `params` is completed, but for its walk, which counts elements from the first pixel of the image.
+BoxParams box_params(Pass pass, const ConvParams& params, const BoxTiles& tiles, int multiprocessors);
 
 }  // namespace fastconv::cuda

@@ -85,4 +85,7 @@ struct ConvParams {
   Divider by_runs, by_extent_a;  // of the reduction: 16 bytes of results in a row, rows of a group
 };
 
+// Kernels count by tiles and look ahead by stages: extents keep this far from the largest int.
+constexpr int kSpareExtent = 1024;
+
 }  // namespace fastconv::cuda

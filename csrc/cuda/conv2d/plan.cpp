@@ -188,22 +188,23 @@ const ConvReduction& reduction_of(const ConvVariant& variant) {
 
 // Of a GEMM's extents what a kernel computes
 struct Tiling {
-  int64_t tiles;  // of a group
-  int64_t deep;   // tiles along the depth
-  double fill;    // of what they compute, what is asked for
+  int64_t a, b;  // tiles along the extents of a group
+  int64_t deep;  // and along the depth
+  double fill;   // of what they compute, what is asked for
+
+  int64_t tiles() const { return a * b; }
 };
 Tiling tiling(const ConvVariant& variant, const ConvParams& p) {
   const auto& [tile_a, tile_b, tile_depth] = variant.info.tile;
   int64_t a = p.extent_a, b = p.extent_b, depth = p.depth;
   if (variant.boxes) {
-    const BoxExtents boxes = box_extents(variant.pass, p);
-    if (variant.pass == Pass::kWgrad) a = boxes.a * kBox;
-    b = boxes.b * kBox, depth = boxes.depth * kBox;
+    const BoxExtents boxes = box_extents(variant.pass, p, variant.halo);
+    a = boxes.rows, b = boxes.b * kBox, depth = boxes.depth * kBox;
   }
   const int64_t tiles_a = ceil_div(a, tile_a * variant.cluster) * variant.cluster, tiles_b = ceil_div(b, tile_b);
   const double area = static_cast<double>(tiles_a * tile_a) * static_cast<double>(tiles_b * tile_b);
   const double of_depth = depth > 0 ? static_cast<double>(p.depth) / static_cast<double>(depth) : 1;
-  return {tiles_a * tiles_b, ceil_div(depth, tile_depth),
+  return {tiles_a, tiles_b, ceil_div(depth, tile_depth),
           static_cast<double>(p.extent_a) * p.extent_b / std::max(area, 1.0) * of_depth};
 }
 
@@ -221,19 +222,21 @@ ConvLaunch launch_of(const ConvVariant& variant, const ConvReduction& reduction,
   ConvLaunch found{params, {}, {}, {}};
   ConvParams& p = found.params;
   const auto& [tile_a, tile_b, tile_depth] = variant.info.tile;
-  const auto [tiles, deep, fill] = tiling(variant, p);
+  const Tiling of_group = tiling(variant, p);
   const int tiles_b = tiles_of(p.extent_b, tile_b);
   p.by_tiles_b = Divider(tiles_b);
   p.splits = splits, p.by_splits = Divider(splits);
-  p.split_depth = static_cast<int>(ceil_div(deep, splits)) * tile_depth;
+  p.split_depth = static_cast<int>(ceil_div(of_group.deep, splits)) * tile_depth;
   const int run = run_of(p);
   p.pitch_b = pitch_of(p);
   const int runs = tiles_of(p.extent_b, run);
   p.by_runs = Divider(runs), p.by_extent_a = Divider(p.extent_a);
-  found.shape = shape_of(variant, p, tiles, splits);
+  found.shape = shape_of(variant, p, of_group.tiles(), splits);
   if (variant.boxes) {
-    found.boxes = box_params(variant.pass, p, tile_a, tile_b, variant.cluster);
-    const int clusters = std::min(found.boxes->work, std::max(device.multiprocessors / variant.cluster, 1));
+    const BoxTiles of{tile_a, tile_b, variant.cluster, variant.halo};
+    found.boxes = box_params(variant.pass, p, of, device.multiprocessors);
+    const int most = variant.halo ? found.boxes->work : std::max(device.multiprocessors / variant.cluster, 1);
+    const int clusters = std::min(found.boxes->work, most);
     found.shape.grid = {static_cast<unsigned>(clusters * variant.cluster), 1, 1};
     found.shape.cluster = static_cast<unsigned>(variant.cluster);
   }
@@ -264,20 +267,22 @@ const char* ConvVariant::refusal(const ConvParams& p, const DeviceInfo&) const {
   if (p.arg.dtype != dtype) return "the tensors have another dtype";
   if (dtype == DType::kFloat32 && p.arg.tf32 != tf32) return tf32 ? "TF32 is not allowed" : "TF32 is allowed";
   const char* const refused = vector > 1 ? refuses_vectors(pass, p, vector) : nullptr;
-  return boxes && !refused ? refuses_boxes(pass, p) : refused;
+  return boxes && !refused ? refuses_boxes(pass, p, halo) : refused;
 }
 
 ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& device) const {
   ConvCandidate found;
-  const auto [tiles, deep, fill] = tiling(*this, p);
-  const int64_t blocks = tiles * p.arg.groups;
+  const auto [tiles_a, tiles_b, deep, fill] = tiling(*this, p);
+  // Each block does a run of tiles, or one; or where there are boxes and no halo, one after the other.
+  const int run = halo ? halo_run(tiles_a, tiles_b, device.multiprocessors) : 1;
+  const int64_t blocks_a = ceil_div(tiles_a, std::max(run, 1)), blocks = blocks_a * tiles_b * p.arg.groups;
   const double area = static_cast<double>(info.tile[0]) * info.tile[1];
   const double tile_clocks = area * info.tile[2] / (tf32 ? 512 : dtype == DType::kFloat32 ? 64 : 1024) / rate;
 
   // A multiprocessor shares itself among its blocks, so a launch takes as long as the one that has the most of them,
   // and longer where those are too few warps to hide what each waits for.
   const auto rounds = [&](int64_t splits) {
-    return ceil_div(std::max<int64_t>(blocks, 1) * splits, device.multiprocessors);
+    return run * ceil_div(std::max<int64_t>(blocks, 1) * splits, device.multiprocessors);
   };
   const auto busy = [&](int64_t splits) {
     const double warps = static_cast<double>(std::min<int64_t>(rounds(splits), resident)) * info.threads / 32;
@@ -292,7 +297,7 @@ ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& devi
     const double passes = 2 * parts / (2 * parts < device.l2_bytes ? kBytesOfCache : kBytesOfMemory);
     return (products(splits) + around) / busy(splits) + (splits > 1 ? kLaunchClocks + passes : 0);
   };
-  const int64_t most = std::min(deep / kFewestTilesDeep, kMostSplits);
+  const int64_t most = halo ? 1 : std::min(deep / kFewestTilesDeep, kMostSplits);
   double least = clocks(1);
   for (int round = 1; round <= kMostRounds; ++round) {
     const int64_t wanted = std::min(int64_t{device.multiprocessors} * round / std::max<int64_t>(blocks, 1), most);
@@ -303,10 +308,10 @@ ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& devi
       found.splits = static_cast<int>(splits);
     }
   }
-  found.cost.shape = shape_of(*this, p, tiles, found.splits);
+  found.cost.shape = shape_of(*this, p, blocks_a * tiles_b, found.splits);
   found.cost.rate = rate;
   found.cost.resident = resident;
-  found.cost.fill = fill;
+  found.cost.fill = fill * static_cast<double>(tiles_a) / std::max<double>(static_cast<double>(blocks_a) * run, 1);
   found.cost.splits = found.splits;
   found.cost.rest = products(found.splits) / least;
   found.cost.unproven = boxes;  // no GPU has run them yet

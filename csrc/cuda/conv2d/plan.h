@@ -36,11 +36,12 @@ struct ConvVariant {
   DType dtype;
   bool tf32;
   int vector;    // elements that are read at once
-  bool boxes;    // whether the TMA brings boxes, and blocks do one tile after the other
-  int cluster;   // blocks of a cluster
   int resident;  // see Cost
   double rate;   // see Cost
   Run run;
+  bool boxes = false;  // whether the TMA brings boxes, and blocks do one tile after the other
+  int cluster = 1;     // blocks of a cluster
+  bool halo = false;   // whether a pixel's box comes once for all positions, and blocks do tiles that follow each other
 
   const char* refusal(const ConvParams& params, const DeviceInfo& device) const;
   Candidate candidate(const ConvParams& params, const DeviceInfo& device) const;
@@ -69,8 +70,5 @@ struct ConvPlan {
 // was forced upon the pass does not take these tensors.
 ConvPlan plan_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo& device);
 void launch_conv2d(ConvPlan& plan, float* workspace, Stream stream);
-
-// Kernels count by tiles and look ahead by stages: extents keep this far from the largest int.
-constexpr int kSpareExtent = 1024;
 
 }  // namespace fastconv::cuda

@@ -158,11 +158,17 @@ FASTCONV_DEVICE void tma_store_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- 8x8 matrices of 16-bit elements to shared memory: the inverse of ldmatrix_x4
+// ---- 8x8 matrices of 16-bit elements to shared memory: the inverse of ldmatrix_x4, and of ldmatrix_x4_trans
 
 FASTCONV_DEVICE void stmatrix_x4(uint32_t address, const uint32_t (&fragments)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(fragments[0]),
                "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
+               : "memory");
+}
+
+FASTCONV_DEVICE void stmatrix_x4_trans(uint32_t address, const uint32_t (&fragments)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(fragments[0]), "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
                : "memory");
 }
 

@@ -13,9 +13,9 @@
 
 #include <array>
 #include <deque>
-#include <initializer_list>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "cuda/runtime/device_info.h"
 #include "cuda/runtime/kernel_table.h"
@@ -88,7 +88,7 @@ std::deque<Variant>& variants(int family) {
 // At namespace scope of a file with kernels: makes them known.
 template <class Variant>
 struct Register {
-  Register(int family, std::initializer_list<Variant> list) {
+  Register(int family, const std::vector<Variant>& list) {
     for (const Variant& variant : list) list_kernel(variants<Variant>(family).emplace_back(variant).info, true);
   }
 };

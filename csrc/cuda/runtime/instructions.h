@@ -43,6 +43,7 @@ constexpr Instructions kProxyFence = 1 << 26;
 constexpr Instructions kSetmaxnreg = 1 << 27;
 constexpr Instructions kCluster = 1 << 28;       // its ranks and barriers, those of other blocks included
 constexpr Instructions kTmaMulticast = 1 << 29;  // in whatever mode
+constexpr Instructions kWgmmaRows = 1 << 30;     // whose operand begins in any of the eight rows of a swizzle
 
 // Of a kernel whose variant serves all types
 constexpr Instructions kConvert = kConvertHalf | kConvertBFloat16;
@@ -80,6 +81,7 @@ inline constexpr const char* kInstructionNames[] = {
     "setmaxnreg",
     "cluster",
     "tma_multicast",
+    "wgmma_rows",
 };
 
 // A list of their names

@@ -94,6 +94,7 @@ struct NamedBarriers {
 // ---- 8x8 matrices
 
 // Rows of 16 bytes lie 32 bytes apart, permuted over the lanes. What lies between them stays.
+template <bool kTransposed>
 struct Stmatrix {
   static constexpr int kThreads = 32, kIn = 384, kOut = 256, kSharedBytes = 1024;
   static FASTCONV_DEVICE void run(const Params& p, int lane, uint32_t* shared) {
@@ -101,7 +102,12 @@ struct Stmatrix {
     __syncwarp();
     uint32_t fragments[4];
     for (int i = 0; i < 4; ++i) fragments[i] = p.in[4 * lane + i];
-    ptx::stmatrix_x4(ptx::smem_address(shared + 8 * (lane ^ 5)), fragments);
+    const uint32_t address = ptx::smem_address(shared + 8 * (lane ^ 5));
+    if constexpr (kTransposed) {
+      ptx::stmatrix_x4_trans(address, fragments);
+    } else {
+      ptx::stmatrix_x4(address, fragments);
+    }
     __syncwarp();
     for (int i = lane; i < kOut; i += 32) p.out[i] = shared[i];
   }
@@ -142,7 +148,8 @@ const RegisterCases registered{
     make<Handing<3>>("mbarrier, 3 places", uses::kMbarrier),
     make<Expecting>("mbarrier_arrive_expect", uses::kMbarrier | uses::kTmaTiled),
     make<NamedBarriers>("named_barrier_sync", uses::kNamedBarrier),
-    make<Stmatrix>("stmatrix_x4", uses::kStmatrix),
+    make<Stmatrix<false>>("stmatrix_x4", uses::kStmatrix),
+    make<Stmatrix<true>>("stmatrix_x4_trans", uses::kStmatrix),
     make<Registers>("registers_decrease, registers_increase", uses::kSetmaxnreg),
 };
 

@@ -60,8 +60,6 @@ ConvVariant variant(const char* type, const char* what, double rate) {
           kDType,
           kTf32,
           C::kVector,
-          false,
-          1,
           C::kBlocks,
           rate,
           [](const KernelInfo& info, const ConvLaunch& planned, Stream stream) {

@@ -1,6 +1,7 @@
 // The Hopper kernels of one pass and one dtype. The build compiles this file for each of them, see _build/sources.py:
 // FASTCONV_PASS is kFprop, kDgrad or kWgrad, FASTCONV_DTYPE is kFloat16 or kBFloat16.
 #include "cuda/conv2d/plan.h"
+#include "cuda/conv2d/sm90a/halo.cuh"
 #include "cuda/conv2d/sm90a/kernel.cuh"
 
 namespace fastconv::cuda {
@@ -21,6 +22,8 @@ constexpr Instructions kUses =
 
 template <class C>
 ConvVariant variant(const char* what, double rate) {
+  // A halo's operands begin in any row.
+  constexpr Instructions kOfHalo = C::kHasHalo ? uses::kWgmmaRows : uses::kNothing;
   constexpr Instructions kOfCluster = C::kCluster > 1 ? uses::kCluster | uses::kTmaMulticast : uses::kNothing;
   ConvVariant found{};
   found.info = {std::string(ConvVariant::kOps[kFamily]) + (kIsHalf ? "_fp16_" : "_bf16_") + what + "_sm90a",
@@ -31,16 +34,21 @@ ConvVariant variant(const char* what, double rate) {
                 C::kThreads,
                 C::kSharedBytes,
                 "channels_last, channels in multiples of 16 bytes, no groups",
-                kUses | kOfCluster};
+                kUses | kOfCluster | kOfHalo};
   found.pass = kPass;
   found.dtype = kDType;
   found.vector = 8;
   found.boxes = true;
+  found.halo = C::kHasHalo;
   found.cluster = C::kCluster;
   found.resident = 1;
   found.rate = rate;
   found.run = [](const KernelInfo& info, const ConvLaunch& planned, Stream stream) {
-    launch(info, &conv2d_box_kernel<kPass, C>, planned.shape, stream, *planned.boxes);
+    if constexpr (C::kHasHalo) {
+      launch(info, &conv2d_halo_kernel<kPass, C>, planned.shape, stream, *planned.boxes);
+    } else {
+      launch(info, &conv2d_box_kernel<kPass, C>, planned.shape, stream, *planned.boxes);
+    }
   };
   return found;
 }
@@ -48,13 +56,17 @@ ConvVariant variant(const char* what, double rate) {
 // Stages fill the 227 KiB. Rates: beside mma.sync's largest tile, by what L2 can bring for a tile's products.
 template <int kTileA, int kTileB, int kStages, bool kTogether, int kCluster = 1>
 using Config = BoxConfig<T, kTileA, kTileB, kStages, kTogether, kCluster>;
-const Register<ConvVariant> registered(
-    kFamily,
-    {variant<Config<128, 256, 4, true>>("128x256", 1.4), variant<Config<128, 256, 4, true, 2>>("128x256_pair", 1.7),
-     variant<Config<128, 192, 4, true>>("128x192", 1.25), variant<Config<128, 192, 4, true, 2>>("128x192_pair", 1.6),
-     variant<Config<256, 128, 4, true>>("256x128", 1.4), variant<Config<256, 128, 4, true, 2>>("256x128_pair", 1.6),
-     variant<Config<128, 128, 6, false>>("128x128", 1.1), variant<Config<128, 128, 6, false, 2>>("128x128_pair", 1.4),
-     variant<Config<256, 64, 4, true>>("256x64", 0.9)});
+std::vector<ConvVariant> variants() {
+  std::vector<ConvVariant> found{
+      variant<Config<128, 256, 4, true>>("128x256", 1.4),  variant<Config<128, 256, 4, true, 2>>("128x256_pair", 1.7),
+      variant<Config<128, 192, 4, true>>("128x192", 1.25), variant<Config<128, 192, 4, true, 2>>("128x192_pair", 1.6),
+      variant<Config<256, 128, 4, true>>("256x128", 1.4),  variant<Config<256, 128, 4, true, 2>>("256x128_pair", 1.6),
+      variant<Config<128, 128, 6, false>>("128x128", 1.1), variant<Config<128, 128, 6, false, 2>>("128x128_pair", 1.4),
+      variant<Config<256, 64, 4, true>>("256x64", 0.9)};
+  if constexpr (kPass != Pass::kWgrad) found.push_back(variant<HaloConfig<T, 9>>("256x64_halo", 1.4));
+  return found;
+}
+const Register<ConvVariant> registered(kFamily, variants());
 
 }  // namespace
 }  // namespace fastconv::cuda

@@ -29,7 +29,7 @@ FASTCONV_DEVICE void sync_cluster() {
 
 template <Pass kPass, class C>
 FASTCONV_DEVICE void produce(const BoxParams& p, const Shared<C>& shared) {
-  Turn<C> turn;
+  Turn<C::kStages> turn;
   for (int work = static_cast<int>(blockIdx.x) / C::kCluster; work < p.work;
        work += static_cast<int>(gridDim.x) / C::kCluster) {
     const Place at = place<C>(p, work);
@@ -46,8 +46,8 @@ FASTCONV_DEVICE void produce(const BoxParams& p, const Shared<C>& shared) {
 // The products of one tile; the ring is then behind its boxes. `order`: the parity of the phase in which the tile
 // before it was, see Shared::order.
 template <Pass kPass, class C>
-FASTCONV_DEVICE void multiply(const Place& at, const Shared<C>& shared, int consumer, uint32_t order, Turn<C>& turn,
-                              typename Results<kPass, C>::Sums& sums) {
+FASTCONV_DEVICE void multiply(const Place& at, const Shared<C>& shared, int consumer, uint32_t order,
+                              Turn<C::kStages>& turn, typename Results<kPass, C>::Sums& sums) {
   using T = typename C::T;
   constexpr ptx::Major kMajorA = Loads<kPass, C>::kMajorA, kMajorB = Loads<kPass, C>::kMajorB;
   constexpr int kSteps = kBox / 16;
@@ -104,7 +104,7 @@ FASTCONV_DEVICE void multiply(const Place& at, const Shared<C>& shared, int cons
 template <Pass kPass, class C>
 FASTCONV_KERNEL(C::kThreads, 1)
 conv2d_box_kernel(const __grid_constant__ BoxParams p) {
-  const Shared<C> shared = Shared<C>::of_block();
+  const Shared<C> shared{SharedMemory::of_block()};
   // The same in all lanes, as the compiler then knows
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (threadIdx.x == 0) {
@@ -130,7 +130,7 @@ conv2d_box_kernel(const __grid_constant__ BoxParams p) {
   ptx::registers_increase<C::kConsumerRegisters>();
   const int consumer = warpgroup - 1;
   Results<kPass, C> results(p, shared, consumer);
-  Turn<C> turn;
+  Turn<C::kStages> turn;
   for (int work = static_cast<int>(blockIdx.x) / C::kCluster, index = 0; work < p.work;
        work += static_cast<int>(gridDim.x) / C::kCluster, ++index) {
     const Place at = place<C>(p, work);

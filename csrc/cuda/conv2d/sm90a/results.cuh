@@ -10,6 +10,30 @@ namespace fastconv::cuda::inline sm90a {
 
 FASTCONV_DEVICE int lane_of_warp() { return static_cast<int>(threadIdx.x) % 32; }
 
+// 16-byte chunk of a row of a box
+FASTCONV_DEVICE uint32_t at_chunk(uint32_t box, int row, int chunk) {
+  return box + row * kBoxRowBytes + (chunk ^ row % 8) * 16;
+}
+
+// A warpgroup stores a box whose rows are pixels without a pitch, as those of a phase of a stride are. With a halo
+// there are rows between them that are no pixels.
+template <class T, bool kHasHalo>
+FASTCONV_DEVICE void store_pixels(const BoxParams& p, const SharedMemory& shared, uint32_t result, int row, int box) {
+  constexpr int kChunks = kBoxRowBytes / 16, kRowsAtOnce = kWarpgroup / kChunks;
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+  const int chunk = thread % kChunks, column = box * kBox + chunk * 8;
+  if (column >= p.extent_b) return;
+#pragma unroll 1
+  for (int i = thread / kChunks; i < kBox && row + i < p.extent_a; i += kRowsAtOnce) {
+    const Pixel pixel = pixel_at(p.by_pixels, p.by_columns, row + i);
+    if (kHasHalo && (pixel.row >= p.rows.pixels || pixel.column >= p.columns.pixels)) continue;
+    const int h = p.rows.first_pixel + pixel.row * p.rows.step_pixel;
+    const int w = p.columns.first_pixel + pixel.column * p.columns.step_pixel;
+    T* const to = static_cast<T*>(p.output) + (pixel.n * p.y.n + h * p.y.h + w * p.y.w + column);
+    store(to, load<8>(shared.template at<T>(at_chunk(result, i, chunk))));
+  }
+}
+
 template <Pass kPass, class C>
 class Results {
  public:
@@ -118,7 +142,7 @@ class Results {
     if (kPass == Pass::kWgrad || p.plain_result) ptx::fence_proxy_async();
     ptx::named_barrier_sync(1 + consumer, kWarpgroup);  // the box is whole
     if (kPass != Pass::kWgrad && !p.plain_result) {
-      store_pixels(result, row, box);
+      store_pixels<T, false>(p, shared, result, row, box);
     } else if (thread == 0) {
       store_box(result, row, box);
       ptx::tma_store_commit();
@@ -129,11 +153,6 @@ class Results {
       }
     }
     ++turn;
-  }
-
-  // 16-byte chunk of a row of a box
-  FASTCONV_DEVICE static uint32_t at_chunk(uint32_t box, int row, int chunk) {
-    return box + row * kBoxRowBytes + (chunk ^ row % 8) * 16;
   }
 
   FASTCONV_DEVICE void add_bias(int box, float (&sums)[kOfBox]) const {
@@ -162,21 +181,6 @@ class Results {
       const int position = divide(p.by_channel_boxes, box, channel_box);
       const auto [branch, filter] = branch_box(p, row / kBox);
       ptx::tma_store_3d(p.result[branch], result, channel_box * kBox, position, filter);
-    }
-  }
-
-  // Rows that are pixels without a pitch, as those of a phase of a stride are
-  FASTCONV_DEVICE void store_pixels(uint32_t result, int row, int box) const {
-    constexpr int kChunks = kBoxRowBytes / 16, kRowsAtOnce = kWarpgroup / kChunks;
-    const int chunk = thread % kChunks, column = box * kBox + chunk * 8;
-    if (column >= p.extent_b) return;
-#pragma unroll 1
-    for (int i = thread / kChunks; i < kBox && row + i < p.extent_a; i += kRowsAtOnce) {
-      const Pixel pixel = pixel_at(p.by_pixels, p.by_columns, row + i);
-      const int h = p.rows.first_pixel + pixel.row * p.rows.step_pixel;
-      const int w = p.columns.first_pixel + pixel.column * p.columns.step_pixel;
-      T* const to = static_cast<T*>(p.output) + (pixel.n * p.y.n + h * p.y.h + w * p.y.w + column);
-      store(to, load<8>(shared.template at<T>(at_chunk(result, i, chunk))));
     }
   }
 

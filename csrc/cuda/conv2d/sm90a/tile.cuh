@@ -12,22 +12,26 @@ namespace fastconv::cuda::inline sm90a {
 constexpr int kWarpgroup = 128;                 // threads
 constexpr int kBoxBytes = kBox * kBoxRowBytes;  // of 64 rows
 
+// Who does what in a block: a warpgroup that brings boxes, and those that multiply
+struct Roles {
+  static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  // Of a thread: 128 x 40 + 256 x 232 fill the file of 65536.
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+};
+
 // kTogether: whether the two warpgroups that multiply share a tile, half of its rows each; else each has its own, and
 // one stores its results while the other multiplies.
 // kCluster: blocks whose tiles lie below each other, and share the boxes of B: each brings its part of them for all.
 template <class T_, int kTileA_, int kTileB_, int kStages_, bool kTogether_, int kCluster_ = 1>
-struct BoxConfig {
+struct BoxConfig : Roles {
   using T = T_;
   static constexpr int kTileA = kTileA_, kTileB = kTileB_, kStages = kStages_;
-  static constexpr bool kTogether = kTogether_;
+  static constexpr bool kTogether = kTogether_, kHasHalo = false;
   static constexpr int kCluster = kCluster_;
-  static constexpr int kConsumers = 2;  // warpgroups
-  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kRows = kTogether ? kTileA / kConsumers : kTileA;  // of a warpgroup
   static constexpr int kBlocks = kRows / 64;                              // of rows that a product has
   static constexpr int kBoxesB = kTileB / kBox;
-  // Of a thread: 128 x 40 + 256 x 232 fill the file of 65536.
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static_assert(kTileA % kBox == 0 && kTileB % kBox == 0 && kBlocks * kTileB <= 256);
 
   // Shared memory, from a multiple of 1024 bytes on: the stages, each A before B; two boxes of results of each
@@ -41,12 +45,11 @@ struct BoxConfig {
 };
 
 // The block's shared memory, by addresses in the shared window
-template <class C>
-struct Shared {
+struct SharedMemory {
   unsigned char* memory;
   uint32_t base;  // its address, a multiple of 1024
 
-  FASTCONV_DEVICE static Shared of_block() {
+  FASTCONV_DEVICE static SharedMemory of_block() {
     unsigned char* const memory = dynamic_smem<unsigned char>();
     const uint32_t address = ptx::smem_address(memory), base = (address + 1023) & ~1023u;
     return {memory + (base - address), base};
@@ -55,6 +58,10 @@ struct Shared {
   FASTCONV_DEVICE const T* at(uint32_t address) const {
     return reinterpret_cast<const T*>(memory + (address - base));
   }
+};
+
+template <class C>
+struct Shared : SharedMemory {
   FASTCONV_DEVICE uint32_t stage(int stage) const { return base + stage * C::kStageBytes; }
   // Of a stage: all of its boxes have come; all of its boxes have been read.
   FASTCONV_DEVICE uint32_t full(int stage) const { return base + C::kBarriers + 8 * stage; }
@@ -70,21 +77,21 @@ struct Shared {
   FASTCONV_DEVICE uint32_t order(int consumer) const { return residual(C::kConsumers, consumer); }
 };
 
-// A stage of the ring, and how often the ring has been gone around
-template <class C>
+// A stage of a ring, and how often the ring has been gone around
+template <int kStages>
 struct Turn {
   int stage = 0;
   uint32_t parity = 0;
 
   FASTCONV_DEVICE void advance() {
-    if (++stage < C::kStages) return;
+    if (++stage < kStages) return;
     stage = 0;
     parity ^= 1;
   }
   FASTCONV_DEVICE void advance(int stages) {
     stage += stages;
-    parity ^= stage / C::kStages & 1;
-    stage %= C::kStages;
+    parity ^= stage / kStages & 1;
+    stage %= kStages;
   }
 };
 

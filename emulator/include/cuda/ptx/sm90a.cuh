@@ -81,7 +81,10 @@ inline void tma_store_wait() {
 }
 
 inline void stmatrix_x4(uint32_t address, const uint32_t (&fragments)[4], Where where = Where::current()) {
-  emulator::stmatrix_x4(address, {{fragments[0], fragments[1], fragments[2], fragments[3]}}, where);
+  emulator::stmatrix_x4(address, false, {{fragments[0], fragments[1], fragments[2], fragments[3]}}, where);
+}
+inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&fragments)[4], Where where = Where::current()) {
+  emulator::stmatrix_x4(address, true, {{fragments[0], fragments[1], fragments[2], fragments[3]}}, where);
 }
 
 template <int kCount>

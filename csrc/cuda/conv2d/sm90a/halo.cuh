@@ -1,0 +1,390 @@
+// The kernel for filters that meet each pixel many times, of few channels, where kernel.cuh would bring the same pixels
+// once for each position: here a box of pixels comes once, and each position multiplies with the boxes from another row
+// of them on.
+//
+// Extent a of the GEMM are the pixels of the results and the columns and rows between them that the filter reaches
+// into, so that a position is always so many of them further: `row_pitch` from one row of the image to the next. What
+// is no pixel of the results is computed and dropped. The tensor cores have it the other way around, 64 filters by 128
+// pixels, which reads shared memory less often. A block does a run of tiles that follow each other. Where there is one
+// box of channels its pixels slide through the ring: the next tile needs but the boxes behind those that have come.
+// Else each box of channels has a patch of its own, halo included.
+//
+// One thread brings pixels, another one filters; these stay if all fit. The two warpgroups that multiply have tiles in
+// turns, and one stores its results while the other multiplies.
+// Needs 227 KiB of shared memory; bound by the tensor cores, or by memory.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/conv2d/sm90a/loads.cuh"
+#include "cuda/conv2d/sm90a/results.cuh"
+
+namespace fastconv::cuda::inline sm90a {
+
+template <class T_, int kStages_>
+struct HaloConfig : Roles {
+  using T = T_;
+  static constexpr int kTileA = kHaloTile, kTileB = kBox, kSlots = kHaloSlots, kStages = kStages_;
+  static constexpr int kCluster = 1;
+  static constexpr bool kHasHalo = true;
+  static constexpr int kColumns = 128;  // pixels of a product
+  static constexpr int kProducts = kTileA / kColumns, kBoxesOfProduct = kColumns / kBox, kBoxesOfTile = kTileA / kBox;
+
+  // Shared memory, from a multiple of 1024 bytes on: boxes of pixels, and the first ones once more, so that those of a
+  // product follow each other from any row on; boxes of filters; two boxes of results of each warpgroup; the barriers
+  static constexpr int kFilters = (kSlots + kBoxesOfProduct) * kBoxBytes;
+  static constexpr int kResults = kFilters + kStages * kBoxBytes;
+  static constexpr int kBarriers = kResults + kConsumers * 2 * kBoxBytes;
+  static constexpr int kBarrierCount = 2 * kSlots + 2 * kStages + 4 * kConsumers;
+  static constexpr int kSharedBytes = 1024 + kBarriers + 8 * kBarrierCount;
+};
+
+template <class C>
+struct HaloShared : SharedMemory {
+  FASTCONV_DEVICE uint32_t pixels(int slot) const { return base + slot * kBoxBytes; }
+  FASTCONV_DEVICE uint32_t filters(int stage) const { return base + C::kFilters + stage * kBoxBytes; }
+  FASTCONV_DEVICE uint32_t result(int consumer, int index) const {
+    return base + C::kResults + (2 * consumer + index) * kBoxBytes;
+  }
+  // That a box has come; that it has been read
+  FASTCONV_DEVICE uint32_t pixels_full(int slot) const { return barrier(slot); }
+  FASTCONV_DEVICE uint32_t pixels_empty(int slot) const { return barrier(C::kSlots + slot); }
+  FASTCONV_DEVICE uint32_t filters_full(int stage) const { return barrier(2 * C::kSlots + stage); }
+  FASTCONV_DEVICE uint32_t filters_empty(int stage) const { return barrier(2 * C::kSlots + C::kStages + stage); }
+  FASTCONV_DEVICE uint32_t residual(int consumer, int index) const {
+    return barrier(2 * C::kSlots + 2 * C::kStages + 2 * consumer + index);
+  }
+  // Of a warpgroup that multiplies: the other one has met all boxes of the tile before this one's; and has read them.
+  FASTCONV_DEVICE uint32_t order(int consumer) const { return residual(C::kConsumers, consumer); }
+  FASTCONV_DEVICE uint32_t done(int consumer) const { return order(C::kConsumers + consumer); }
+
+ private:
+  FASTCONV_DEVICE uint32_t barrier(int number) const { return base + C::kBarriers + 8 * number; }
+};
+
+// The tiles of a block
+struct Run {
+  int a, b;   // first row and column of the first one
+  int tiles;  // each below the one before
+};
+template <class C>
+FASTCONV_DEVICE Run run_of_block(const BoxParams& p) {
+  int tile_b;
+  const int first = divide(p.by_tiles_b, static_cast<int>(blockIdx.x), tile_b) * p.halo.run;
+  return {first * C::kTileA, tile_b * C::kTileB, min(p.halo.run, p.halo.tiles - first)};
+}
+
+// The way through the depth: the positions, for one box of channels after the other
+struct HaloDepth {
+  int channel_box = 0;
+  Position position{};
+
+  // Whether that was the last position
+  FASTCONV_DEVICE bool advance(const BoxParams& p) {
+    if (++position.s < p.s) return false;
+    position.s = 0;
+    if (++position.r < p.halo.r) return false;
+    position.r = 0;
+    ++channel_box;
+    return true;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------- operands
+
+template <class C>
+FASTCONV_DEVICE void bring_pixels(const BoxParams& p, const HaloShared<C>& shared, const Run& run) {
+  Turn<C::kSlots> turn;
+  for (int tile = 0; tile < run.tiles; ++tile) {
+    for (int channel_box = 0; channel_box < p.channel_boxes; ++channel_box) {
+      const int c = p.first_channel + channel_box * kBox;
+      // Those of the tile before are there.
+      for (int i = p.halo.slides && tile > 0 ? p.halo.patch - C::kBoxesOfTile : 0; i < p.halo.patch; ++i) {
+        const int row = min(run.a + tile * C::kTileA + i * kBox, p.extent_a - 1);
+        const Pixel start = pixel_at(p.by_pixels, p.by_columns, row);
+        const int w = p.first_w + start.column, h = p.first_h + start.row;
+        const uint32_t full = shared.pixels_full(turn.stage);
+        const bool twice = turn.stage < C::kBoxesOfProduct;
+        ptx::mbarrier_wait(shared.pixels_empty(turn.stage), turn.parity ^ 1);
+        ptx::mbarrier_arrive_expect(full, twice ? 2 * kBoxBytes : kBoxBytes);
+        ptx::tma_load_im2col(shared.pixels(turn.stage), p.image, full, c, w, h, start.n, 0, 0);
+        if (twice) ptx::tma_load_im2col(shared.pixels(C::kSlots + turn.stage), p.image, full, c, w, h, start.n, 0, 0);
+        turn.advance();
+      }
+    }
+  }
+}
+
+template <class C>
+FASTCONV_DEVICE bool filters_stay(const BoxParams& p) {
+  return p.deep <= C::kStages;
+}
+
+template <Pass kPass, class C>
+FASTCONV_DEVICE void bring_filters(const BoxParams& p, const HaloShared<C>& shared, const Run& run) {
+  Turn<C::kStages> turn;
+  const int times = filters_stay<C>(p) ? 1 : run.tiles;
+  for (int tile = 0; tile < times; ++tile) {
+    HaloDepth depth;
+    for (int box = 0; box < p.deep; ++box) {
+      const int c = p.first_channel + depth.channel_box * kBox, number = number_in_weight(p, depth.position);
+      const uint32_t to = shared.filters(turn.stage), full = shared.filters_full(turn.stage);
+      ptx::mbarrier_wait(shared.filters_empty(turn.stage), turn.parity ^ 1);
+      ptx::mbarrier_arrive_expect(full, kBoxBytes);
+      if constexpr (kPass == Pass::kFprop) {
+        ptx::tma_load_3d(to, p.weight[0], full, c, number, run.b);
+      } else {
+        ptx::tma_load_3d(to, p.weight[0], full, run.b, number, c);
+      }
+      turn.advance();
+      depth.advance(p);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- products
+
+// Of a thread: 64 filters by the pixels of each product
+template <class C>
+struct HaloSums {
+  float of[C::kProducts][C::kColumns / 2];
+};
+
+// Of one tile of the run
+template <Pass kPass, class C>
+FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloShared<C>& shared, int consumer, int tile,
+                                        HaloSums<C>& sums) {
+  using T = typename C::T;
+  constexpr ptx::Major kFilters = kPass == Pass::kFprop ? ptx::Major::kDepth : ptx::Major::kExtent;
+  constexpr ptx::Major kPixels = ptx::Major::kDepth;
+  constexpr int kSteps = kBox / 16, kFilterStep = kFilters == ptx::Major::kDepth ? 32 : 2048, kPixelStep = 32;
+  const bool stay = filters_stay<C>(p);
+  const uint64_t first_filters = ptx::wgmma_operand<kFilters>(shared.filters(0));
+  const uint64_t first_pixels = ptx::wgmma_operand<kPixels>(shared.pixels(0));
+  const auto release = [](uint32_t barrier) {
+    if (lane_of_warp() == 0) ptx::mbarrier_arrive(barrier);
+  };
+
+  Turn<C::kStages> filters;
+  if (!stay) filters.advance(tile * p.deep);
+  Turn<C::kSlots> patch;  // where it begins
+  patch.advance(tile * (p.halo.slides ? C::kBoxesOfTile : p.channel_boxes * p.halo.patch));
+  Turn<C::kSlots> next = patch;  // the box that is to be met next
+  int met = 0;                   // boxes of the patch
+  HaloDepth depth;
+  const auto release_pixels = [&](Turn<C::kSlots> of, int boxes) {
+#pragma unroll 1
+    for (; boxes > 0; --boxes, of.advance()) release(shared.pixels_empty(of.stage));
+  };
+  // Those of a position, which go on when this returns
+  const auto products = [&](auto adds) {
+    const int shift =
+        (p.offset_h + depth.position.r * p.tap_h) * p.halo.row_pitch + p.offset_w + depth.position.s * p.tap_w;
+#pragma unroll 1
+    for (; met * kBox < C::kTileA + shift; ++met, next.advance()) {
+      ptx::mbarrier_wait(shared.pixels_full(next.stage), next.parity);
+    }
+    ptx::mbarrier_wait(shared.filters_full(filters.stage), filters.parity);
+    const uint64_t a = first_filters + filters.stage * (kBoxBytes / 16);
+    uint64_t b[C::kProducts];
+#pragma unroll
+    for (int i = 0; i < C::kProducts; ++i) {
+      const int slot = patch.stage + shift / kBox + i * C::kBoxesOfProduct;
+      b[i] = first_pixels + (slot < C::kSlots ? slot : slot - C::kSlots) * (kBoxBytes / 16) +
+             shift % kBox * (kBoxRowBytes / 16);
+    }
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < C::kProducts; ++i) {
+        ptx::wgmma<T, kFilters, kPixels>(sums.of[i], a + step * kFilterStep / 16, b[i] + step * kPixelStep / 16,
+                                         decltype(adds)::value || step > 0);
+      }
+    }
+    ptx::wgmma_commit();
+  };
+
+  // As in kernel.cuh; the first warpgroup begins, and what ended before the first phase is odd.
+  const uint32_t phase = (tile / C::kConsumers + 1 + consumer) % 2;
+  ptx::mbarrier_wait(shared.order(consumer), phase);
+  products(std::false_type{});
+#pragma unroll 1
+  for (int box = 1; box < p.deep; ++box) {
+    const int before = filters.stage;
+    const Turn<C::kSlots> last = patch;
+    const bool is_new = depth.advance(p);
+    if (is_new) {
+      patch.advance(p.halo.patch);
+      met = 0;
+    }
+    filters.advance();
+    products(std::true_type{});
+    ptx::wgmma_wait<1>();
+    if (!stay) release(shared.filters_empty(before));
+    if (is_new) release_pixels(last, p.halo.patch);
+  }
+  release(shared.order(1 - consumer));
+  ptx::wgmma_wait<0>();
+#pragma unroll
+  for (int i = 0; i < C::kProducts; ++i) ptx::wgmma_sums(sums.of[i]);
+  if (!stay) release(shared.filters_empty(filters.stage));
+  // The tile before may have read the same boxes. That it is done is waited for before it is told of this one, as a
+  // barrier tells two phases apart.
+  ptx::mbarrier_wait(shared.done(consumer), phase);
+  release(shared.done(1 - consumer));
+  release_pixels(patch, p.halo.slides ? C::kBoxesOfTile : p.halo.patch);
+}
+
+// ---------------------------------------------------------------------------------------------------- results
+
+// A box of 64 pixels at a time is finished in registers, turned in shared memory, where its residual lies, and stored
+// by all threads of the warpgroup.
+template <Pass kPass, class C>
+class HaloResults {
+ public:
+  using T = typename C::T;
+
+  FASTCONV_DEVICE HaloResults(const BoxParams& params, const HaloShared<C>& of_block, int warpgroup, int column)
+      : p(params),
+        shared(of_block),
+        consumer(warpgroup),
+        thread(static_cast<int>(threadIdx.x) % kWarpgroup),
+        first_filter(column) {}
+
+  // Before the products of a tile: has the residual of its first boxes come.
+  FASTCONV_DEVICE void begin(int row) const {
+    if (!adds_residual()) return;
+    ptx::fence_proxy_async();
+    sync();  // all have stored what was in the places
+    for (int i = 0; i < 2; ++i) load_residual(row + i * kBox, turn + i);
+  }
+
+  FASTCONV_DEVICE void finish(int row, const HaloSums<C>& sums) {
+    float bias[2] = {};
+    if constexpr (kPass == Pass::kFprop) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int filter = first_filter + thread / 32 * 16 + lane_of_warp() / 4 + 8 * half;
+        if (p.bias[0] && filter < p.extent_b) bias[half] = to_float(static_cast<const T*>(p.bias[0])[filter]);
+      }
+    }
+#pragma unroll
+    for (int box = 0; box < C::kBoxesOfTile; ++box) {
+      if (row + box * kBox >= p.extent_a) break;
+      float of_box[kBox / 2];
+#pragma unroll
+      for (int i = 0; i < kBox / 2; ++i) {
+        of_box[i] = sums.of[box / C::kBoxesOfProduct][box % C::kBoxesOfProduct * kBox / 2 + i] + bias[i / 2 % 2];
+      }
+      finish_box(row, box, of_box);
+    }
+  }
+
+ private:
+  FASTCONV_DEVICE bool adds_residual() const { return kPass == Pass::kFprop && p.has_residual; }
+  FASTCONV_DEVICE void sync() const { ptx::named_barrier_sync(1 + consumer, kWarpgroup); }
+
+  FASTCONV_DEVICE void load_residual(int row, uint32_t of_turn) const {
+    if (thread != 0 || row >= p.extent_a) return;
+    const uint32_t barrier = shared.residual(consumer, of_turn % 2);
+    const Pixel start = pixel_at(p.by_pixels, p.by_columns, row);
+    ptx::mbarrier_arrive_expect(barrier, kBoxBytes);
+    ptx::tma_load_im2col(shared.result(consumer, of_turn % 2), p.residual, barrier, first_filter, start.column,
+                         start.row, start.n, 0, 0);
+  }
+
+  // The 16 filters of a warp, two by two eights of them and of pixels
+  FASTCONV_DEVICE void finish_box(int first_row, int box, float (&sums)[kBox / 2]) {
+    const int lane = lane_of_warp(), row = first_row + box * kBox;
+    const uint32_t result = shared.result(consumer, turn % 2);
+    const auto at = [&](int i) {
+      return at_chunk(result, i / 4 * 8 + lane / 16 * 8 + lane % 8, thread / 32 * 2 + lane / 8 % 2);
+    };
+    if (adds_residual()) {
+      ptx::mbarrier_wait(shared.residual(consumer, turn % 2), turn / 2 % 2);
+#pragma unroll
+      for (int i = 0; i < kBox / 2; i += 8) {
+        uint32_t pairs[4];
+        ptx::ldmatrix_x4_trans(pairs, at(i));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float2 pair = unpack2<T>(pairs[e]);
+          sums[i + 2 * e] += pair.x, sums[i + 2 * e + 1] += pair.y;
+        }
+      }
+      __syncwarp();
+    }
+    if constexpr (kPass == Pass::kFprop) {
+#pragma unroll
+      for (int i = 0; i < kBox / 2; ++i) sums[i] = activate(sums[i], p.activation);
+    }
+#pragma unroll
+    for (int i = 0; i < kBox / 2; i += 8) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) pairs[e] = pack2<T>(sums[i + 2 * e], sums[i + 2 * e + 1]);
+      ptx::stmatrix_x4_trans(at(i), pairs);
+    }
+    if (adds_residual()) ptx::fence_proxy_async();
+    sync();  // the box is whole, and all have stored the one before, whose place is free
+    if (adds_residual() && box > 0 && box + 1 < C::kBoxesOfTile) load_residual(row + kBox, turn + 1);
+    store_pixels<T, true>(p, shared, result, row, first_filter / kBox);
+    ++turn;
+  }
+
+  const BoxParams& p;
+  const HaloShared<C> shared;
+  const int consumer, thread;  // of the warpgroup
+  const int first_filter;
+  uint32_t turn = 0;  // boxes that have been finished
+};
+
+// ---------------------------------------------------------------------------------------------------- kernel
+
+template <Pass kPass, class C>
+FASTCONV_KERNEL(C::kThreads, 1)
+conv2d_halo_kernel(const __grid_constant__ BoxParams p) {
+  const HaloShared<C> shared{SharedMemory::of_block()};
+  constexpr int kWarps = kWarpgroup / 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < C::kSlots; ++i) {
+      ptx::mbarrier_init(shared.pixels_full(i), 1);
+      ptx::mbarrier_init(shared.pixels_empty(i), kWarps);
+    }
+    for (int i = 0; i < C::kStages; ++i) {
+      ptx::mbarrier_init(shared.filters_full(i), 1);
+      ptx::mbarrier_init(shared.filters_empty(i), kWarps);
+    }
+    for (int i = 0; i < C::kConsumers; ++i) {
+      for (int j = 0; j < 2; ++j) ptx::mbarrier_init(shared.residual(i, j), 1);
+      ptx::mbarrier_init(shared.order(i), kWarps);
+      ptx::mbarrier_init(shared.done(i), kWarps);
+    }
+    ptx::mbarrier_init_fence();
+    ptx::tma_prefetch(p.image);
+    ptx::tma_prefetch(p.weight[0]);
+  }
+  __syncthreads();
+  // The same in all lanes, as the compiler then knows
+  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  const Run run = run_of_block<C>(p);
+  if (warpgroup == 0) {
+    ptx::registers_decrease<C::kProducerRegisters>();
+    if (threadIdx.x == 0) bring_pixels<C>(p, shared, run);
+    if (threadIdx.x == 32) bring_filters<kPass, C>(p, shared, run);
+    return;
+  }
+  ptx::registers_increase<C::kConsumerRegisters>();
+  const int consumer = warpgroup - 1;
+  HaloResults<kPass, C> results(p, shared, consumer, run.b);
+  for (int tile = consumer; tile < run.tiles; tile += C::kConsumers) {
+    const int row = run.a + tile * C::kTileA;
+    HaloSums<C> sums;
+    results.begin(row);
+    multiply_with_halo<kPass, C>(p, shared, consumer, tile, sums);
+    results.finish(row, sums);
+  }
+}
+
+}  // namespace fastconv::cuda::inline sm90a

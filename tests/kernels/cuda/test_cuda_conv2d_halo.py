@@ -1,0 +1,183 @@
+"""The convolution kernels for Hopper that bring a pixel once for all positions of a filter, against float64: in the
+emulator, and on a GPU of that compute capability."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastconv import ops
+from fastconv.measure.tolerance import assert_close_to_oracle
+from fastconv.operators import kernels
+from support.cases import LAYOUTS, Case, Concatenation, named
+from support.cuda_convolutions import check, convolution
+from support.cuda_kernels import check_same_bits_in_any_order, emulated_hopper, operators
+from support.eager import activate
+from support.hopper import on_hopper
+from support.kernel_backends import device_of, emulated, kernel_table
+
+PASSES = ("fprop", "dgrad")
+NAMES = ("fp16", "bf16")
+
+pytestmark = pytest.mark.usefixtures(on_hopper.__name__)
+
+
+@contextlib.contextmanager
+def forced(backend: str, name: str = "fp16", passes: tuple[str, ...] = PASSES) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for kind in passes:
+            stack.enter_context(kernels.forced(f"conv2d_{kind}", f"conv2d_{kind}_{name}_256x64_halo_sm90a", backend))
+        yield
+
+
+def test_the_table_has_these_kernels(backend: str) -> None:
+    names = {f"conv2d_{kind}_{name}_256x64_halo_sm90a" for kind, name in itertools.product(PASSES, NAMES)}
+    assert {kernel["name"] for kernel in kernel_table(backend) if "halo" in kernel["name"]} == names
+
+
+# Image, filters, options
+LAYERS = {
+    "VGG's, of 64 channels": ((2, 64, 20, 19), (64, 64, 3, 3), {"padding": 1}),
+    "more channels than stay in the ring": ((2, 136, 14, 15), (72, 136, 3, 3), {"padding": 1}),
+    "filters of several tiles": ((3, 64, 9, 11), (200, 64, 3, 3), {"padding": 1}),
+    "few channels": ((3, 16, 17, 9), (24, 16, 3, 3), {"padding": 1}),
+    "Inception's 5x5": ((2, 32, 14, 14), (96, 32, 5, 5), {"padding": 2}),
+    "Inception's 1x7": ((2, 64, 17, 17), (64, 64, 1, 7), {"padding": 3}),
+    "Inception's 7x1": ((2, 72, 17, 17), (64, 72, 7, 1), {"padding": 3}),
+    "dilated, without padding": ((2, 64, 19, 23), (64, 64, 3, 2), {"dilation": 3}),
+    "padding beyond the filter": ((2, 8, 5, 4), (8, 8, 3, 3), {"padding": 5}),
+    "a row": ((3, 24, 1, 40), (16, 24, 1, 3), {"padding": 1}),
+    "a column": ((3, 24, 40, 1), (16, 24, 3, 1), {"padding": 0}),
+    "many small images": ((60, 64, 3, 2), (64, 64, 2, 2), {"padding": 1}),
+    "a filter as large as the image": ((3, 24, 7, 7), (40, 24, 7, 7), {}),
+    "rows as long as the ring allows": ((1, 16, 5, 264), (8, 16, 3, 3), {"padding": 1}),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers(backend: str, layer: str, name: str) -> None:
+    shape, filters, options = LAYERS[layer]
+    with forced(backend, name):
+        check(backend, convolution(backend, name, shape, filters, activation="relu", **options), PASSES)
+
+
+def test_phases_of_a_stride(backend: str) -> None:
+    """The gradient of a strided convolution's input: phases with four positions, two, one and none."""
+    for shape, filters, options in (
+        ((2, 64, 19, 18), (64, 64, 3, 3), {"stride": 2, "padding": 1}),
+        ((2, 16, 20, 17), (24, 16, 5, 4), {"stride": 3, "padding": 2}),
+        ((1, 8, 22, 23), (8, 8, 2, 5), {"stride": 3}),
+    ):
+        with forced(backend, passes=("dgrad",)):
+            check(backend, convolution(backend, "fp16", shape, filters, activation="relu6", **options), ("dgrad",))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 132])
+def test_runs_of_tiles(multiprocessors: int) -> None:
+    """One block that does all tiles, a block for each column of them, and a block for each tile."""
+    conv = convolution("cuda-emulated", "fp16", (3, 64, 23, 24), (128, 64, 3, 3), padding=1, activation="relu")
+    with emulated_hopper(multiprocessors), forced("cuda-emulated"):
+        emulated().reset_statistics()
+        check("cuda-emulated", conv, PASSES)
+    statistics = emulated().statistics()
+    assert statistics["wgmma"] > 0
+    assert statistics["stmatrix_conflicts"] == 0
+
+
+@pytest.mark.parametrize("channels", [64, 128], ids=["sliding", "patches"])
+def test_the_same_bits_in_any_order(channels: int) -> None:
+    conv = convolution("cuda-emulated", "fp16", (2, channels, 21, 22), (64, channels, 3, 3), padding=1)
+    residual = conv.grad
+
+    def call() -> list[Tensor]:
+        arguments = conv.grad, None, conv.input, conv.weight, *conv.geometry, "none"
+        found = operators("cuda-emulated").conv2d_backward(*arguments, [True, False, False, False])[:1]
+        return [*found, ops.conv2d_add_relu(conv.input, conv.weight, conv.bias, residual, padding=1)]
+
+    with emulated_hopper(2), forced("cuda-emulated"):
+        check_same_bits_in_any_order(call)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("offset", [0, 8])
+def test_out_with_a_residual(backend: str, offset: int, activation: str) -> None:
+    """Into a slice of the channels of a wider tensor, the rest of which stays as it is; ResNet's basic block."""
+    conv = convolution(backend, "fp16", (2, 64, 17, 20), (72, 64, 3, 3), padding=1)
+    joined = Concatenation.of([conv.forward(torch.float16)], offset, "channels_last", 8)
+    beside = Concatenation.of([conv.grad], offset, "channels_last", 8)
+    residual = beside.slices[0].copy_(conv.grad)
+    with forced(backend, passes=("fprop",)):
+        found = ops.conv2d_add_relu(
+            conv.input, conv.weight, conv.bias, residual, padding=1, activation=activation, out=joined.slices[0]
+        )
+    assert found is joined.slices[0]
+    joined.check_the_rest()
+    oracle, baseline = (
+        activate(conv.forward(dtype) + conv.grad.to(dtype), activation) for dtype in (torch.float64, torch.float16)
+    )
+    assert_close_to_oracle(found, oracle, baseline, what="out", border=1)
+
+
+def test_slices_are_read_in_place(backend: str) -> None:
+    """Of channels, images, rows and columns."""
+    device = device_of(backend)
+    wide = torch.randn(3, 64, 8, 8, device=device).half().contiguous(memory_format=torch.channels_last)
+    weight = (0.2 * torch.randn(24, 32, 3, 3, device=device)).half()
+    for image in (wide[:, 16:48], wide[::2, 16:48], wide[:, :32, 2:7], wide[:, :32, :, 1:6], wide[:, :32, ::2, ::4]):
+        with forced(backend, passes=("fprop",)):
+            found = ops.conv2d_relu(image, weight, None, padding=1)
+        exact, baseline = (
+            F.relu(F.conv2d(image.to(d), weight.to(d), padding=1)) for d in (torch.float64, torch.float16)
+        )
+        assert_close_to_oracle(found, exact, baseline, what="slice")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_special_values(backend: str, value: float) -> None:
+    """They stay with the pixels that meet them, at the end of a row, too, where those of the next one follow."""
+    conv = convolution(backend, "fp16", (2, 16, 6, 6), (8, 16, 3, 3), padding=1, activation="relu")
+    conv.input[0, 3, 2, 5] = conv.input[1, 2, 5, 0] = value
+    with forced(backend, passes=("fprop",)):
+        found = ops.conv2d_relu(conv.input, conv.weight, conv.bias, *conv.geometry)
+    expected = F.relu(F.conv2d(conv.input, conv.weight, conv.bias, *conv.geometry))
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", named("conv2d_relu", "conv2d_add_relu"), ids=str)
+def test_ops(backend: str, case: Case, layout: str) -> None:
+    """The suite of the ops, with these kernels wherever they can run a call."""
+    from support import numerics
+
+    dtype, device = torch.float16, device_of(backend)
+    with kernels.preferred({f"conv2d_{kind}": f"conv2d_{kind}_fp16_256x64_halo_sm90a" for kind in PASSES}, backend):
+        numerics.check_forward(case, dtype, layout, device)
+        numerics.check_out(case, dtype, layout, device)
+        numerics.check_backward(case, dtype, layout, device)
+
+
+REFUSED = {
+    "it has groups": ((1, 32, 6, 6), (16, 16, 3, 3), {"groups": 2}),
+    "the filter has one position": ((1, 16, 6, 6), (16, 16, 1, 1), {}),
+    "it has a stride": ((1, 16, 9, 9), (16, 16, 3, 3), {"stride": 2}),
+    "a group's channels are not whole vectors": ((1, 12, 6, 6), (16, 12, 3, 3), {}),
+    "the filters, or results, are not whole vectors": ((1, 16, 6, 6), (12, 16, 3, 3), {}),
+    "do not fit into shared memory": ((1, 8, 5, 300), (8, 8, 3, 3), {"padding": 1}),
+    "too long for a map": ((1, 8, 9, 9), (8, 8, 3, 3), {"padding": 130}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_forced_kernel_that_does_not_fit(backend: str, reason: str) -> None:
+    shape, filters, options = REFUSED[reason]
+    conv = convolution(backend, "fp16", shape, filters, **options)
+    with forced(backend, passes=("fprop",)), pytest.raises(RuntimeError, match=reason):
+        ops.conv2d_relu(conv.input, conv.weight, None, *conv.geometry)
