@@ -130,10 +130,6 @@ void Hopper::wgmma(const WarpgroupProduct& product, const Place& place) {
       if (descriptor >> 62 != kSwizzle128 || (descriptor >> 49 & 7)) {
         block_.give_up("misuse", place, "the emulator knows no descriptors but those with 128-byte swizzles");
       }
-      if (is_extent && first_row(descriptor)) {
-        block_.give_up("misaligned", place,
-                       "an operand of wgmma by extent that begins amid the eight rows of a swizzle");
-      }
       for_chunks(descriptor, is_extent, count, [&](int, int, uint32_t address) {
         read_chunk(block_.shared_offset(address, 16, "wgmma", place), reader);
       });

@@ -36,6 +36,7 @@ MOVED = {
 # Of depthwise kernels: tensors as large as the result that a stride of 1 moves.
 DEPTHWISE = {"depthwise_conv2d_fprop": 2, "depthwise_conv2d_dgrad": 3, "depthwise_conv2d_wgrad": 3}
 LANES = 32
+BOX = 64  # pixels, filters or channels that the TMA brings at once
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,16 @@ class HotKernel:
     def _warpgroup_trip(self, body: machine_code.Loop, shares: bool) -> Trip:
         """Of a warp among those that multiply, for one stage: it has a quarter of each HGMMA of its warpgroup.
 
-        Where it `shares`, two blocks each bring half of B for both.
+        Where it `shares`, two blocks each bring half of B for both. With a halo pixels come once for nine positions, at
+        most as many around them as there are in the tile.
         """
         columns = [int(one.name.split(".")[1].split("x")[1]) for one in body.instructions if one.kind == "tensor"]
         rows, width, depth = self.tile
         counts = Counter({**body.counts, "tensor": sum(columns) // 8})
         stage = 2 * (rows + width) * depth  # bytes that come for the warps which share the tile
+        if "_halo_" in self.name:
+            around = 2 * depth * BOX if self.op.endswith("wgrad") else 2 * 2 * rows * depth // 9
+            stage = 2 * depth * BOX + around
         brought = stage - width * depth if shares else stage
         sharing = 4 * rows * width * depth // (64 * 16 * sum(columns))
         read = sum(2 * 16 * (64 + n) for n in columns) // 4

@@ -215,12 +215,37 @@ def wgmma_operands(words: np.ndarray, dtype: str, by_extent: Sequence[bool]) -> 
 def test_wgmma(program, output, dtype, columns, end, by_extent):
     name = f"wgmma<{dtype}> of {columns} columns{end}"
     a, b = wgmma_operands(given(program, name), dtype, by_extent)
+    assert (output[name].reshape(128, -1) == folded_sums(a, b)).all()
+
+
+def folded_sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """What the cases make of 64 rows and some columns, [row or column, depth]."""
+    columns = len(b)
     sums = a @ b.T + a[:, 16:48] @ b[:, 16:48].T
     mine = sums[wgmma_place(columns)] + np.arange(128)[:, None] - 3 * np.arange(columns // 2)
     folded = np.zeros((128, columns // 64), np.uint32)
     for number in mine.astype(np.float32).view(np.uint32).reshape(128, -1, 32).transpose(2, 0, 1):
         folded = 31 * folded + number
-    assert (output[name].reshape(128, -1) == folded).all()
+    return folded
+
+
+FROM_ROWS = {
+    # Whether a and b lie by extent; where b's columns begin, 64 at a time
+    "wgmma<Half> from row 1": (False, False, [1, 65]),
+    "wgmma<Half> from row 6, a by extent": (True, False, [6, 70]),
+    "wgmma<Half> from rows 5, 6, 7, both by extent": (True, True, [5, 6, 7]),
+    "wgmma<BFloat16> from rows 7, 10, 13, both by extent": (True, True, [7, 10, 13]),
+}
+
+
+@pytest.mark.parametrize("name", FROM_ROWS)
+def test_wgmma_from_any_row(program, output, name):
+    a_by_extent, b_by_extent, rows = FROM_ROWS[name]
+    values = as_dtype(given(program, name), torch.bfloat16 if "BFloat16" in name else torch.float16).double().numpy()
+    a, b = values[:4096].reshape(64, 64), values[4096:].reshape(-1, 64)
+    parts = [b[row : row + 64] for row in rows]
+    b = np.concatenate([part.T for part in parts] if b_by_extent else parts)
+    assert (output[name].reshape(128, -1) == folded_sums(a.T if a_by_extent else a, b)).all()
 
 
 @pytest.mark.parametrize("dtype", ["Half", "BFloat16"])

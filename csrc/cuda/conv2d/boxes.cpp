@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <limits>
 #include <optional>
+#include <tuple>
 
 namespace fastconv::cuda {
 namespace {
@@ -56,7 +57,14 @@ Axis axis_w(const ConvParams& p) { return axis(p.walk.first_w, p.walk.step_w, p.
 // Of all pixels that the positions meet from those, one after the other
 Axis with_halo(const Axis& of) { return {of.first, of.step, of.count + of.reach, of.extent, of.offset, of.tap, 0}; }
 
-int patch_of(int64_t reach) { return static_cast<int>(ceil_div(kHaloTile + reach, kBox)); }
+// Boxes of pixels that a tile meets, or in wgrad a box of the gradient
+int patch_of(Pass pass, int64_t reach) {
+  return static_cast<int>(ceil_div((pass == Pass::kWgrad ? kBox : kHaloTile) + reach, kBox));
+}
+
+int64_t halo_pixels(const ConvParams& p) {
+  return int64_t{p.arg.n} * with_halo(axis_h(p)).count * with_halo(axis_w(p)).count;
+}
 
 bool is_whole(const Axis& axis) { return axis.first == 0 && axis.step == 1 && axis.count == axis.extent; }
 
@@ -128,14 +136,15 @@ BoxExtents box_extents(Pass pass, const ConvParams& p, bool halo) {
   int64_t filters = 0;
   for (int i = 0; i < p.arg.branches; ++i) filters += boxes_of(p.filters[i]);
   const int64_t positions = int64_t{p.rows.positions} * p.columns.positions;
-  const int64_t rows = halo ? int64_t{p.arg.n} * with_halo(axis_h(p)).count * with_halo(axis_w(p)).count : p.extent_a;
+  const int64_t of_pass = pass == Pass::kWgrad ? p.depth : p.extent_a;
+  const int64_t pixels = halo ? halo_pixels(p) : of_pass;
   switch (pass) {
     case Pass::kFprop:
-      return {rows, filters, positions * boxes_of(p.c_group)};
+      return {pixels, filters, positions * boxes_of(p.c_group)};
     case Pass::kDgrad:
-      return {rows, boxes_of(p.c_group), positions * boxes_of(p.k_group)};
+      return {pixels, boxes_of(p.c_group), positions * boxes_of(p.k_group)};
     default:
-      return {filters * kBox, positions * boxes_of(p.c_group), boxes_of(p.depth)};
+      return {filters * kBox, positions * boxes_of(p.c_group), boxes_of(pixels)};
   }
 }
 
@@ -154,8 +163,14 @@ const char* refuses_boxes(Pass pass, const ConvParams& p, bool halo) {
     if (p.arg.branches > 1) return "it has branches";
     if (!fits_im2col(h, slack) || !fits_im2col(w, slack)) return "padding or the filter's reach are too long for a map";
     const int64_t pitch = w.count + (p.arg.stride_w > 1), reach = axis_h(p).reach * pitch + axis_w(p).reach;
-    if (patch_of(reach) > kHaloSlots) return "the rows of a tile, and those around it, do not fit into shared memory";
-    if (box_extents(pass, p, true).rows > std::numeric_limits<int>::max() - kSpareExtent) {
+    if (pass == Pass::kWgrad) {
+      if (p.arg.r != kHaloSide || p.arg.s != kHaloSide) return "the filter is not 3x3";
+      if (axis_w(p).reach > kBox) return "the filter's columns lie too far apart";
+    }
+    if (patch_of(pass, reach) > (pass == Pass::kWgrad ? kHaloWgradSlots - 1 : kHaloSlots)) {
+      return "the rows of a tile, and those around it, do not fit into shared memory";
+    }
+    if (halo_pixels(p) > std::numeric_limits<int>::max() - kSpareExtent) {
       return "it has too many pixels around the image";
     }
     if (!has_nested_strides(image_of(pass, p))) return kNoWalk;
@@ -191,13 +206,13 @@ BoxParams box_params(Pass pass, const ConvParams& p, const BoxTiles& of, int mul
   b.plain_image = !of.halo && is_plain(pass, p);
   b.image = image_map(arg.dtype, image, b.plain_image, h, w, pass == Pass::kWgrad || of.halo ? kBox : of.a);
   if (pass == Pass::kWgrad) {
-    b.plain_gradient = pixel_pitch(arg.y, arg.n, arg.p, arg.q, arg.grad_channels).has_value();
-    b.gradient = image_map(arg.dtype, gradient, b.plain_gradient, {0, 1, arg.p, arg.p, 0, 0, 0},
-                           {0, 1, arg.q, arg.q, 0, 0, 0}, kBox);
+    b.plain_gradient = !of.halo && pixel_pitch(arg.y, arg.n, arg.p, arg.q, arg.grad_channels);
+    b.gradient = image_map(arg.dtype, gradient, b.plain_gradient, {0, 1, h.count, arg.p, 0, 0, 0},
+                           {0, 1, w.count, arg.q, 0, 0, 0}, kBox);
   }
   b.activation = arg.activation;
 
-  b.extent_a = of.halo ? static_cast<int>(rows) : p.extent_a, b.extent_b = p.extent_b;
+  b.extent_a = pass == Pass::kWgrad ? p.extent_a : static_cast<int>(rows), b.extent_b = p.extent_b;
   b.boxes_b = static_cast<int>(boxes_b), b.deep = static_cast<int>(std::max<int64_t>(deep, 1));
   const int tiles_b = static_cast<int>(ceil_div(boxes_b * kBox, of.b));
   const int tiles = static_cast<int>(ceil_div(rows, of.a * of.cluster)) * tiles_b;
@@ -213,16 +228,25 @@ BoxParams box_params(Pass pass, const ConvParams& p, const BoxTiles& of, int mul
   b.by_pixels = p.walk.by_pixels, b.by_columns = p.walk.by_columns;
   if (of.halo) {
     b.by_pixels = Divider(static_cast<uint32_t>(h.count * w.count)), b.by_columns = Divider(w.count);
-    const int tiles_a = static_cast<int>(ceil_div(rows, of.a)), run = halo_run(tiles_a, tiles_b, multiprocessors);
-    const int patch = patch_of(int64_t{axis_h(p).reach} * w.count + axis_w(p).reach);
-    b.halo = {w.count, patch, b.channel_boxes == 1, tiles_a, run, std::max(p.rows.positions, 1)};
-    b.work = static_cast<int>(ceil_div(tiles_a, run)) * tiles_b;
+    const int tiles_a = static_cast<int>(ceil_div(rows, of.a));
+    const int run = pass == Pass::kWgrad ? 1 : halo_run(tiles_a, tiles_b, multiprocessors);
+    const int patch = patch_of(pass, deep == 0 ? 0 : int64_t{axis_h(p).reach} * w.count + axis_w(p).reach);
+    const int pixels = static_cast<int>(halo_pixels(p));
+    b.halo = {pixels, w.count, patch, b.channel_boxes == 1, tiles_a, run, std::max(p.rows.positions, 1)};
+    b.work = static_cast<int>(ceil_div(tiles_a, run)) * tiles_b * p.splits;
   }
   b.first_h = h.first, b.first_w = w.first, b.step_h = h.step, b.step_w = w.step;
   b.offset_h = h.offset, b.offset_w = w.offset, b.tap_h = h.tap, b.tap_w = w.tap;
   b.first_position = p.rows.first_position * arg.s + p.columns.first_position;
   b.position_row = p.rows.step_position * arg.s, b.position_column = p.columns.step_position;
   b.rows = p.rows, b.columns = p.columns;
+  // With a halo the first position is that whose pixels come first, as they do but in dgrad.
+  for (auto [tap, offset, position, step, count] :
+       {std::tie(b.tap_h, b.offset_h, b.first_position, b.position_row, p.rows.positions),
+        std::tie(b.tap_w, b.offset_w, b.first_position, b.position_column, p.columns.positions)}) {
+    if (!of.halo || tap >= 0) continue;
+    tap = -tap, offset = 0, position += (std::max(count, 1) - 1) * step, step = -step;
+  }
 
   b.plain_result = !of.halo;
   b.branches = arg.branches;
@@ -254,6 +278,7 @@ BoxParams box_params(Pass pass, const ConvParams& p, const BoxTiles& of, int mul
         b.output = output, b.y = result_strides(pass, p, i);
       }
     } else {
+      b.output = branch.grad_weight;
       b.result[i] = tiled_map(filters_map(arg.dtype, branch.grad_weight, p.filters[i], positions, arg.c));
     }
   }

@@ -19,10 +19,12 @@ namespace fastconv::cuda {
 constexpr int kBox = kBoxChannels;
 
 // Of the kernels that bring a pixel once for all positions, see sm90a/halo.cuh: their tiles, and the boxes of pixels
-// that shared memory has room for at once.
+// that shared memory has room for at once; of wgrad the filter's side.
 constexpr int kHaloTile = 256, kHaloSlots = 13;
+constexpr int kHaloWgradSlots = 18, kHaloSide = 3;
 struct Halo {
-  int row_pitch;   // rows of the GEMM from one row of pixels to the next
+  int pixels;      // of the results, and those between them
+  int row_pitch;   // of these from one row to the next
   int patch;       // boxes of pixels that a tile meets
   bool slides;     // whether it has those that it shares with the tile before from there
   int tiles, run;  // along extent a; of a block

@@ -274,7 +274,7 @@ ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& devi
   ConvCandidate found;
   const auto [tiles_a, tiles_b, deep, fill] = tiling(*this, p);
   // Each block does a run of tiles, or one; or where there are boxes and no halo, one after the other.
-  const int run = halo ? halo_run(tiles_a, tiles_b, device.multiprocessors) : 1;
+  const int run = halo && pass != Pass::kWgrad ? halo_run(tiles_a, tiles_b, device.multiprocessors) : 1;
   const int64_t blocks_a = ceil_div(tiles_a, std::max(run, 1)), blocks = blocks_a * tiles_b * p.arg.groups;
   const double area = static_cast<double>(info.tile[0]) * info.tile[1];
   const double tile_clocks = area * info.tile[2] / (tf32 ? 512 : dtype == DType::kFloat32 ? 64 : 1024) / rate;
@@ -297,7 +297,7 @@ ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& devi
     const double passes = 2 * parts / (2 * parts < device.l2_bytes ? kBytesOfCache : kBytesOfMemory);
     return (products(splits) + around) / busy(splits) + (splits > 1 ? kLaunchClocks + passes : 0);
   };
-  const int64_t most = halo ? 1 : std::min(deep / kFewestTilesDeep, kMostSplits);
+  const int64_t most = halo && pass != Pass::kWgrad ? 1 : std::min(deep / kFewestTilesDeep, kMostSplits);
   double least = clocks(1);
   for (int round = 1; round <= kMostRounds; ++round) {
     const int64_t wanted = std::min(int64_t{device.multiprocessors} * round / std::max<int64_t>(blocks, 1), most);

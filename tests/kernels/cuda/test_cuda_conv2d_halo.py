@@ -22,6 +22,7 @@ from support.eager import activate
 from support.hopper import on_hopper
 from support.kernel_backends import device_of, emulated, kernel_table
 
+TILES = {"fprop": "256x64", "dgrad": "256x64", "wgrad": "64x576"}
 PASSES = ("fprop", "dgrad")
 NAMES = ("fp16", "bf16")
 
@@ -32,12 +33,16 @@ pytestmark = pytest.mark.usefixtures(on_hopper.__name__)
 def forced(backend: str, name: str = "fp16", passes: tuple[str, ...] = PASSES) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for kind in passes:
-            stack.enter_context(kernels.forced(f"conv2d_{kind}", f"conv2d_{kind}_{name}_256x64_halo_sm90a", backend))
+            stack.enter_context(kernels.forced(f"conv2d_{kind}", kernel_name(kind, name), backend))
         yield
 
 
+def kernel_name(kind: str, name: str) -> str:
+    return f"conv2d_{kind}_{name}_{TILES[kind]}_halo_sm90a"
+
+
 def test_the_table_has_these_kernels(backend: str) -> None:
-    names = {f"conv2d_{kind}_{name}_256x64_halo_sm90a" for kind, name in itertools.product(PASSES, NAMES)}
+    names = {kernel_name(kind, name) for kind, name in itertools.product(TILES, NAMES)}
     assert {kernel["name"] for kernel in kernel_table(backend) if "halo" in kernel["name"]} == names
 
 
@@ -45,6 +50,7 @@ def test_the_table_has_these_kernels(backend: str) -> None:
 LAYERS = {
     "VGG's, of 64 channels": ((2, 64, 20, 19), (64, 64, 3, 3), {"padding": 1}),
     "more channels than stay in the ring": ((2, 136, 14, 15), (72, 136, 3, 3), {"padding": 1}),
+    "patches that fill the ring": ((1, 72, 4, 130), (136, 72, 3, 3), {"padding": 1}),
     "filters of several tiles": ((3, 64, 9, 11), (200, 64, 3, 3), {"padding": 1}),
     "few channels": ((3, 16, 17, 9), (24, 16, 3, 3), {"padding": 1}),
     "Inception's 5x5": ((2, 32, 14, 14), (96, 32, 5, 5), {"padding": 2}),
@@ -64,8 +70,9 @@ LAYERS = {
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers(backend: str, layer: str, name: str) -> None:
     shape, filters, options = LAYERS[layer]
-    with forced(backend, name):
-        check(backend, convolution(backend, name, shape, filters, activation="relu", **options), PASSES)
+    passes = tuple(TILES) if filters[2:] == (3, 3) else PASSES
+    with forced(backend, name, passes):
+        check(backend, convolution(backend, name, shape, filters, activation="relu", **options), passes)
 
 
 def test_phases_of_a_stride(backend: str) -> None:
@@ -83,9 +90,10 @@ def test_phases_of_a_stride(backend: str) -> None:
 def test_runs_of_tiles(multiprocessors: int) -> None:
     """One block that does all tiles, a block for each column of them, and a block for each tile."""
     conv = convolution("cuda-emulated", "fp16", (3, 64, 23, 24), (128, 64, 3, 3), padding=1, activation="relu")
-    with emulated_hopper(multiprocessors), forced("cuda-emulated"):
+    passes = tuple(TILES)
+    with emulated_hopper(multiprocessors), forced("cuda-emulated", passes=passes):
         emulated().reset_statistics()
-        check("cuda-emulated", conv, PASSES)
+        check("cuda-emulated", conv, passes)
     statistics = emulated().statistics()
     assert statistics["wgmma"] > 0
     assert statistics["stmatrix_conflicts"] == 0
@@ -98,10 +106,10 @@ def test_the_same_bits_in_any_order(channels: int) -> None:
 
     def call() -> list[Tensor]:
         arguments = conv.grad, None, conv.input, conv.weight, *conv.geometry, "none"
-        found = operators("cuda-emulated").conv2d_backward(*arguments, [True, False, False, False])[:1]
+        found = operators("cuda-emulated").conv2d_backward(*arguments, [True, True, False, False])[:2]
         return [*found, ops.conv2d_add_relu(conv.input, conv.weight, conv.bias, residual, padding=1)]
 
-    with emulated_hopper(2), forced("cuda-emulated"):
+    with emulated_hopper(2), forced("cuda-emulated", passes=tuple(TILES)):
         check_same_bits_in_any_order(call)
 
 
@@ -158,7 +166,7 @@ def test_ops(backend: str, case: Case, layout: str) -> None:
     from support import numerics
 
     dtype, device = torch.float16, device_of(backend)
-    with kernels.preferred({f"conv2d_{kind}": f"conv2d_{kind}_fp16_256x64_halo_sm90a" for kind in PASSES}, backend):
+    with kernels.preferred({f"conv2d_{kind}": kernel_name(kind, "fp16") for kind in TILES}, backend):
         numerics.check_forward(case, dtype, layout, device)
         numerics.check_out(case, dtype, layout, device)
         numerics.check_backward(case, dtype, layout, device)

@@ -18,7 +18,8 @@ struct WgmmaOperand {
 // 64 x kN sums over 64 places of the depth; then, after they have been touched, over the middle ones of them again. Of
 // a thread each 32 are folded into a word. Of rounded ones the first 16 places, one sum of each thread. B may begin in
 // a row that is not the first of eight.
-template <class T, ptx::Major kMajorA, ptx::Major kMajorB, int kN, bool kRounded = false, int kFirstRow = 0>
+template <class T, ptx::Major kMajorA, ptx::Major kMajorB, int kN, bool kRounded = false, int kFirstRow = 0,
+          int kNextRows = 64>
 struct Wgmma {
   static constexpr int kThreads = 128, kSums = kN / 2, kWordsA = 64 * kRowWords;
   static constexpr int kIn = kWordsA + (kN + kFirstRow) * kRowWords;
@@ -30,7 +31,8 @@ struct Wgmma {
     constexpr int kStepA = kMajorA == kDepth ? 2 : 128, kStepB = kMajorB == kDepth ? 2 : 128;
     const uint32_t address = ptx::smem_address(shared);
     const uint64_t a = ptx::wgmma_operand<kMajorA>(address);
-    const uint64_t b = ptx::wgmma_operand<kMajorB>(address + 4 * kWordsA + kFirstRow * kBoxRowBytes, 64 * kBoxRowBytes);
+    const uint64_t b =
+        ptx::wgmma_operand<kMajorB>(address + 4 * kWordsA + kFirstRow * kBoxRowBytes, kNextRows * kBoxRowBytes);
     const auto add = [&](float (&d)[kSums], int first, int last, bool accumulate) {
       ptx::wgmma_fence();
 #pragma unroll
@@ -76,12 +78,15 @@ const RegisterCases products{
     FASTCONV_WGMMA_CASES(BFloat16, "wgmma bfloat16 integers", 128),
     FASTCONV_WGMMA_CASES(BFloat16, "wgmma bfloat16 integers", 192),
     FASTCONV_WGMMA_CASES(BFloat16, "wgmma bfloat16 integers", 256),
-    make<Wgmma<Half, kDepth, kDepth, 64, false, 1>>("wgmma<Half> from row 1", uses::kWgmmaHalf | uses::kWgmmaRows,
-                                                    "wgmma half integers"),
+    make<Wgmma<Half, kDepth, kDepth, 128, false, 1>>("wgmma<Half> from row 1", uses::kWgmmaHalf | uses::kWgmmaRows,
+                                                     "wgmma half integers"),
     make<Wgmma<Half, kExtent, kDepth, 128, false, 6>>("wgmma<Half> from row 6, a by extent",
                                                       uses::kWgmmaHalf | uses::kWgmmaRows, "wgmma half integers"),
-    make<Wgmma<BFloat16, kDepth, kDepth, 128, false, 3>>(
-        "wgmma<BFloat16> from row 3", uses::kWgmmaBFloat16 | uses::kWgmmaRows, "wgmma bfloat16 integers"),
+    make<Wgmma<Half, kExtent, kExtent, 192, false, 5, 1>>("wgmma<Half> from rows 5, 6, 7, both by extent",
+                                                          uses::kWgmmaHalf | uses::kWgmmaRows, "wgmma half integers"),
+    make<Wgmma<BFloat16, kExtent, kExtent, 192, false, 7, 3>>("wgmma<BFloat16> from rows 7, 10, 13, both by extent",
+                                                              uses::kWgmmaBFloat16 | uses::kWgmmaRows,
+                                                              "wgmma bfloat16 integers"),
     make<Wgmma<Half, kDepth, kDepth, 64, true>>("wgmma<Half>, rounded", uses::kWgmmaHalf, "wgmma half fractions",
                                                 false),
     make<Wgmma<BFloat16, kDepth, kDepth, 64, true>>("wgmma<BFloat16>, rounded", uses::kWgmmaBFloat16,

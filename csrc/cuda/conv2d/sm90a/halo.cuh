@@ -172,14 +172,14 @@ FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloShared<C>&
   Turn<C::kSlots> next = patch;  // the box that is to be met next
   int met = 0;                   // boxes of the patch
   HaloDepth depth;
-  const auto release_pixels = [&](Turn<C::kSlots> of, int boxes) {
+  const auto release_pixels = [&](int boxes) {
+    Turn<C::kSlots> of = patch;
 #pragma unroll 1
     for (; boxes > 0; --boxes, of.advance()) release(shared.pixels_empty(of.stage));
   };
   // Those of a position, which go on when this returns
   const auto products = [&](auto adds) {
-    const int shift =
-        (p.offset_h + depth.position.r * p.tap_h) * p.halo.row_pitch + p.offset_w + depth.position.s * p.tap_w;
+    const int shift = depth.position.r * p.tap_h * p.halo.row_pitch + depth.position.s * p.tap_w;
 #pragma unroll 1
     for (; met * kBox < C::kTileA + shift; ++met, next.advance()) {
       ptx::mbarrier_wait(shared.pixels_full(next.stage), next.parity);
@@ -212,9 +212,10 @@ FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloShared<C>&
 #pragma unroll 1
   for (int box = 1; box < p.deep; ++box) {
     const int before = filters.stage;
-    const Turn<C::kSlots> last = patch;
     const bool is_new = depth.advance(p);
     if (is_new) {
+      ptx::wgmma_wait<0>();  // the next patch may need its places
+      release_pixels(p.halo.patch);
       patch.advance(p.halo.patch);
       met = 0;
     }
@@ -222,7 +223,6 @@ FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloShared<C>&
     products(std::true_type{});
     ptx::wgmma_wait<1>();
     if (!stay) release(shared.filters_empty(before));
-    if (is_new) release_pixels(last, p.halo.patch);
   }
   release(shared.order(1 - consumer));
   ptx::wgmma_wait<0>();
@@ -233,7 +233,7 @@ FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloShared<C>&
   // barrier tells two phases apart.
   ptx::mbarrier_wait(shared.done(consumer), phase);
   release(shared.done(1 - consumer));
-  release_pixels(patch, p.halo.slides ? C::kBoxesOfTile : p.halo.patch);
+  release_pixels(p.halo.slides ? C::kBoxesOfTile : p.halo.patch);
 }
 
 // ---------------------------------------------------------------------------------------------------- results

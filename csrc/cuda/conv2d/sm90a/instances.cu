@@ -2,6 +2,7 @@
 // FASTCONV_PASS is kFprop, kDgrad or kWgrad, FASTCONV_DTYPE is kFloat16 or kBFloat16.
 #include "cuda/conv2d/plan.h"
 #include "cuda/conv2d/sm90a/halo.cuh"
+#include "cuda/conv2d/sm90a/halo_wgrad.cuh"
 #include "cuda/conv2d/sm90a/kernel.cuh"
 
 namespace fastconv::cuda {
@@ -14,17 +15,38 @@ constexpr bool kIsHalf = kDType == DType::kFloat16;
 
 using T = std::conditional_t<kIsHalf, Half, BFloat16>;
 
+// Of all kernels
 constexpr Instructions kUses =
-    uses::kSmemAddress | uses::kMbarrier | uses::kTmaTiled | uses::kTmaIm2col | uses::kTmaStore | uses::kStmatrix |
-    uses::kNamedBarrier | uses::kProxyFence | uses::kSetmaxnreg | uses::kLoadStore | uses::kShuffle |
+    uses::kSmemAddress | uses::kMbarrier | uses::kTmaIm2col | uses::kSetmaxnreg | uses::kLoadStore | uses::kShuffle |
     (kIsHalf ? uses::kWgmmaHalf | uses::kConvertHalf : uses::kWgmmaBFloat16 | uses::kConvertBFloat16) |
     (kPass == Pass::kFprop ? uses::kActivate : uses::kNothing);
 
 template <class C>
+constexpr Instructions uses_of() {
+  if constexpr (!C::kHasHalo) {
+    return kUses | uses::kTmaTiled | uses::kTmaStore | uses::kStmatrix | uses::kNamedBarrier | uses::kProxyFence |
+           (C::kCluster > 1 ? uses::kCluster | uses::kTmaMulticast : uses::kNothing);
+  } else if constexpr (kPass == Pass::kWgrad) {
+    return kUses | uses::kWgmmaRows;
+  } else {
+    return kUses | uses::kWgmmaRows | uses::kTmaTiled | uses::kStmatrix | uses::kNamedBarrier |
+           (kPass == Pass::kFprop ? uses::kLdmatrix | uses::kProxyFence : uses::kNothing);
+  }
+}
+
+template <class C>
+constexpr auto kernel_of() {
+  if constexpr (!C::kHasHalo) {
+    return &conv2d_box_kernel<kPass, C>;
+  } else if constexpr (kPass == Pass::kWgrad) {
+    return &conv2d_halo_wgrad_kernel<C>;
+  } else {
+    return &conv2d_halo_kernel<kPass, C>;
+  }
+}
+
+template <class C>
 ConvVariant variant(const char* what, double rate) {
-  // A halo's operands begin in any row.
-  constexpr Instructions kOfHalo = C::kHasHalo ? uses::kWgmmaRows : uses::kNothing;
-  constexpr Instructions kOfCluster = C::kCluster > 1 ? uses::kCluster | uses::kTmaMulticast : uses::kNothing;
   ConvVariant found{};
   found.info = {std::string(ConvVariant::kOps[kFamily]) + (kIsHalf ? "_fp16_" : "_bf16_") + what + "_sm90a",
                 ConvVariant::kOps[kFamily],
@@ -34,7 +56,7 @@ ConvVariant variant(const char* what, double rate) {
                 C::kThreads,
                 C::kSharedBytes,
                 "channels_last, channels in multiples of 16 bytes, no groups",
-                kUses | kOfCluster | kOfHalo};
+                uses_of<C>()};
   found.pass = kPass;
   found.dtype = kDType;
   found.vector = 8;
@@ -44,11 +66,7 @@ ConvVariant variant(const char* what, double rate) {
   found.resident = 1;
   found.rate = rate;
   found.run = [](const KernelInfo& info, const ConvLaunch& planned, Stream stream) {
-    if constexpr (C::kHasHalo) {
-      launch(info, &conv2d_halo_kernel<kPass, C>, planned.shape, stream, *planned.boxes);
-    } else {
-      launch(info, &conv2d_box_kernel<kPass, C>, planned.shape, stream, *planned.boxes);
-    }
+    launch(info, kernel_of<C>(), planned.shape, stream, *planned.boxes);
   };
   return found;
 }
@@ -63,7 +81,11 @@ std::vector<ConvVariant> variants() {
       variant<Config<256, 128, 4, true>>("256x128", 1.4),  variant<Config<256, 128, 4, true, 2>>("256x128_pair", 1.6),
       variant<Config<128, 128, 6, false>>("128x128", 1.1), variant<Config<128, 128, 6, false, 2>>("128x128_pair", 1.4),
       variant<Config<256, 64, 4, true>>("256x64", 0.9)};
-  if constexpr (kPass != Pass::kWgrad) found.push_back(variant<HaloConfig<T, 9>>("256x64_halo", 1.4));
+  if constexpr (kPass == Pass::kWgrad) {
+    found.push_back(variant<HaloWgradConfig<T>>("64x576_halo", 1.6));
+  } else {
+    found.push_back(variant<HaloConfig<T, 9>>("256x64_halo", 1.6));
+  }
   return found;
 }
 const Register<ConvVariant> registered(kFamily, variants());
