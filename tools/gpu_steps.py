@@ -19,7 +19,8 @@ CUDA = [
         "cuda_elementwise",
     )
 ]
-HOPPER = "tests/kernels/cuda/test_cuda_conv2d_hopper.py"  # skips on GPUs of another compute capability
+# Skip on GPUs of another compute capability
+HOPPER = [f"tests/kernels/cuda/test_cuda_conv2d_{name}.py" for name in ("hopper", "halo")]
 ENTRIES = "tests/kernels/triton/test_triton_entries.py"
 ON_CUDA = ["--only-backend", "cuda", "-m", ""]
 
@@ -74,15 +75,15 @@ def _proofs(files: Path) -> list[list[Step]]:
     outcomes = ["--outcomes", str(files / "kernels.jsonl")]
     return [
         [
-            _pytest("kernels-cuda", [*CUDA, HOPPER, *ON_CUDA, "-k", "test_every", *outcomes], 90),
+            _pytest("kernels-cuda", [*CUDA, *HOPPER, *ON_CUDA, "-k", "test_every", *outcomes], 90),
             _pytest("kernels-triton", [ENTRIES, "-m", "", *outcomes], 90),
         ],
         [
-            _pytest("numerics-cuda", [*CUDA, HOPPER, *others, *ON_CUDA, "-k", "not test_every"], 150),
+            _pytest("numerics-cuda", [*CUDA, *HOPPER, *others, *ON_CUDA, "-k", "not test_every"], 150),
             _pytest("numerics-triton", ["tests/kernels/triton", "-m", "", "-k", "not test_every_entry"], 150),
             _sanitized("memcheck-conv2d", [CUDA[0], *ON_CUDA, "-k", "test_every and (fp16 or fp32)"]),
             _sanitized("memcheck-others", [*CUDA[1:], *ON_CUDA, "-k", "test_every and float16"]),
-            _sanitized("memcheck-hopper", [HOPPER, *ON_CUDA, "-k", "test_every and fp16"]),
+            _sanitized("memcheck-hopper", [*HOPPER, *ON_CUDA, "-k", "test_every and fp16"]),
             _sanitized("memcheck-triton", [ENTRIES, "-m", "", "-k", "not tf32 and not ieee"], "triton"),
             # Of the pipelines: kernels without asynchronous copies have little to race with.
             _sanitized("racecheck", [*CUDA, *ON_CUDA, "-k", "(test_every_kernel and fp16) or separable_kernel"]),

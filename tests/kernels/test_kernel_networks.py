@@ -73,9 +73,11 @@ def test_inference(backend: str, name: str) -> None:
     check_inference(backend, name)
 
 
-@pytest.mark.parametrize("name", ["googlenet", "resnet50"])
-def test_inference_by_the_kernels_for_hopper(name: str) -> None:
-    kernel = "conv2d_fprop_fp16_128x128_sm90a"
+@pytest.mark.parametrize(
+    ("name", "tile"), [("googlenet", "128x128"), ("googlenet", "256x64_halo"), ("resnet50", "128x128")]
+)
+def test_inference_by_the_kernels_for_hopper(name: str, tile: str) -> None:
+    kernel = f"conv2d_fprop_fp16_{tile}_sm90a"
     with emulated_hopper() as library, kernels.preferred({"conv2d_fprop": kernel}, "cuda-emulated"):
         check_inference("cuda-emulated", name)
         assert library.launches()[kernel] > 10

@@ -37,6 +37,10 @@ Image image_of(Pass pass, const ConvParams& p) {
   if (pass == Pass::kDgrad) return {arg.grad_output, arg.n, arg.p, arg.q, arg.grad_channels, arg.y};
   return {arg.input, arg.n, arg.h, arg.w, arg.c, arg.x};
 }
+Image residual_of(const ConvParams& p) {
+  const ConvBranch& branch = p.arg.branch[0];
+  return {branch.residual, p.arg.n, p.arg.p, p.arg.q, branch.k, branch.y};
+}
 Image gradient_of(const ConvParams& p) {
   return {p.arg.grad_output, p.arg.n, p.arg.p, p.arg.q, p.arg.grad_channels, p.arg.y};
 }
@@ -130,6 +134,51 @@ std::optional<int64_t> result_pitch(Pass pass, const ConvParams& p, int branch) 
   return pixel_pitch(arg.x, arg.n, arg.h, arg.w, arg.c);
 }
 
+const char* refuses_halo(Pass pass, const ConvParams& p, int slack) {
+  const Axis h = axis_h(p), w = axis_w(p);
+  if (p.rows.positions * p.columns.positions < 2) return "the filter has one position";
+  if (h.step != 1 || w.step != 1) return "it has a stride";
+  if (p.arg.branches > 1) return "it has branches";
+  const bool fits = fits_im2col(with_halo(h), slack) && fits_im2col(with_halo(w), slack);
+  if (!fits || std::max(h.reach, w.reach) > kMostCorner) return "padding or the filter's reach are too long for a map";
+  const int64_t pitch = with_halo(w).count + (p.arg.stride_w > 1);
+  int slots = kHaloSlots;
+  if (pass == Pass::kWgrad) {
+    if (p.arg.r != kHaloSide || p.arg.s != kHaloSide) return "the filter is not 3x3";
+    if (w.reach > kBox) return "the filter's columns lie too far apart";
+    slots = kHaloWgradSlots - 1;  // one has not been told to be free when the next one is waited for
+  }
+  if (patch_of(pass, h.reach * pitch + w.reach) > slots) {
+    return "the rows of a tile, and those around it, do not fit into shared memory";
+  }
+  if (halo_pixels(p) > std::numeric_limits<int>::max() - kSpareExtent)
+    return "it has too many pixels with those around";
+  if (!has_nested_strides(image_of(pass, p))) return kNoWalk;
+  if (pass == Pass::kFprop && p.arg.branch[0].residual && !has_nested_strides(residual_of(p))) return kNoWalk;
+  return nullptr;
+}
+
+// What a halo changes in parameters that are else complete; `rows` are those of extent a.
+void add_halo(Pass pass, const ConvParams& p, int64_t rows, const BoxTiles& of, int tiles_b, int multiprocessors,
+              BoxParams& b) {
+  const Axis h = axis_h(p), w = axis_w(p);
+  const int pitch = with_halo(w).count, pixels = static_cast<int>(halo_pixels(p));
+  const bool has_positions = p.rows.positions * p.columns.positions > 0;
+  const int patch = patch_of(pass, has_positions ? int64_t{h.reach} * pitch + w.reach : 0);
+  const int tiles = static_cast<int>(ceil_div(rows, of.a));
+  const int run = pass == Pass::kWgrad ? 1 : halo_run(tiles, tiles_b, multiprocessors);
+  b.halo = {pixels, pitch, patch, b.channel_boxes == 1, tiles, run, std::max(p.rows.positions, 1)};
+  b.work = static_cast<int>(ceil_div(tiles, run)) * tiles_b * p.splits;
+  b.by_pixels = Divider(static_cast<uint32_t>(pitch * with_halo(h).count)), b.by_columns = Divider(pitch);
+  // The first position is that whose pixels come first, as they do but in dgrad.
+  for (auto [tap, offset, position, step, count] :
+       {std::tie(b.tap_h, b.offset_h, b.first_position, b.position_row, p.rows.positions),
+        std::tie(b.tap_w, b.offset_w, b.first_position, b.position_column, p.columns.positions)}) {
+    if (tap >= 0) continue;
+    tap = -tap, offset = 0, position += (std::max(count, 1) - 1) * step, step = -step;
+  }
+}
+
 }  // namespace
 
 BoxExtents box_extents(Pass pass, const ConvParams& p, bool halo) {
@@ -157,26 +206,7 @@ const char* refuses_boxes(Pass pass, const ConvParams& p, bool halo) {
   // Another phase of a stride may lie elsewhere.
   const int slack = pass == Pass::kDgrad ? std::max(p.arg.dilation_h, p.arg.dilation_w) + 2 : 0;
   if (halo) {
-    const Axis h = with_halo(axis_h(p)), w = with_halo(axis_w(p));
-    if (p.rows.positions * p.columns.positions < 2) return "the filter has one position";
-    if (h.step != 1 || w.step != 1) return "it has a stride";
-    if (p.arg.branches > 1) return "it has branches";
-    if (!fits_im2col(h, slack) || !fits_im2col(w, slack)) return "padding or the filter's reach are too long for a map";
-    const int64_t pitch = w.count + (p.arg.stride_w > 1), reach = axis_h(p).reach * pitch + axis_w(p).reach;
-    if (pass == Pass::kWgrad) {
-      if (p.arg.r != kHaloSide || p.arg.s != kHaloSide) return "the filter is not 3x3";
-      if (axis_w(p).reach > kBox) return "the filter's columns lie too far apart";
-    }
-    if (patch_of(pass, reach) > (pass == Pass::kWgrad ? kHaloWgradSlots - 1 : kHaloSlots)) {
-      return "the rows of a tile, and those around it, do not fit into shared memory";
-    }
-    if (halo_pixels(p) > std::numeric_limits<int>::max() - kSpareExtent) {
-      return "it has too many pixels around the image";
-    }
-    if (!has_nested_strides(image_of(pass, p))) return kNoWalk;
-    const ConvBranch& branch = p.arg.branch[0];
-    const Image results{branch.residual, p.arg.n, p.arg.p, p.arg.q, branch.k, branch.y};
-    if (pass == Pass::kFprop && branch.residual && !has_nested_strides(results)) return kNoWalk;
+    if (const char* const refused = refuses_halo(pass, p, slack)) return refused;
   } else if (!is_plain(pass, p)) {
     if (!fits_im2col(axis_h(p), slack) || !fits_im2col(axis_w(p), slack)) {
       return "stride, padding or the filter's reach are more than an im2col map can have";
@@ -226,27 +256,12 @@ BoxParams box_params(Pass pass, const ConvParams& p, const BoxTiles& of, int mul
   b.s = std::max(p.columns.positions, 1);
 
   b.by_pixels = p.walk.by_pixels, b.by_columns = p.walk.by_columns;
-  if (of.halo) {
-    b.by_pixels = Divider(static_cast<uint32_t>(h.count * w.count)), b.by_columns = Divider(w.count);
-    const int tiles_a = static_cast<int>(ceil_div(rows, of.a));
-    const int run = pass == Pass::kWgrad ? 1 : halo_run(tiles_a, tiles_b, multiprocessors);
-    const int patch = patch_of(pass, deep == 0 ? 0 : int64_t{axis_h(p).reach} * w.count + axis_w(p).reach);
-    const int pixels = static_cast<int>(halo_pixels(p));
-    b.halo = {pixels, w.count, patch, b.channel_boxes == 1, tiles_a, run, std::max(p.rows.positions, 1)};
-    b.work = static_cast<int>(ceil_div(tiles_a, run)) * tiles_b * p.splits;
-  }
   b.first_h = h.first, b.first_w = w.first, b.step_h = h.step, b.step_w = w.step;
   b.offset_h = h.offset, b.offset_w = w.offset, b.tap_h = h.tap, b.tap_w = w.tap;
   b.first_position = p.rows.first_position * arg.s + p.columns.first_position;
   b.position_row = p.rows.step_position * arg.s, b.position_column = p.columns.step_position;
   b.rows = p.rows, b.columns = p.columns;
-  // With a halo the first position is that whose pixels come first, as they do but in dgrad.
-  for (auto [tap, offset, position, step, count] :
-       {std::tie(b.tap_h, b.offset_h, b.first_position, b.position_row, p.rows.positions),
-        std::tie(b.tap_w, b.offset_w, b.first_position, b.position_column, p.columns.positions)}) {
-    if (!of.halo || tap >= 0) continue;
-    tap = -tap, offset = 0, position += (std::max(count, 1) - 1) * step, step = -step;
-  }
+  if (of.halo) add_halo(pass, p, rows, of, tiles_b, multiprocessors, b);
 
   b.plain_result = !of.halo;
   b.branches = arg.branches;
@@ -262,10 +277,9 @@ BoxParams box_params(Pass pass, const ConvParams& p, const BoxTiles& of, int mul
       if (of.halo) {
         b.output = output, b.y = result_strides(pass, p, i);
         if (branch.residual && pass == Pass::kFprop) {
-          const Image results{branch.residual, arg.n, arg.p, arg.q, branch.k, branch.y};
           b.has_residual = true;
-          b.residual = im2col_map(
-              walk_of(arg.dtype, results, {0, 1, h.count, arg.p, 0, 0, 0}, {0, 1, w.count, arg.q, 0, 0, 0}, kBox));
+          b.residual = image_map(arg.dtype, residual_of(p), false, {0, 1, h.count, arg.p, 0, 0, 0},
+                                 {0, 1, w.count, arg.q, 0, 0, 0}, kBox);
         }
       } else if (const auto pitch = result_pitch(pass, p, i)) {
         b.result[i] = tiled_map(matrix(arg.dtype, output, channels, p.extent_a, *pitch, kBox));

@@ -15,18 +15,18 @@ from torch import Tensor
 from fastconv import ops
 from fastconv.measure.tolerance import assert_close_to_oracle
 from fastconv.operators import kernels
-from support.cases import LAYOUTS, Case, Concatenation, named
+from support import numerics
+from support.cases import Case, Concatenation, named
 from support.cuda_convolutions import check, convolution
 from support.cuda_kernels import check_same_bits_in_any_order, emulated_hopper, operators
 from support.eager import activate
-from support.hopper import on_hopper
 from support.kernel_backends import device_of, emulated, kernel_table
 
 TILES = {"fprop": "256x64", "dgrad": "256x64", "wgrad": "64x576"}
 PASSES = ("fprop", "dgrad")
 NAMES = ("fp16", "bf16")
 
-pytestmark = pytest.mark.usefixtures(on_hopper.__name__)
+pytestmark = pytest.mark.usefixtures("on_hopper")
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_layers(backend: str, layer: str, name: str) -> None:
+def test_every_kernel(backend: str, layer: str, name: str) -> None:
     shape, filters, options = LAYERS[layer]
     passes = tuple(TILES) if filters[2:] == (3, 3) else PASSES
     with forced(backend, name, passes):
@@ -159,33 +159,37 @@ def test_special_values(backend: str, value: float) -> None:
     assert torch.equal(found.isinf(), expected.isinf())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", named("conv2d_relu", "conv2d_add_relu"), ids=str)
-def test_ops(backend: str, case: Case, layout: str) -> None:
+def test_ops(backend: str, case: Case) -> None:
     """The suite of the ops, with these kernels wherever they can run a call."""
-    from support import numerics
 
-    dtype, device = torch.float16, device_of(backend)
+    dtype, layout, device = torch.float16, "channels_last", device_of(backend)
     with kernels.preferred({f"conv2d_{kind}": kernel_name(kind, "fp16") for kind in TILES}, backend):
         numerics.check_forward(case, dtype, layout, device)
         numerics.check_out(case, dtype, layout, device)
         numerics.check_backward(case, dtype, layout, device)
 
 
-REFUSED = {
-    "it has groups": ((1, 32, 6, 6), (16, 16, 3, 3), {"groups": 2}),
-    "the filter has one position": ((1, 16, 6, 6), (16, 16, 1, 1), {}),
-    "it has a stride": ((1, 16, 9, 9), (16, 16, 3, 3), {"stride": 2}),
-    "a group's channels are not whole vectors": ((1, 12, 6, 6), (16, 12, 3, 3), {}),
-    "the filters, or results, are not whole vectors": ((1, 16, 6, 6), (12, 16, 3, 3), {}),
-    "do not fit into shared memory": ((1, 8, 5, 300), (8, 8, 3, 3), {"padding": 1}),
-    "too long for a map": ((1, 8, 9, 9), (8, 8, 3, 3), {"padding": 130}),
-}
+# Why not, the pass, image, filters, options
+REFUSED = [
+    ("it has groups", "fprop", (1, 32, 6, 6), (16, 16, 3, 3), {"groups": 2}),
+    ("the filter has one position", "fprop", (1, 16, 6, 6), (16, 16, 1, 1), {}),
+    ("it has a stride", "fprop", (1, 16, 9, 9), (16, 16, 3, 3), {"stride": 2}),
+    ("a group's channels are not whole vectors", "fprop", (1, 12, 6, 6), (16, 12, 3, 3), {}),
+    ("the filters, or results, are not whole vectors", "fprop", (1, 16, 6, 6), (12, 16, 3, 3), {}),
+    ("do not fit into shared memory", "fprop", (1, 8, 5, 300), (8, 8, 3, 3), {"padding": 1}),
+    ("do not fit into shared memory", "wgrad", (1, 8, 5, 520), (8, 8, 3, 3), {"padding": 1}),
+    ("too long for a map", "dgrad", (1, 8, 9, 9), (8, 8, 3, 3), {"padding": 130}),
+    ("too long for a map", "fprop", (1, 8, 140, 6), (8, 8, 3, 1), {"dilation": 64}),
+    ("the filter is not 3x3", "wgrad", (1, 8, 9, 9), (8, 8, 3, 2), {}),
+    ("columns lie too far apart", "wgrad", (1, 8, 2, 70), (8, 8, 3, 3), {"dilation": 33, "padding": 33}),
+]
 
 
-@pytest.mark.parametrize("reason", REFUSED)
-def test_a_forced_kernel_that_does_not_fit(backend: str, reason: str) -> None:
-    shape, filters, options = REFUSED[reason]
+@pytest.mark.parametrize(("reason", "kind", "shape", "filters", "options"), REFUSED)
+def test_a_forced_kernel_that_does_not_fit(
+    backend: str, reason: str, kind: str, shape: tuple[int, ...], filters: tuple[int, ...], options: dict[str, int]
+) -> None:
     conv = convolution(backend, "fp16", shape, filters, **options)
-    with forced(backend, passes=("fprop",)), pytest.raises(RuntimeError, match=reason):
-        ops.conv2d_relu(conv.input, conv.weight, None, *conv.geometry)
+    with forced(backend, passes=(kind,)), pytest.raises(RuntimeError, match=reason):
+        check(backend, conv, (kind,))

@@ -18,7 +18,7 @@ from fastconv.measure.tolerance import assert_close_to_oracle
 from fastconv.operators import kernels
 from fastconv.qualification.variants import cuda_variants
 from support import numerics
-from support.cases import LAYOUTS, Case, Concatenation, named, run
+from support.cases import Case, Concatenation, named, run
 from support.cuda_convolutions import DEEP, PASSES, Convolution, check, check_branches, convolution
 from support.cuda_kernels import check_same_bits_in_any_order, emulated_hopper, operators
 from support.eager import activate
@@ -39,15 +39,7 @@ NAMES = ("fp16", "bf16")
 VARIANTS = list(itertools.product(PASSES, NAMES, TILES))
 
 
-@pytest.fixture(autouse=True)
-def _hopper(backend: str) -> Iterator[None]:
-    if backend == "cuda-emulated":
-        with emulated_hopper():
-            yield
-    elif torch.cuda.get_device_capability() == (9, 0):
-        yield
-    else:
-        pytest.skip("the GPU here is not of compute capability 9.0")
+pytestmark = pytest.mark.usefixtures("on_hopper")
 
 
 @contextlib.contextmanager
@@ -61,7 +53,12 @@ def forced(backend: str, name: str, tile: str, passes: tuple[str, ...] = PASSES)
 
 def test_the_table_has_these_kernels(backend: str) -> None:
     names = {f"conv2d_{kind}_{name}_{tile}_sm90a" for kind, name, tile in VARIANTS}
-    assert {kernel["name"] for kernel in kernel_table(backend) if kernel["name"].endswith("sm90a")} == names
+    assert {kernel["name"] for kernel in kernel_table(backend) if is_ours(kernel["name"])} == names
+
+
+def is_ours(name: str) -> bool:
+    """Those with a halo have a file of their own."""
+    return name.endswith("sm90a") and "halo" not in name
 
 
 @pytest.mark.parametrize(("kind", "name", "tile"), VARIANTS)
@@ -70,7 +67,8 @@ def test_every_kernel(backend: str, kind: str, name: str, tile: str) -> None:
     if backend == "cuda-emulated":
         emulated().reset_statistics()
     with forced(backend, name, tile, (kind,)):
-        for activation, stride in (("none", 1), ("relu", 2), ("relu6", 1)):
+        # For bfloat16 it is the same source.
+        for activation, stride in (("relu", 2), ("none", 1), ("relu6", 1))[: 3 if name == "fp16" else 1]:
             # Pixels, channels and filters are no multiples of tiles, nor of boxes.
             options = {"stride": stride, "padding": 1, "activation": activation}
             check(backend, convolution(backend, name, (3, 72, 17, 13), (136, 72, 3, 3), **options), (kind,))
@@ -217,8 +215,9 @@ def test_special_values(backend: str, value: float) -> None:
     assert torch.equal(found.isinf(), expected.isinf())
 
 
-@pytest.mark.parametrize("tile", ["256x128_pair", "128x128"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("tile", "layout"), [("128x128", "contiguous"), ("128x128", "channels_last"), ("256x128_pair", "channels_last")]
+)
 @pytest.mark.parametrize(
     "case", named("conv2d_relu", "conv2d_add_relu", "pointwise_conv2d", "pointwise_conv2d_group"), ids=str
 )

@@ -35,7 +35,7 @@ struct HaloConfig : Roles {
   static constexpr int kFilters = (kSlots + kBoxesOfProduct) * kBoxBytes;
   static constexpr int kResults = kFilters + kStages * kBoxBytes;
   static constexpr int kBarriers = kResults + kConsumers * 2 * kBoxBytes;
-  static constexpr int kBarrierCount = 2 * kSlots + 2 * kStages + 4 * kConsumers;
+  static constexpr int kBarrierCount = 2 * kSlots + 2 * kStages + 3 * kConsumers;
   static constexpr int kSharedBytes = 1024 + kBarriers + 8 * kBarrierCount;
 };
 
@@ -54,9 +54,8 @@ struct HaloShared : SharedMemory {
   FASTCONV_DEVICE uint32_t residual(int consumer, int index) const {
     return barrier(2 * C::kSlots + 2 * C::kStages + 2 * consumer + index);
   }
-  // Of a warpgroup that multiplies: the other one has met all boxes of the tile before this one's; and has read them.
+  // Of a warpgroup that multiplies: the other one has met all boxes of the tile before this one's.
   FASTCONV_DEVICE uint32_t order(int consumer) const { return residual(C::kConsumers, consumer); }
-  FASTCONV_DEVICE uint32_t done(int consumer) const { return order(C::kConsumers + consumer); }
 
  private:
   FASTCONV_DEVICE uint32_t barrier(int number) const { return base + C::kBarriers + 8 * number; }
@@ -206,8 +205,7 @@ FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloShared<C>&
   };
 
   // As in kernel.cuh; the first warpgroup begins, and what ended before the first phase is odd.
-  const uint32_t phase = (tile / C::kConsumers + 1 + consumer) % 2;
-  ptx::mbarrier_wait(shared.order(consumer), phase);
+  ptx::mbarrier_wait(shared.order(consumer), (tile / C::kConsumers + 1 + consumer) % 2);
   products(std::false_type{});
 #pragma unroll 1
   for (int box = 1; box < p.deep; ++box) {
@@ -229,10 +227,7 @@ FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloShared<C>&
 #pragma unroll
   for (int i = 0; i < C::kProducts; ++i) ptx::wgmma_sums(sums.of[i]);
   if (!stay) release(shared.filters_empty(filters.stage));
-  // The tile before may have read the same boxes. That it is done is waited for before it is told of this one, as a
-  // barrier tells two phases apart.
-  ptx::mbarrier_wait(shared.done(consumer), phase);
-  release(shared.done(1 - consumer));
+  // The tile before may have read the same boxes: they are filled after those that it alone has read, so after it.
   release_pixels(p.halo.slides ? C::kBoxesOfTile : p.halo.patch);
 }
 
@@ -255,7 +250,6 @@ class HaloResults {
   // Before the products of a tile: has the residual of its first boxes come.
   FASTCONV_DEVICE void begin(int row) const {
     if (!adds_residual()) return;
-    ptx::fence_proxy_async();
     sync();  // all have stored what was in the places
     for (int i = 0; i < 2; ++i) load_residual(row + i * kBox, turn + i);
   }
@@ -359,7 +353,6 @@ conv2d_halo_kernel(const __grid_constant__ BoxParams p) {
     for (int i = 0; i < C::kConsumers; ++i) {
       for (int j = 0; j < 2; ++j) ptx::mbarrier_init(shared.residual(i, j), 1);
       ptx::mbarrier_init(shared.order(i), kWarps);
-      ptx::mbarrier_init(shared.done(i), kWarps);
     }
     ptx::mbarrier_init_fence();
     ptx::tma_prefetch(p.image);
