@@ -187,14 +187,11 @@ BoxExtents box_extents(Pass pass, const ConvParams& p, bool halo) {
   const int64_t positions = int64_t{p.rows.positions} * p.columns.positions;
   const int64_t of_pass = pass == Pass::kWgrad ? p.depth : p.extent_a;
   const int64_t pixels = halo ? halo_pixels(p) : of_pass;
-  switch (pass) {
-    case Pass::kFprop:
-      return {pixels, filters, positions * boxes_of(p.c_group)};
-    case Pass::kDgrad:
-      return {pixels, boxes_of(p.c_group), positions * boxes_of(p.k_group)};
-    default:
-      return {filters * kBox, positions * boxes_of(p.c_group), boxes_of(pixels)};
-  }
+  if (pass == Pass::kWgrad) return {filters * kBox, positions * boxes_of(p.c_group), boxes_of(pixels), 1};
+  const int channels = pass == Pass::kFprop ? p.c_group : p.k_group, boxes = boxes_of(channels);
+  // With a halo the last box is multiplied by 16 channels.
+  const auto multiplied = static_cast<double>(ceil_div(channels, 16) * 16) / (int64_t{boxes} * kBox);
+  return {pixels, pass == Pass::kFprop ? filters : boxes_of(p.c_group), positions * boxes, halo ? multiplied : 1};
 }
 
 int halo_run(int64_t tiles_a, int64_t tiles_b, int multiprocessors) {
@@ -227,7 +224,7 @@ const char* refuses_boxes(Pass pass, const ConvParams& p, bool halo) {
 
 BoxParams box_params(Pass pass, const ConvParams& p, const BoxTiles& of, int multiprocessors) {
   const ConvArguments& arg = p.arg;
-  const auto [rows, boxes_b, deep] = box_extents(pass, p, of.halo);
+  const auto [rows, boxes_b, deep, multiplied] = box_extents(pass, p, of.halo);
   const Axis h = of.halo ? with_halo(axis_h(p)) : axis_h(p), w = of.halo ? with_halo(axis_w(p)) : axis_w(p);
   const Image image = image_of(pass, p), gradient = gradient_of(p);
   const int positions = arg.r * arg.s;

@@ -83,8 +83,9 @@ struct BoxTiles {
 
 // Extents; along the depth and of what has parts the last box may be partly empty.
 struct BoxExtents {
-  int64_t rows;      // of extent a: elements, or with a halo all that are computed; in wgrad those of boxes
-  int64_t b, depth;  // boxes
+  int64_t rows;       // of extent a: elements, or with a halo all that are computed; in wgrad those of boxes
+  int64_t b, depth;   // boxes
+  double multiplied;  // of the depth in boxes
 };
 BoxExtents box_extents(Pass pass, const ConvParams& params, bool halo);
 

@@ -188,23 +188,25 @@ const ConvReduction& reduction_of(const ConvVariant& variant) {
 
 // Of a GEMM's extents what a kernel computes
 struct Tiling {
-  int64_t a, b;  // tiles along the extents of a group
-  int64_t deep;  // and along the depth
-  double fill;   // of what they compute, what is asked for
+  int64_t a, b;       // tiles along the extents of a group
+  int64_t deep;       // and along the depth
+  double multiplied;  // of the depth in tiles
+  double fill;        // of what they compute, what is asked for
 
   int64_t tiles() const { return a * b; }
 };
 Tiling tiling(const ConvVariant& variant, const ConvParams& p) {
   const auto& [tile_a, tile_b, tile_depth] = variant.info.tile;
   int64_t a = p.extent_a, b = p.extent_b, depth = p.depth;
+  double multiplied = 1;
   if (variant.boxes) {
     const BoxExtents boxes = box_extents(variant.pass, p, variant.halo);
-    a = boxes.rows, b = boxes.b * kBox, depth = boxes.depth * kBox;
+    a = boxes.rows, b = boxes.b * kBox, depth = boxes.depth * kBox, multiplied = boxes.multiplied;
   }
   const int64_t tiles_a = ceil_div(a, tile_a * variant.cluster) * variant.cluster, tiles_b = ceil_div(b, tile_b);
   const double area = static_cast<double>(tiles_a * tile_a) * static_cast<double>(tiles_b * tile_b);
-  const double of_depth = depth > 0 ? static_cast<double>(p.depth) / static_cast<double>(depth) : 1;
-  return {tiles_a, tiles_b, ceil_div(depth, tile_depth),
+  const double of_depth = depth > 0 ? static_cast<double>(p.depth) / (static_cast<double>(depth) * multiplied) : 1;
+  return {tiles_a, tiles_b, ceil_div(depth, tile_depth), multiplied,
           static_cast<double>(p.extent_a) * p.extent_b / std::max(area, 1.0) * of_depth};
 }
 
@@ -272,12 +274,16 @@ const char* ConvVariant::refusal(const ConvParams& p, const DeviceInfo&) const {
 
 ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& device) const {
   ConvCandidate found;
-  const auto [tiles_a, tiles_b, deep, fill] = tiling(*this, p);
+  const auto [tiles_a, tiles_b, deep, multiplied, fill] = tiling(*this, p);
   // Each block does a run of tiles, or one; or where there are boxes and no halo, one after the other.
   const int run = halo && pass != Pass::kWgrad ? halo_run(tiles_a, tiles_b, device.multiprocessors) : 1;
   const int64_t blocks_a = ceil_div(tiles_a, std::max(run, 1)), blocks = blocks_a * tiles_b * p.arg.groups;
   const double area = static_cast<double>(info.tile[0]) * info.tile[1];
-  const double tile_clocks = area * info.tile[2] / (tf32 ? 512 : dtype == DType::kFloat32 ? 64 : 1024) / rate;
+  const double tile_clocks = area * multiplied * info.tile[2] /
+                             (tf32                       ? 512
+                              : dtype == DType::kFloat32 ? 64
+                                                         : 1024) /
+                             rate;
 
   // A multiprocessor shares itself among its blocks, so a launch takes as long as the one that has the most of them,
   // and longer where those are too few warps to hide what each waits for.

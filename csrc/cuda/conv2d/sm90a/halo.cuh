@@ -14,8 +14,6 @@
 // Needs 227 KiB of shared memory; bound by the tensor cores, or by memory.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/conv2d/sm90a/loads.cuh"
 #include "cuda/conv2d/sm90a/results.cuh"
 
@@ -176,52 +174,62 @@ FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloShared<C>&
 #pragma unroll 1
     for (; boxes > 0; --boxes, of.advance()) release(shared.pixels_empty(of.stage));
   };
-  // Those of a position, which go on when this returns
-  const auto products = [&](auto adds) {
-    const int shift = depth.position.r * p.tap_h * p.halo.row_pitch + depth.position.s * p.tap_w;
+  // Over so many times 16 channels of each position, `number` of all; the last ones go on when this returns.
+  int number = 0;
+  const auto products = [&](int last, auto over_channels) {
 #pragma unroll 1
-    for (; met * kBox < C::kTileA + shift; ++met, next.advance()) {
-      ptx::mbarrier_wait(shared.pixels_full(next.stage), next.parity);
-    }
-    ptx::mbarrier_wait(shared.filters_full(filters.stage), filters.parity);
-    const uint64_t a = first_filters + filters.stage * (kBoxBytes / 16);
-    uint64_t b[C::kProducts];
-#pragma unroll
-    for (int i = 0; i < C::kProducts; ++i) {
-      const int slot = patch.stage + shift / kBox + i * C::kBoxesOfProduct;
-      b[i] = first_pixels + (slot < C::kSlots ? slot : slot - C::kSlots) * (kBoxBytes / 16) +
-             shift % kBox * (kBoxRowBytes / 16);
-    }
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (; number < last; ++number) {
+      const int before = filters.stage;
+      if (number > 0) {
+        if (depth.advance(p)) {
+          ptx::wgmma_wait<0>();  // the next patch may need its places
+          release_pixels(p.halo.patch);
+          patch.advance(p.halo.patch);
+          met = 0;
+        }
+        filters.advance();
+      }
+      const int shift = depth.position.r * p.tap_h * p.halo.row_pitch + depth.position.s * p.tap_w;
+#pragma unroll 1
+      for (; met * kBox < C::kTileA + shift; ++met, next.advance()) {
+        ptx::mbarrier_wait(shared.pixels_full(next.stage), next.parity);
+      }
+      ptx::mbarrier_wait(shared.filters_full(filters.stage), filters.parity);
+      const uint64_t a = first_filters + filters.stage * (kBoxBytes / 16);
+      uint64_t b[C::kProducts];
 #pragma unroll
       for (int i = 0; i < C::kProducts; ++i) {
-        ptx::wgmma<T, kFilters, kPixels>(sums.of[i], a + step * kFilterStep / 16, b[i] + step * kPixelStep / 16,
-                                         decltype(adds)::value || step > 0);
+        const int slot = patch.stage + shift / kBox + i * C::kBoxesOfProduct;
+        b[i] = first_pixels + (slot < C::kSlots ? slot : slot - C::kSlots) * (kBoxBytes / 16) +
+               shift % kBox * (kBoxRowBytes / 16);
       }
+      ptx::wgmma_fence();
+      over_channels([&](int step) {
+#pragma unroll
+        for (int i = 0; i < C::kProducts; ++i) {
+          ptx::wgmma<T, kFilters, kPixels>(sums.of[i], a + step * (kFilterStep / 16), b[i] + step * (kPixelStep / 16),
+                                           number > 0 || step > 0);
+        }
+      });
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();
+      if (!stay && number > 0) release(shared.filters_empty(before));
     }
-    ptx::wgmma_commit();
   };
 
   // As in kernel.cuh; the first warpgroup begins, and what ended before the first phase is odd.
   ptx::mbarrier_wait(shared.order(consumer), (tile / C::kConsumers + 1 + consumer) % 2);
-  products(std::false_type{});
+  // Positions with whole boxes of channels; where there is no position, it is one with zeros.
+  const int full = min(p.channels / kBox * p.halo.r * p.s, p.deep);
+  products(full, [](auto product) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) product(step);
+  });
+  products(p.deep, [&](auto product) {
+    const int steps = (p.channels % kBox + 15) / 16;
 #pragma unroll 1
-  for (int box = 1; box < p.deep; ++box) {
-    const int before = filters.stage;
-    const bool is_new = depth.advance(p);
-    if (is_new) {
-      ptx::wgmma_wait<0>();  // the next patch may need its places
-      release_pixels(p.halo.patch);
-      patch.advance(p.halo.patch);
-      met = 0;
-    }
-    filters.advance();
-    products(std::true_type{});
-    ptx::wgmma_wait<1>();
-    if (!stay) release(shared.filters_empty(before));
-  }
+    for (int step = 0; step < steps; ++step) product(step);
+  });
   release(shared.order(1 - consumer));
   ptx::wgmma_wait<0>();
 #pragma unroll
