@@ -164,6 +164,7 @@ void add_halo(Pass pass, const ConvParams& p, int64_t rows, const BoxTiles& of, 
   const Axis h = axis_h(p), w = axis_w(p);
   const int pitch = with_halo(w).count, pixels = static_cast<int>(halo_pixels(p));
   const bool has_positions = p.rows.positions * p.columns.positions > 0;
+  if (!has_positions) b.channel_boxes = 1;  // of zeros
   const int patch = patch_of(pass, has_positions ? int64_t{h.reach} * pitch + w.reach : 0);
   const int tiles = static_cast<int>(ceil_div(rows, of.a));
   const int run = pass == Pass::kWgrad ? 1 : halo_run(tiles, tiles_b, multiprocessors);

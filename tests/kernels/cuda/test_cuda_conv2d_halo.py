@@ -6,10 +6,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastconv import ops
@@ -80,10 +83,36 @@ def test_phases_of_a_stride(backend: str) -> None:
     for shape, filters, options in (
         ((2, 64, 19, 18), (64, 64, 3, 3), {"stride": 2, "padding": 1}),
         ((2, 16, 20, 17), (24, 16, 5, 4), {"stride": 3, "padding": 2}),
-        ((1, 8, 22, 23), (128, 8, 2, 5), {"stride": 3}),
+        ((1, 8, 22, 50), (128, 8, 2, 5), {"stride": 3}),
     ):
         with forced(backend, passes=("dgrad",)):
             check(backend, convolution(backend, "fp16", shape, filters, activation="relu6", **options), ("dgrad",))
+
+
+@st.composite
+def convolutions(draw: st.DrawFn, kind: str) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
+    """Image, filters, options"""
+    r, s = (3, 3) if kind == "wgrad" else draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
+    options = {"dilation": draw(st.sampled_from((1, 2, 3, 5))), "padding": draw(st.integers(0, 9))}
+    options["stride"] = draw(st.integers(1, 3)) if kind == "dgrad" else 1
+    channels, filters = (8 * draw(st.sampled_from((1, 2, 5, 8, 9, 17))) for _ in range(2))
+    least = [max(1, options["dilation"] * (side - 1) + 1 - 2 * options["padding"]) for side in (r, s)]
+    rows, columns = draw(st.integers(least[0], 24)), draw(st.integers(least[1], 70))
+    return (draw(st.integers(1, 3)), channels, rows, columns), (filters, channels, r, s), options
+
+
+@pytest.mark.parametrize("kind", TILES)
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_random_convolutions(kind: str, data: st.DataObject) -> None:
+    shape, filters, options = data.draw(convolutions(kind))
+    multiprocessors = data.draw(st.sampled_from((1, 3, 16, 132)))
+    conv = convolution("cuda-emulated", "fp16", shape, filters, **options)
+    with (
+        emulated_hopper(multiprocessors),
+        kernels.preferred({f"conv2d_{kind}": kernel_name(kind, "fp16")}, "cuda-emulated"),
+    ):
+        check("cuda-emulated", conv, (kind,))
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 132])
