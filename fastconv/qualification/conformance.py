@@ -7,7 +7,7 @@ else. A kernel that uses an instruction that differs is disabled by name.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,12 +92,20 @@ def check(
         backend = found["backend"]
         if backend in known:
             continue
-        differs: dict[str, str] = {}
-        for case, uses in found["cases"].items():
-            if why := _difference(worker, {"backend": backend, "case": case}, patience):
-                for instruction in uses:
-                    differs.setdefault(instruction, why)
-        yield Conformance(backend, {name: tuple(used) for name, used in found["kernels"].items()}, differs)
+        cases = {name: tuple(uses) for name, uses in found["cases"].items()}
+        whys = {name: _difference(worker, {"backend": backend, "case": name}, patience) for name in cases}
+        yield Conformance(backend, {name: tuple(used) for name, used in found["kernels"].items()}, _blamed(cases, whys))
+
+
+def _blamed(cases: Mapping[str, tuple[str, ...]], whys: Mapping[str, str]) -> dict[str, str]:
+    """Of the cases that differ, and why, the instructions: of several in a case not those that passed one of their own,
+    unless all of them did."""
+    alone = {uses[0] for name, uses in cases.items() if len(uses) == 1 and not whys[name]}
+    blamed: dict[str, str] = {}
+    for name, uses in cases.items():
+        for instruction in set(uses) - alone or uses if whys[name] else ():
+            blamed.setdefault(instruction, whys[name])
+    return blamed
 
 
 def _difference(worker: Worker, request: dict[str, str], patience: float) -> str:

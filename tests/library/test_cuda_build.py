@@ -103,6 +103,9 @@ def test_products_of_warpgroups_are_not_serialised():
     kernels = {name: each for name, each in code.items() if name.startswith("sm90a::conv2d_")}
     assert any("halo" in name for name in kernels)
     for name, each in kernels.items():
+        # Each group of products, also those of the other loops, begins once and ends once.
+        begun = sum(one.name == "WARPGROUP.ARRIVE" for one in each)
+        assert begun == sum(one.name.startswith("HGMMA") and one.operands.endswith("gsb0") for one in each), name
         loop = machine_code.main_loop(each)
         words = [instruction.name.partition(".HI")[0] for instruction in loop.instructions]
         # With a halo products may be waited for before the place of their boxes is given away.

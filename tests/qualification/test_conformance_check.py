@@ -80,8 +80,9 @@ def test_nothing_differs() -> None:
 
 def test_what_differs_disables_the_kernels_that_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """By name; a case that ends its process, hangs or meets an error of the device counts as one that differs, and
-    costs the others nothing."""
-    plant(monkeypatch, "wrong mma_m16n8k16<Half>", "crashes ldmatrix_x2", "hangs shuffles", "fails powf")
+    costs the others nothing. Of a case's instructions those are not blamed that pass cases of their own."""
+    wrong = ("wrong mma_m16n8k16<Half>", "wrong wgmma<Half> from row 1")
+    plant(monkeypatch, *wrong, "crashes ldmatrix_x2", "hangs shuffles", "fails powf")
     with a_worker() as worker:
         (found,) = conformance.check(worker, [BACKEND], 4)
     assert found.differs == {
@@ -89,6 +90,7 @@ def test_what_differs_disables_the_kernels_that_use_it(monkeypatch: pytest.Monke
         "ldmatrix": "ldmatrix_x2: its process ended by SIGSEGV",
         "shuffle": "shuffles: its process gave no answer for 4 s",
         "powf": "powf: its process exited with status 1: CUDA error: an illegal memory access",
+        "wgmma_rows": "wgmma<Half> from row 1: its 256 words are not the expected ones",
     }
     disabled = found.disabled
     assert disabled.keys() == using(*found.differs)

@@ -101,9 +101,11 @@ bool has_nested_strides(const Image& image) {
 
 Im2colMap walk_of(DType dtype, const Image& image, const Axis& h, const Axis& w, int pixels) {
   // The strides of a single element say nothing; the driver wants them in order.
-  const int64_t stride_w = image.w == 1 ? ceil_div(image.c, 8) * 8 : image.strides.w;
-  const int64_t stride_h = image.h == 1 ? stride_w * image.w : image.strides.h;
-  const int64_t stride_n = image.n == 1 ? stride_h * image.h : image.strides.n;
+  const auto& s = image.strides;
+  const int64_t of_images = image.n > 1 ? s.n : 0, of_rows = image.h > 1 ? s.h : of_images;
+  const int64_t stride_w = image.w > 1 ? s.w : of_rows ? of_rows : ceil_div(image.c, 8) * 8;
+  const int64_t stride_h = of_rows ? of_rows : stride_w * image.w;
+  const int64_t stride_n = of_images ? of_images : stride_h * image.h;
   return {image.data, dtype,   image.n, image.h, image.w, image.c, stride_n, stride_h,
           stride_w,   h.first, w.first, h.step,  w.step,  h.count, w.count,  pixels};
 }
@@ -139,8 +141,13 @@ const char* refuses_halo(Pass pass, const ConvParams& p, int slack) {
   if (p.rows.positions * p.columns.positions < 2) return "the filter has one position";
   if (h.step != 1 || w.step != 1) return "it has a stride";
   if (p.arg.branches > 1) return "it has branches";
+  // The first corner of a phase of a stride that has no positions
+  const int corner =
+      static_cast<int>(std::max(ceil_div(p.arg.pad_h, p.arg.stride_h), ceil_div(p.arg.pad_w, p.arg.stride_w)));
   const bool fits = fits_im2col(with_halo(h), slack) && fits_im2col(with_halo(w), slack);
-  if (!fits || std::max(h.reach, w.reach) > kMostCorner) return "padding or the filter's reach are too long for a map";
+  if (!fits || std::max({h.reach, w.reach, pass == Pass::kDgrad ? corner : 0}) > kMostCorner) {
+    return "padding or the filter's reach are too long for a map";
+  }
   const int64_t pitch = with_halo(w).count + (p.arg.stride_w > 1);
   int slots = kHaloSlots;
   if (pass == Pass::kWgrad) {
@@ -151,8 +158,12 @@ const char* refuses_halo(Pass pass, const ConvParams& p, int slack) {
   if (patch_of(pass, h.reach * pitch + w.reach) > slots) {
     return "the rows of a tile, and those around it, do not fit into shared memory";
   }
-  if (halo_pixels(p) > std::numeric_limits<int>::max() - kSpareExtent)
+  // Another phase of a stride may have one row and column more.
+  const int64_t rows = with_halo(h).count + (p.arg.stride_h > 1);
+  if (static_cast<double>(p.arg.n) * static_cast<double>(rows * pitch) >
+      std::numeric_limits<int>::max() - kSpareExtent) {
     return "it has too many pixels with those around";
+  }
   if (!has_nested_strides(image_of(pass, p))) return kNoWalk;
   if (pass == Pass::kFprop && p.arg.branch[0].residual && !has_nested_strides(residual_of(p))) return kNoWalk;
   return nullptr;

@@ -28,7 +28,7 @@ struct Halo {
   int patch;       // boxes of pixels that a tile meets
   bool slides;     // whether it has those that it shares with the tile before from there
   int tiles, run;  // along extent a; of a block
-  int r;           // rows of the filter
+  int r;           // rows of positions
 };
 
 // The one parameter of the kernels that use boxes
@@ -44,9 +44,9 @@ struct BoxParams {
   bool has_residual;
   Activation activation;
 
-  int extent_a, extent_b;  // as in ConvParams, in elements
+  int extent_a, extent_b;  // as in ConvParams, in elements; with a halo a has what lies between the pixels, too
   int boxes_b, deep;       // along extent b and the depth
-  int work;                // tiles, or pairs of them for a cluster of two, times the parts of a split depth
+  int work;  // tiles, pairs of them for a cluster of two, or with a halo runs of them; times the parts of a split depth
   int splits, split_deep;  // split_deep: boxes
   Divider by_tiles, by_tiles_b;
   int channels, channel_boxes;  // of a position of the filter

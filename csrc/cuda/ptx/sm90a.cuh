@@ -190,8 +190,9 @@ FASTCONV_DEVICE void registers_increase() {
 // depth; where an operand has more of them, the next 64 begin `next` bytes on.
 enum class Major { kDepth, kExtent };
 
-// What wgmma takes for the operand that begins at this address. 16 places of the depth further are 32 bytes (kDepth) or
-// 2048 (kExtent), to be added to the descriptor as so many / 16.
+// What wgmma takes for the operand that begins at this address, which may be in any row of a box: the swizzle's pattern
+// still begins at a multiple of 1024, so that its offset in the descriptor is 0. 16 places of the depth further are 32
+// bytes (kDepth) or 2048 (kExtent), to be added to the descriptor as so many / 16.
 template <Major kMajor>
 FASTCONV_DEVICE uint64_t wgmma_operand(uint32_t address, uint32_t next = 16) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 / 16} << 32;

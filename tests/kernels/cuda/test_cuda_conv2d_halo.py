@@ -167,8 +167,11 @@ def test_slices_are_read_in_place(backend: str) -> None:
     """Of channels, images, rows and columns."""
     device = device_of(backend)
     wide = torch.randn(3, 64, 8, 8, device=device).half().contiguous(memory_format=torch.channels_last)
-    weight = (0.2 * torch.randn(24, 32, 3, 3, device=device)).half()
-    for image in (wide[:, 16:48], wide[::2, 16:48], wide[:, :32, 2:7], wide[:, :32, :, 1:6], wide[:, :32, ::2, ::4]):
+    weights = (0.2 * torch.randn(24, 32, 3, 3, device=device)).half()
+    slices = [wide[:, 16:48], wide[::2, 16:48], wide[:, :32, 2:7], wide[:, :32, :, 1:6], wide[:, :32, ::2, ::4]]
+    # One row, one column: their stride says nothing.
+    for image in (*slices, wide[:, :24, 2:3], wide[:, :24, :, 1:2], wide[1:2, :24, 2:3]):
+        weight = weights[:, : image.shape[1]]
         with forced(backend, passes=("fprop",)):
             found = ops.conv2d_relu(image, weight, None, padding=1)
         exact, baseline = (
@@ -211,6 +214,7 @@ REFUSED = [
     ("do not fit into shared memory", "wgrad", (1, 8, 5, 520), (8, 8, 3, 3), {"padding": 1}),
     ("too long for a map", "dgrad", (1, 8, 9, 9), (8, 8, 3, 3), {"padding": 130}),
     ("too long for a map", "fprop", (1, 8, 140, 6), (8, 8, 3, 1), {"dilation": 64}),
+    ("too long for a map", "dgrad", (1, 16, 6, 6), (16, 16, 4, 4), {"stride": 2, "dilation": 6, "padding": 256}),
     ("the filter is not 3x3", "wgrad", (1, 8, 9, 9), (8, 8, 3, 2), {}),
     ("columns lie too far apart", "wgrad", (1, 8, 2, 70), (8, 8, 3, 3), {"dilation": 33, "padding": 33}),
 ]

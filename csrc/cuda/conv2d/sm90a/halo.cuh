@@ -14,6 +14,8 @@
 // Needs 227 KiB of shared memory; bound by the tensor cores, or by memory.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/conv2d/sm90a/loads.cuh"
 #include "cuda/conv2d/sm90a/results.cuh"
 
@@ -25,6 +27,8 @@ struct HaloConfig : Roles {
   static constexpr int kTileA = kHaloTile, kTileB = kBox, kSlots = kHaloSlots, kStages = kStages_;
   static constexpr int kCluster = 1;
   static constexpr bool kHasHalo = true;
+  static constexpr const char* kNeeds =
+      "channels_last, channels in multiples of 16 bytes, no groups, no stride, no 1x1";
   static constexpr int kColumns = 128;  // pixels of a product
   static constexpr int kProducts = kTileA / kColumns, kBoxesOfProduct = kColumns / kBox, kBoxesOfTile = kTileA / kBox;
 
@@ -221,21 +225,33 @@ FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloShared<C>&
   ptx::mbarrier_wait(shared.order(consumer), (tile / C::kConsumers + 1 + consumer) % 2);
   // Positions with whole boxes of channels; where there is no position, it is one with zeros.
   const int full = min(p.channels / kBox * p.halo.r * p.s, p.deep);
-  products(full, [](auto product) {
+  const auto unrolled = [&](int last, auto steps) {
+    products(last, [](auto product) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) product(step);
-  });
-  products(p.deep, [&](auto product) {
-    const int steps = (p.channels % kBox + 15) / 16;
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) product(step);
-  });
+      for (int step = 0; step < decltype(steps)::value; ++step) product(step);
+    });
+  };
+  unrolled(full, std::integral_constant<int, kSteps>());
+  switch ((p.channels % kBox + 15) / 16) {
+    case 1:
+      unrolled(p.deep, std::integral_constant<int, 1>());
+      break;
+    case 2:
+      unrolled(p.deep, std::integral_constant<int, 2>());
+      break;
+    case 3:
+      unrolled(p.deep, std::integral_constant<int, 3>());
+      break;
+    default:
+      unrolled(p.deep, std::integral_constant<int, kSteps>());
+  }
   release(shared.order(1 - consumer));
   ptx::wgmma_wait<0>();
 #pragma unroll
   for (int i = 0; i < C::kProducts; ++i) ptx::wgmma_sums(sums.of[i]);
   if (!stay) release(shared.filters_empty(filters.stage));
-  // The tile before may have read the same boxes: they are filled after those that it alone has read, so after it.
+  // The tiles before may have read the same boxes: they are filled after those that these alone have read, so after
+  // them.
   release_pixels(p.halo.slides ? C::kBoxesOfTile : p.halo.patch);
 }
 

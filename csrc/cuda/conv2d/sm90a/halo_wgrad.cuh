@@ -3,9 +3,9 @@
 //
 // A block has 64 filters by nine positions of 64 channels, and a part of the depth. The three warpgroups that multiply
 // have a row of positions each. A product has its three columns at once: what is 64 columns of channels further in it
-// is the next pixel. One thread brings pixels, another one gradients. What is not finite in the image meets the zeros,
-// too, so that it may spoil positions that it does not meet otherwise. Needs 227 KiB of shared memory; bound by the
-// tensor cores, or by memory.
+// is the pixel that the next column meets. One thread brings pixels, another one gradients. What is not finite in the
+// image meets the zeros, too, so that it may spoil positions that it does not meet otherwise. Needs 227 KiB of shared
+// memory; bound by the tensor cores, or by memory.
 #pragma once
 
 #include "cuda/conv2d/sm90a/loads.cuh"
@@ -20,6 +20,7 @@ struct HaloWgradConfig {
   static constexpr int kTileA = kBox, kTileB = kSide * kColumns;
   static constexpr int kSlots = kHaloWgradSlots, kStages = 8, kCluster = 1;
   static constexpr bool kHasHalo = true;
+  static constexpr const char* kNeeds = "channels_last, channels in multiples of 16 bytes, no groups, no stride, 3x3";
   static constexpr int kConsumers = kSide;  // warpgroups
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   // Of a thread: 128 x 40 + 384 x 152 are less than the file of 65536.

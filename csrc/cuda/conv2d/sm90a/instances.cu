@@ -55,7 +55,7 @@ ConvVariant variant(const char* what, double rate) {
                 C::kStages,
                 C::kThreads,
                 C::kSharedBytes,
-                "channels_last, channels in multiples of 16 bytes, no groups",
+                C::kNeeds,
                 uses_of<C>()};
   found.pass = kPass;
   found.dtype = kDType;

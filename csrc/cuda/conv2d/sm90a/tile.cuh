@@ -16,7 +16,7 @@ constexpr int kBoxBytes = kBox * kBoxRowBytes;  // of 64 rows
 struct Roles {
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-  // Of a thread: 128 x 40 + 256 x 232 fill the file of 65536.
+  // Of a thread: 128 x 40 + 256 x 232 are what the launch had, 384 x 168.
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 };
 
@@ -28,6 +28,7 @@ struct BoxConfig : Roles {
   using T = T_;
   static constexpr int kTileA = kTileA_, kTileB = kTileB_, kStages = kStages_;
   static constexpr bool kTogether = kTogether_, kHasHalo = false;
+  static constexpr const char* kNeeds = "channels_last, channels in multiples of 16 bytes, no groups";
   static constexpr int kCluster = kCluster_;
   static constexpr int kRows = kTogether ? kTileA / kConsumers : kTileA;  // of a warpgroup
   static constexpr int kBlocks = kRows / 64;                              // of rows that a product has
