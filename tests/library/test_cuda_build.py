@@ -117,7 +117,9 @@ def test_products_of_warpgroups_are_not_serialised():
         assert not any(words[i].startswith(("WARPGROUP", "BAR", "SYNCS")) for i in between), name
         # Of the clocks that the products take a scheduler, which issues for two such warps in turn, has most left.
         columns = sum(int(words[i].split(".")[1].split("x")[1]) for i in products)
-        assert len(words) <= (0.16 if columns >= 768 else 0.3) * columns / 2, name
+        # With a halo an address is computed anew for each position.
+        most = 0.16 if columns >= 768 and "halo" not in name else 0.3
+        assert len(words) <= most * columns / 2, name
 
 
 def test_boxes_are_loaded_both_ways():
