@@ -1,5 +1,6 @@
 // Kernels of sm_90a with one bug each, planted by a template parameter, as bugs.cu has them; test_emulator_sm90a.py
 // runs them.
+#include "cuda/conv2d/sm90a/turn.cuh"
 #include "cuda/ptx/sm90a.cuh"
 #include "cuda/runtime/launch.cuh"
 #include "planted.h"
@@ -85,7 +86,7 @@ constexpr uint32_t kStaging = kStages * kStageBytes;
 constexpr uint32_t kBarriers = kStaging + kConsumers * 2 * kBoxBytes;
 constexpr int kSharedBytes = 1024 + kBarriers + 8 * (2 * kStages + kConsumers);
 
-using Turn = RingTurn<kStages>;
+using Turn = sm90a::Turn<kStages>;
 
 struct Shared {
   unsigned char* memory;

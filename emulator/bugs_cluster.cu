@@ -1,5 +1,6 @@
 // A kernel of clusters with one bug each, planted by a template parameter, as bugs.cu has them;
 // test_emulator_clusters.py runs them.
+#include "cuda/conv2d/sm90a/turn.cuh"
 #include "cuda/ptx/sm90a.cuh"
 #include "cuda/runtime/launch.cuh"
 #include "planted.h"
@@ -53,7 +54,7 @@ constexpr uint32_t kOperandBytes = kTile * 128, kStageBytes = 2 * kOperandBytes;
 constexpr uint32_t kBarriers = kStages * kStageBytes;
 constexpr int kSharedBytes = 1024 + kBarriers + 8 * 2 * kStages;
 
-using Turn = RingTurn<kStages>;
+using Turn = sm90a::Turn<kStages>;
 
 struct Shared {
   uint32_t base;

@@ -11,18 +11,6 @@
 
 namespace fastconv::cuda {
 
-// A stage of a ring, and the parity of the rounds through it
-template <int kStages>
-struct RingTurn {
-  int stage = 0;
-  uint32_t parity = 0;
-  void advance() {
-    if (++stage < kStages) return;
-    stage = 0;
-    parity ^= 1;
-  }
-};
-
 // Of each `pitch` bytes the kernels may touch so many; all of them where these are equal.
 inline void name(const char* name, const void* begin, int64_t bytes, bool writable, int64_t run = 1,
                  int64_t pitch = 1) {

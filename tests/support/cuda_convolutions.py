@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastconv import ops
 from fastconv.measure.tolerance import assert_close_to_oracle
+from support.cases import Concatenation
 from support.cuda_kernels import operators, through_mask
 from support.eager import activate
 from support.kernel_backends import as_tf32, device_of
@@ -102,6 +103,46 @@ def check(backend: str, conv: Convolution, passes: tuple[str, ...] = PASSES) -> 
     ):
         if wanted:
             assert_close_to_oracle(gradient, oracle, baseline, what=what)
+
+
+def check_out_with_a_residual(conv: Convolution, activation: str, offset: int) -> None:
+    """Into a slice of the channels of a wider tensor, the rest of which stays as it is; the residual is one, too."""
+    inner = replace(conv, activation="none")
+    joined = Concatenation.of([inner.forward(torch.float16)], offset, "channels_last", 8)
+    residual = Concatenation.of([conv.grad], offset, "channels_last", 8).slices[0].copy_(conv.grad)
+    found = ops.conv2d_add_relu(
+        conv.input, conv.weight, conv.bias, residual, *conv.geometry, activation=activation, out=joined.slices[0]
+    )
+    assert found is joined.slices[0]
+    joined.check_the_rest()
+    oracle, baseline = (
+        activate(inner.forward(dtype) + conv.grad.to(dtype), activation) for dtype in (torch.float64, torch.float16)
+    )
+    assert_close_to_oracle(found, oracle, baseline, what="out", border=1)
+
+
+def check_slices(backend: str, side: int) -> None:
+    """Of channels, of images, and of images' rows and columns are read in place: all that has a pitch, and what has
+    none; of single rows and columns, whose stride says nothing."""
+    device = device_of(backend)
+    wide = torch.randn(3, 64, 8, 8, device=device).half().contiguous(memory_format=torch.channels_last)
+    weights = (0.2 * torch.randn(24, 32, side, side, device=device)).half()
+    slices = [wide[:, 16:48], wide[::2, 16:48], wide[:, :32, 2:7], wide[:, :32, :, 1:6], wide[:, :32, ::2, ::4]]
+    for image in (*slices, wide[:, :24, 2:3], wide[:, :24, :, 1:2], wide[1:2, :24, 2:3]):
+        weight, padding = weights[:, : image.shape[1]], side // 2
+        found = ops.conv2d_relu(image, weight, None, padding=padding)
+        exact, baseline = (
+            F.relu(F.conv2d(image.to(d), weight.to(d), padding=padding)) for d in (torch.float64, torch.float16)
+        )
+        assert_close_to_oracle(found, exact, baseline, what="slice")
+
+
+def check_special_values(conv: Convolution) -> None:
+    """NaN and Inf of the input stay with the pixels that meet them."""
+    found = ops.conv2d_relu(conv.input, conv.weight, conv.bias, *conv.geometry)
+    expected = F.relu(F.conv2d(conv.input, conv.weight, conv.bias, *conv.geometry))
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
 
 
 def check_branches(backend: str, sizes: list[int], shape: tuple[int, ...], activation: str) -> None:

@@ -178,7 +178,7 @@ void add_halo(Pass pass, const ConvParams& p, int64_t rows, const BoxTiles& of, 
   if (!has_positions) b.channel_boxes = 1;  // of zeros
   const int patch = patch_of(pass, has_positions ? int64_t{h.reach} * pitch + w.reach : 0);
   const int tiles = static_cast<int>(ceil_div(rows, of.a));
-  const int run = pass == Pass::kWgrad ? 1 : halo_run(tiles, tiles_b, multiprocessors);
+  const int run = halo_run(pass, tiles, tiles_b, multiprocessors);
   b.halo = {pixels, pitch, patch, b.channel_boxes == 1, tiles, run, std::max(p.rows.positions, 1)};
   b.work = static_cast<int>(ceil_div(tiles, run)) * tiles_b * p.splits;
   b.by_pixels = Divider(static_cast<uint32_t>(pitch * with_halo(h).count)), b.by_columns = Divider(pitch);
@@ -206,7 +206,8 @@ BoxExtents box_extents(Pass pass, const ConvParams& p, bool halo) {
   return {pixels, pass == Pass::kFprop ? filters : boxes_of(p.c_group), positions * boxes, halo ? multiplied : 1};
 }
 
-int halo_run(int64_t tiles_a, int64_t tiles_b, int multiprocessors) {
+int halo_run(Pass pass, int64_t tiles_a, int64_t tiles_b, int multiprocessors) {
+  if (pass == Pass::kWgrad) return 1;
   return static_cast<int>(ceil_div(tiles_a, std::max<int64_t>(multiprocessors / std::max<int64_t>(tiles_b, 1), 1)));
 }
 
@@ -238,16 +239,17 @@ BoxParams box_params(Pass pass, const ConvParams& p, const BoxTiles& of, int mul
   const ConvArguments& arg = p.arg;
   const auto [rows, boxes_b, deep, multiplied] = box_extents(pass, p, of.halo);
   const Axis h = of.halo ? with_halo(axis_h(p)) : axis_h(p), w = of.halo ? with_halo(axis_w(p)) : axis_w(p);
-  const Image image = image_of(pass, p), gradient = gradient_of(p);
+  // Of the output; with a halo and what lies between its pixels
+  const Axis rows_out{0, 1, h.count, arg.p, 0, 0, 0}, columns_out{0, 1, w.count, arg.q, 0, 0, 0};
   const int positions = arg.r * arg.s;
 
   BoxParams b{};
   b.plain_image = !of.halo && is_plain(pass, p);
-  b.image = image_map(arg.dtype, image, b.plain_image, h, w, pass == Pass::kWgrad || of.halo ? kBox : of.a);
+  const int pixels = pass == Pass::kWgrad || of.halo ? kBox : of.a;
+  b.image = image_map(arg.dtype, image_of(pass, p), b.plain_image, h, w, pixels);
   if (pass == Pass::kWgrad) {
     b.plain_gradient = !of.halo && pixel_pitch(arg.y, arg.n, arg.p, arg.q, arg.grad_channels);
-    b.gradient = image_map(arg.dtype, gradient, b.plain_gradient, {0, 1, h.count, arg.p, 0, 0, 0},
-                           {0, 1, w.count, arg.q, 0, 0, 0}, kBox);
+    b.gradient = image_map(arg.dtype, gradient_of(p), b.plain_gradient, rows_out, columns_out, kBox);
   }
   b.activation = arg.activation;
 
@@ -272,7 +274,7 @@ BoxParams box_params(Pass pass, const ConvParams& p, const BoxTiles& of, int mul
   b.rows = p.rows, b.columns = p.columns;
   if (of.halo) add_halo(pass, p, rows, of, tiles_b, multiprocessors, b);
 
-  b.plain_result = !of.halo;
+  b.plain_result = true;
   b.branches = arg.branches;
   for (int i = 0; i < arg.branches; ++i) {
     const ConvBranch& branch = arg.branch[i];
@@ -283,25 +285,21 @@ BoxParams box_params(Pass pass, const ConvParams& p, const BoxTiles& of, int mul
       b.weight[i] = tiled_map(filters_map(arg.dtype, branch.weight, branch.k, positions, arg.c));
       void* const output = pass == Pass::kFprop ? branch.output : arg.grad_input;
       const int channels = pass == Pass::kFprop ? branch.k : arg.c;
-      if (of.halo) {
-        b.output = output, b.y = result_strides(pass, p, i);
-        if (branch.residual && pass == Pass::kFprop) {
-          b.has_residual = true;
-          b.residual = image_map(arg.dtype, residual_of(p), false, {0, 1, h.count, arg.p, 0, 0, 0},
-                                 {0, 1, w.count, arg.q, 0, 0, 0}, kBox);
-        }
-      } else if (const auto pitch = result_pitch(pass, p, i)) {
+      const auto pitch = of.halo ? std::nullopt : result_pitch(pass, p, i);
+      if (pitch) {
         b.result[i] = tiled_map(matrix(arg.dtype, output, channels, p.extent_a, *pitch, kBox));
-        if (branch.residual && pass == Pass::kFprop) {
-          b.has_residual = true;
-          b.residual = tiled_map(matrix(arg.dtype, branch.residual, channels, p.extent_a, *pitch, kBox));
-        }
       } else {
         b.plain_result = false;
         b.output = output, b.y = result_strides(pass, p, i);
       }
-    } else {
+      if (branch.residual && pass == Pass::kFprop) {
+        b.has_residual = true;
+        b.residual = pitch ? tiled_map(matrix(arg.dtype, branch.residual, channels, p.extent_a, *pitch, kBox))
+                           : image_map(arg.dtype, residual_of(p), false, rows_out, columns_out, kBox);
+      }
+    } else if (of.halo) {
       b.output = branch.grad_weight;
+    } else {
       b.result[i] = tiled_map(filters_map(arg.dtype, branch.grad_weight, p.filters[i], positions, arg.c));
     }
   }

@@ -46,7 +46,8 @@ struct BoxParams {
 
   int extent_a, extent_b;  // as in ConvParams, in elements; with a halo a has what lies between the pixels, too
   int boxes_b, deep;       // along extent b and the depth
-  int work;  // tiles, pairs of them for a cluster of two, or with a halo runs of them; times the parts of a split depth
+  // Tiles, or pairs of them for a cluster of two, or with a halo runs of them; times the parts of a split depth
+  int work;
   int splits, split_deep;  // split_deep: boxes
   Divider by_tiles, by_tiles_b;
   int channels, channel_boxes;  // of a position of the filter
@@ -89,8 +90,8 @@ struct BoxExtents {
 };
 BoxExtents box_extents(Pass pass, const ConvParams& params, bool halo);
 
-// Tiles of a block with a halo, such that so many multiprocessors have one block each
-int halo_run(int64_t tiles_a, int64_t tiles_b, int multiprocessors);
+// Tiles of a block with a halo, such that so many multiprocessors have one block each; in wgrad these split the depth.
+int halo_run(Pass pass, int64_t tiles_a, int64_t tiles_b, int multiprocessors);
 
 // Why boxes cannot serve a call that vectors of 16 bytes serve; null if they can.
 const char* refuses_boxes(Pass pass, const ConvParams& params, bool halo);

@@ -276,7 +276,7 @@ ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& devi
   ConvCandidate found;
   const auto [tiles_a, tiles_b, deep, multiplied, fill] = tiling(*this, p);
   // Each block does a run of tiles, or one; or where there are boxes and no halo, one after the other.
-  const int run = halo && pass != Pass::kWgrad ? halo_run(tiles_a, tiles_b, device.multiprocessors) : 1;
+  const int run = halo ? halo_run(pass, tiles_a, tiles_b, device.multiprocessors) : 1;
   const int64_t blocks_a = ceil_div(tiles_a, std::max(run, 1)), blocks = blocks_a * tiles_b * p.arg.groups;
   const double area = static_cast<double>(info.tile[0]) * info.tile[1];
   const double tile_clocks = area * multiplied * info.tile[2] /

@@ -10,19 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastconv import ops
-from fastconv.measure.tolerance import assert_close_to_oracle
 from fastconv.operators import kernels
 from support import numerics
-from support.cases import Case, Concatenation, named
-from support.cuda_convolutions import check, convolution
+from support.cases import Case, named
+from support.cuda_convolutions import (
+    check,
+    check_out_with_a_residual,
+    check_slices,
+    check_special_values,
+    convolution,
+)
 from support.cuda_kernels import check_same_bits_in_any_order, emulated_hopper, operators
-from support.eager import activate
 from support.kernel_backends import device_of, emulated, kernel_table
 
 TILES = {"fprop": "256x64", "dgrad": "256x64", "wgrad": "64x576"}
@@ -146,56 +149,29 @@ def test_the_same_bits_in_any_order(channels: int) -> None:
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
 @pytest.mark.parametrize("offset", [0, 8])
 def test_out_with_a_residual(backend: str, offset: int, activation: str) -> None:
-    """Into a slice of the channels of a wider tensor, the rest of which stays as it is; ResNet's basic block."""
+    """ResNet's basic block"""
     conv = convolution(backend, "fp16", (2, 64, 17, 20), (72, 64, 3, 3), padding=1)
-    joined = Concatenation.of([conv.forward(torch.float16)], offset, "channels_last", 8)
-    beside = Concatenation.of([conv.grad], offset, "channels_last", 8)
-    residual = beside.slices[0].copy_(conv.grad)
     with forced(backend, passes=("fprop",)):
-        found = ops.conv2d_add_relu(
-            conv.input, conv.weight, conv.bias, residual, padding=1, activation=activation, out=joined.slices[0]
-        )
-    assert found is joined.slices[0]
-    joined.check_the_rest()
-    oracle, baseline = (
-        activate(conv.forward(dtype) + conv.grad.to(dtype), activation) for dtype in (torch.float64, torch.float16)
-    )
-    assert_close_to_oracle(found, oracle, baseline, what="out", border=1)
+        check_out_with_a_residual(conv, activation, offset)
 
 
 def test_slices_are_read_in_place(backend: str) -> None:
-    """Of channels, images, rows and columns."""
-    device = device_of(backend)
-    wide = torch.randn(3, 64, 8, 8, device=device).half().contiguous(memory_format=torch.channels_last)
-    weights = (0.2 * torch.randn(24, 32, 3, 3, device=device)).half()
-    slices = [wide[:, 16:48], wide[::2, 16:48], wide[:, :32, 2:7], wide[:, :32, :, 1:6], wide[:, :32, ::2, ::4]]
-    # One row, one column: their stride says nothing.
-    for image in (*slices, wide[:, :24, 2:3], wide[:, :24, :, 1:2], wide[1:2, :24, 2:3]):
-        weight = weights[:, : image.shape[1]]
-        with forced(backend, passes=("fprop",)):
-            found = ops.conv2d_relu(image, weight, None, padding=1)
-        exact, baseline = (
-            F.relu(F.conv2d(image.to(d), weight.to(d), padding=1)) for d in (torch.float64, torch.float16)
-        )
-        assert_close_to_oracle(found, exact, baseline, what="slice")
+    with forced(backend, passes=("fprop",)):
+        check_slices(backend, 3)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_special_values(backend: str, value: float) -> None:
-    """They stay with the pixels that meet them, at the end of a row, too, where those of the next one follow."""
+    """At the end of a row, too, where those of the next one follow."""
     conv = convolution(backend, "fp16", (2, 16, 6, 6), (8, 16, 3, 3), padding=1, activation="relu")
     conv.input[0, 3, 2, 5] = conv.input[1, 2, 5, 0] = value
     with forced(backend, passes=("fprop",)):
-        found = ops.conv2d_relu(conv.input, conv.weight, conv.bias, *conv.geometry)
-    expected = F.relu(F.conv2d(conv.input, conv.weight, conv.bias, *conv.geometry))
-    assert torch.equal(found.isnan(), expected.isnan())
-    assert torch.equal(found.isinf(), expected.isinf())
+        check_special_values(conv)
 
 
 @pytest.mark.parametrize("case", named("conv2d_relu", "conv2d_add_relu"), ids=str)
 def test_ops(backend: str, case: Case) -> None:
     """The suite of the ops, with these kernels wherever they can run a call."""
-
     dtype, layout, device = torch.float16, "channels_last", device_of(backend)
     with kernels.preferred({f"conv2d_{kind}": kernel_name(kind, "fp16") for kind in TILES}, backend):
         numerics.check_forward(case, dtype, layout, device)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,10 +17,19 @@ from fastconv.measure.tolerance import assert_close_to_oracle
 from fastconv.operators import kernels
 from fastconv.qualification.variants import cuda_variants
 from support import numerics
-from support.cases import Case, Concatenation, named, run
-from support.cuda_convolutions import DEEP, PASSES, Convolution, check, check_branches, convolution
+from support.cases import Case, named, run
+from support.cuda_convolutions import (
+    DEEP,
+    PASSES,
+    Convolution,
+    check,
+    check_branches,
+    check_out_with_a_residual,
+    check_slices,
+    check_special_values,
+    convolution,
+)
 from support.cuda_kernels import check_same_bits_in_any_order, emulated_hopper, operators
-from support.eager import activate
 from support.kernel_backends import device_of, emulated, kernel_table
 
 TILES = (
@@ -132,38 +140,15 @@ def test_the_same_bits_in_any_order() -> None:
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("offset", [0, 8])
 def test_out_with_a_residual(backend: str, offset: int, tile: str) -> None:
-    """Into a slice of the channels of a wider tensor, the rest of which stays as it is."""
-    conv = convolution(backend, "fp16", (3, 40, 11, 9), (328, 40, 1, 1), activation="relu")
-    inner = replace(conv, activation="none")
-    joined = Concatenation.of([inner.forward(torch.float16)], offset, "channels_last", 8)
-    beside = Concatenation.of([conv.grad], offset, "channels_last", 8)
-    residual = beside.slices[0].copy_(conv.grad)
+    conv = convolution(backend, "fp16", (3, 40, 11, 9), (328, 40, 1, 1))
     with forced(backend, "fp16", tile, ("fprop",)):
-        found = ops.conv2d_add_relu(
-            conv.input, conv.weight, conv.bias, residual, activation="relu", out=joined.slices[0]
-        )
-    assert found is joined.slices[0]
-    joined.check_the_rest()
-    oracle, baseline = (
-        activate(inner.forward(dtype) + conv.grad.to(dtype), "relu") for dtype in (torch.float64, torch.float16)
-    )
-    assert_close_to_oracle(found, oracle, baseline, what="out", border=1)
+        check_out_with_a_residual(conv, "relu", offset)
 
 
-def test_slices_are_read_in_place(backend: str) -> None:
-    """Of channels, of images, and of images' rows and columns: all that has a pitch, and what has none."""
-    device = device_of(backend)
-    wide = torch.randn(3, 64, 8, 8, device=device).half().contiguous(memory_format=torch.channels_last)
-    weights = [(0.2 * torch.randn(24, 32, side, side, device=device)).half() for side in (1, 3)]
-    slices = [wide[:, 16:48], wide[::2, 16:48], wide[:, :32, 2:7], wide[:, :32, :, 1:6], wide[:, :32, ::2, ::4]]
+@pytest.mark.parametrize("side", [1, 3])
+def test_slices_are_read_in_place(backend: str, side: int) -> None:
     with forced(backend, "fp16", "128x128", ("fprop",)):
-        for image, weight in itertools.product(slices, weights):
-            padding = weight.shape[-1] // 2
-            found = ops.conv2d_relu(image, weight, None, padding=padding)
-            exact, baseline = (
-                F.relu(F.conv2d(image.to(d), weight.to(d), padding=padding)) for d in (torch.float64, torch.float16)
-            )
-            assert_close_to_oracle(found, exact, baseline, what="slice")
+        check_slices(backend, side)
 
 
 def test_expanded_images(backend: str) -> None:
@@ -205,14 +190,11 @@ def test_branches(backend: str, sizes: list[int], tile: str) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_special_values(backend: str, value: float) -> None:
-    """They stay with the pixels that meet them, whatever else is in their boxes."""
+    """Whatever else is in their boxes."""
     conv = convolution(backend, "fp16", (2, 16, 6, 6), (8, 16, 3, 3), padding=1, activation="relu")
     conv.input[0, 3, 2, 2] = value
     with forced(backend, "fp16", "128x256", ("fprop",)):
-        found = ops.conv2d_relu(conv.input, conv.weight, conv.bias, *conv.geometry)
-    expected = F.relu(F.conv2d(conv.input, conv.weight, conv.bias, *conv.geometry))
-    assert torch.equal(found.isnan(), expected.isnan())
-    assert torch.equal(found.isinf(), expected.isinf())
+        check_special_values(conv)
 
 
 @pytest.mark.parametrize(

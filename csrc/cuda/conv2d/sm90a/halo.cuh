@@ -52,23 +52,14 @@ struct HaloDepth {
 // ---------------------------------------------------------------------------------------------------- operands
 
 template <class C>
-FASTCONV_DEVICE void bring_pixels(const BoxParams& p, const HaloShared<C>& shared, const Run& run) {
+FASTCONV_DEVICE void bring_image(const BoxParams& p, const HaloShared<C>& shared, const Run& run) {
   Turn<C::kSlots> turn;
   for (int tile = 0; tile < run.tiles; ++tile) {
     for (int channel_box = 0; channel_box < p.channel_boxes; ++channel_box) {
       const int c = p.first_channel + channel_box * kBox;
       // Those of the tile before are there.
       for (int i = p.halo.slides && tile > 0 ? p.halo.patch - C::kBoxesOfTile : 0; i < p.halo.patch; ++i) {
-        const int row = min(run.a + tile * C::kTileA + i * kBox, p.extent_a - 1);
-        const Pixel start = pixel_at(p.by_pixels, p.by_columns, row);
-        const int w = p.first_w + start.column, h = p.first_h + start.row;
-        const uint32_t full = shared.pixels_full(turn.stage);
-        const bool twice = turn.stage < C::kBoxesOfProduct;
-        ptx::mbarrier_wait(shared.pixels_empty(turn.stage), turn.parity ^ 1);
-        ptx::mbarrier_arrive_expect(full, twice ? 2 * kBoxBytes : kBoxBytes);
-        ptx::tma_load_im2col(shared.pixels(turn.stage), p.image, full, c, w, h, start.n, 0, 0);
-        if (twice) ptx::tma_load_im2col(shared.pixels(C::kSlots + turn.stage), p.image, full, c, w, h, start.n, 0, 0);
-        turn.advance();
+        bring_pixels<C::kBoxesOfProduct>(p, shared.pixels(), turn, c, run.a + tile * C::kTileA + i * kBox);
       }
     }
   }
@@ -81,14 +72,15 @@ FASTCONV_DEVICE bool filters_stay(const BoxParams& p) {
 
 template <Pass kPass, class C>
 FASTCONV_DEVICE void bring_filters(const BoxParams& p, const HaloShared<C>& shared, const Run& run) {
+  const BoxRing<C::kStages> ring = shared.filters();
   Turn<C::kStages> turn;
   const int times = filters_stay<C>(p) ? 1 : run.tiles;
   for (int tile = 0; tile < times; ++tile) {
     HaloDepth depth;
     for (int box = 0; box < p.deep; ++box) {
       const int c = p.first_channel + depth.channel_box * kBox, number = number_in_weight(p, depth.position);
-      const uint32_t to = shared.filters(turn.stage), full = shared.filters_full(turn.stage);
-      ptx::mbarrier_wait(shared.filters_empty(turn.stage), turn.parity ^ 1);
+      const uint32_t to = ring.box(turn.stage), full = ring.full(turn.stage);
+      ptx::mbarrier_wait(ring.empty(turn.stage), turn.parity ^ 1);
       ptx::mbarrier_arrive_expect(full, kBoxBytes);
       if constexpr (kPass == Pass::kFprop) {
         ptx::tma_load_3d(to, p.weight[0], full, c, number, run.b);
@@ -112,11 +104,10 @@ FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloShared<C>&
   constexpr ptx::Major kPixels = ptx::Major::kDepth;
   constexpr int kSteps = kBox / 16, kFilterStep = kFilters == ptx::Major::kDepth ? 32 : 2048, kPixelStep = 32;
   const bool stay = filters_stay<C>(p);
-  const uint64_t first_filters = ptx::wgmma_operand<kFilters>(shared.filters(0));
-  const uint64_t first_pixels = ptx::wgmma_operand<kPixels>(shared.pixels(0));
-  const auto release = [](uint32_t barrier) {
-    if (lane_of_warp() == 0) ptx::mbarrier_arrive(barrier);
-  };
+  const BoxRing<C::kSlots> pixels = shared.pixels();
+  const BoxRing<C::kStages> weights = shared.filters();
+  const uint64_t first_filters = ptx::wgmma_operand<kFilters>(weights.box(0));
+  const uint64_t first_pixels = ptx::wgmma_operand<kPixels>(pixels.box(0));
 
   Turn<C::kStages> filters;
   if (!stay) filters.advance(tile * p.deep);
@@ -128,7 +119,7 @@ FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloShared<C>&
   const auto release_pixels = [&](int boxes) {
     Turn<C::kSlots> of = patch;
 #pragma unroll 1
-    for (; boxes > 0; --boxes, of.advance()) release(shared.pixels_empty(of.stage));
+    for (; boxes > 0; --boxes, of.advance()) arrive_of_warp(pixels.empty(of.stage));
   };
   // Over so many times 16 channels of each position, `number` of all; the last ones go on when this returns.
   int number = 0;
@@ -148,9 +139,9 @@ FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloShared<C>&
       const int shift = depth.position.r * p.tap_h * p.halo.row_pitch + depth.position.s * p.tap_w;
 #pragma unroll 1
       for (; met * kBox < C::kTileA + shift; ++met, next.advance()) {
-        ptx::mbarrier_wait(shared.pixels_full(next.stage), next.parity);
+        ptx::mbarrier_wait(pixels.full(next.stage), next.parity);
       }
-      ptx::mbarrier_wait(shared.filters_full(filters.stage), filters.parity);
+      ptx::mbarrier_wait(weights.full(filters.stage), filters.parity);
       const uint64_t a = first_filters + filters.stage * (kBoxBytes / 16);
       uint64_t b[C::kProducts];
 #pragma unroll
@@ -169,7 +160,7 @@ FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloShared<C>&
       });
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
-      if (!stay && number > 0) release(shared.filters_empty(before));
+      if (!stay && number > 0) arrive_of_warp(weights.empty(before));
     }
   };
 
@@ -197,11 +188,11 @@ FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloShared<C>&
     default:
       unrolled(p.deep, std::integral_constant<int, kSteps>());
   }
-  release(shared.order(1 - consumer));
+  arrive_of_warp(shared.order(1 - consumer));
   ptx::wgmma_wait<0>();
 #pragma unroll
   for (int i = 0; i < C::kProducts; ++i) ptx::wgmma_sums(sums.of[i]);
-  if (!stay) release(shared.filters_empty(filters.stage));
+  if (!stay) arrive_of_warp(weights.empty(filters.stage));
   // The tiles before may have read the same boxes: they are filled after those that these alone have read, so after
   // them.
   release_pixels(p.halo.slides ? C::kBoxesOfTile : p.halo.patch);
@@ -215,14 +206,8 @@ conv2d_halo_kernel(const __grid_constant__ BoxParams p) {
   const HaloShared<C> shared{SharedMemory::of_block()};
   constexpr int kWarps = kWarpgroup / 32;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < C::kSlots; ++i) {
-      ptx::mbarrier_init(shared.pixels_full(i), 1);
-      ptx::mbarrier_init(shared.pixels_empty(i), kWarps);
-    }
-    for (int i = 0; i < C::kStages; ++i) {
-      ptx::mbarrier_init(shared.filters_full(i), 1);
-      ptx::mbarrier_init(shared.filters_empty(i), kWarps);
-    }
+    shared.pixels().init(kWarps);
+    shared.filters().init(kWarps);
     for (int i = 0; i < C::kConsumers; ++i) {
       for (int j = 0; j < 2; ++j) ptx::mbarrier_init(shared.residual(i, j), 1);
       ptx::mbarrier_init(shared.order(i), kWarps);
@@ -237,7 +222,7 @@ conv2d_halo_kernel(const __grid_constant__ BoxParams p) {
   const Run run = run_of_block<C>(p);
   if (warpgroup == 0) {
     ptx::registers_decrease<C::kProducerRegisters>();
-    if (threadIdx.x == 0) bring_pixels<C>(p, shared, run);
+    if (threadIdx.x == 0) bring_image<C>(p, shared, run);
     if (threadIdx.x == 32) bring_filters<kPass, C>(p, shared, run);
     return;
   }

@@ -8,8 +8,8 @@
 // memory; bound by the tensor cores, or by memory.
 #pragma once
 
-#include "cuda/conv2d/sm90a/loads.cuh"
-#include "cuda/conv2d/sm90a/results.cuh"
+#include "cuda/conv2d/sm90a/halo_tile.cuh"
+#include "cuda/runtime/instructions.h"
 
 namespace fastconv::cuda::inline sm90a {
 
@@ -23,11 +23,9 @@ struct HaloWgradConfig {
   static constexpr const char* kNeeds = "channels_last, channels in multiples of 16 bytes, no groups, no stride, 3x3";
   static constexpr int kConsumers = kSide;  // warpgroups
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-  // Of a thread: 128 x 40 + 384 x 152 are less than the file of 65536.
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 152;
 
-  // Shared memory, from a multiple of 1024 bytes on: boxes of pixels, and the first ones once more, so that 64 from any
-  // on, and those that the next positions meet, follow each other; boxes of the gradient; the barriers
+  // Shared memory, from a multiple of 1024 bytes on: boxes of pixels, some of them twice: 64 from any on, and those
+  // that the next columns meet, follow each other; boxes of the gradient; the barriers
   static constexpr int kOnceMore = 2;
   static constexpr int kGradients = (kSlots + kOnceMore) * kBoxBytes;
   static constexpr int kBarriers = kGradients + kStages * kBoxBytes;
@@ -36,16 +34,10 @@ struct HaloWgradConfig {
 
 template <class C>
 struct HaloWgradShared : SharedMemory {
-  FASTCONV_DEVICE uint32_t pixels(int slot) const { return base + slot * kBoxBytes; }
-  FASTCONV_DEVICE uint32_t gradient(int stage) const { return base + C::kGradients + stage * kBoxBytes; }
-  // That a box has come; that it has been read
-  FASTCONV_DEVICE uint32_t pixels_full(int slot) const { return barrier(slot); }
-  FASTCONV_DEVICE uint32_t pixels_empty(int slot) const { return barrier(C::kSlots + slot); }
-  FASTCONV_DEVICE uint32_t gradient_full(int stage) const { return barrier(2 * C::kSlots + stage); }
-  FASTCONV_DEVICE uint32_t gradient_empty(int stage) const { return barrier(2 * C::kSlots + C::kStages + stage); }
-
- private:
-  FASTCONV_DEVICE uint32_t barrier(int number) const { return base + C::kBarriers + 8 * number; }
+  FASTCONV_DEVICE BoxRing<C::kSlots> pixels() const { return {base, base + C::kBarriers}; }
+  FASTCONV_DEVICE BoxRing<C::kStages> gradient() const {
+    return {base + C::kGradients, base + C::kBarriers + 8 * 2 * C::kSlots};
+  }
 };
 
 // What a block does: boxes of filters and of channels, boxes along the depth
@@ -64,30 +56,23 @@ FASTCONV_DEVICE HaloPart part_of_block(const BoxParams& p) {
 }
 
 template <class C>
-FASTCONV_DEVICE void bring_pixels(const BoxParams& p, const HaloWgradShared<C>& shared, const HaloPart& part) {
+FASTCONV_DEVICE void bring_image(const BoxParams& p, const HaloWgradShared<C>& shared, const HaloPart& part) {
   Turn<C::kSlots> turn;
   for (int i = 0; i < part.boxes + p.halo.patch - 1; ++i) {
-    const Pixel start = pixel_at(p.by_pixels, p.by_columns, min((part.first + i) * kBox, p.halo.pixels - 1));
-    const int c = part.channel_box * kBox, w = p.first_w + start.column, h = p.first_h + start.row;
-    const uint32_t full = shared.pixels_full(turn.stage);
-    const bool twice = turn.stage < C::kOnceMore;
-    ptx::mbarrier_wait(shared.pixels_empty(turn.stage), turn.parity ^ 1);
-    ptx::mbarrier_arrive_expect(full, twice ? 2 * kBoxBytes : kBoxBytes);
-    ptx::tma_load_im2col(shared.pixels(turn.stage), p.image, full, c, w, h, start.n, 0, 0);
-    if (twice) ptx::tma_load_im2col(shared.pixels(C::kSlots + turn.stage), p.image, full, c, w, h, start.n, 0, 0);
-    turn.advance();
+    bring_pixels<C::kOnceMore>(p, shared.pixels(), turn, part.channel_box * kBox, (part.first + i) * kBox);
   }
 }
 
 template <class C>
 FASTCONV_DEVICE void bring_gradient(const BoxParams& p, const HaloWgradShared<C>& shared, const HaloPart& part) {
+  const BoxRing<C::kStages> ring = shared.gradient();
   Turn<C::kStages> turn;
   for (int i = 0; i < part.boxes; ++i) {
     const Pixel start = pixel_at(p.by_pixels, p.by_columns, (part.first + i) * kBox);
-    const uint32_t full = shared.gradient_full(turn.stage);
-    ptx::mbarrier_wait(shared.gradient_empty(turn.stage), turn.parity ^ 1);
+    const uint32_t full = ring.full(turn.stage);
+    ptx::mbarrier_wait(ring.empty(turn.stage), turn.parity ^ 1);
     ptx::mbarrier_arrive_expect(full, kBoxBytes);
-    ptx::tma_load_im2col(shared.gradient(turn.stage), p.gradient, full, part.filter_box * kBox, start.column, start.row,
+    ptx::tma_load_im2col(ring.box(turn.stage), p.gradient, full, part.filter_box * kBox, start.column, start.row,
                          start.n, 0, 0);
     turn.advance();
   }
@@ -106,25 +91,24 @@ FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloWgradShare
   constexpr ptx::Major kMajor = ptx::Major::kExtent;
   constexpr int kSteps = kBox / 16, kStep = 2048;
   const int shift = row * p.tap_h * p.halo.row_pitch, reach = shift + (C::kSide - 1) * p.tap_w;
-  const uint64_t first_gradient = ptx::wgmma_operand<kMajor>(shared.gradient(0));
+  const BoxRing<C::kSlots> pixels = shared.pixels();
+  const BoxRing<C::kStages> gradients = shared.gradient();
+  const uint64_t first_gradient = ptx::wgmma_operand<kMajor>(gradients.box(0));
   const uint64_t first_pixels =
-      ptx::wgmma_operand<kMajor>(shared.pixels(0) + shift % kBox * kBoxRowBytes, p.tap_w * kBoxRowBytes);
+      ptx::wgmma_operand<kMajor>(pixels.box(0) + shift % kBox * kBoxRowBytes, p.tap_w * kBoxRowBytes);
   Turn<C::kStages> gradient;
   Turn<C::kSlots> at, next;  // the box of the first position's first pixel; that which is to be met next
   at.advance(shift / kBox);
   int met = 0;
   Turn<C::kSlots> last;  // box that has been read
   int last_gradient = 0;
-  const auto release = [](uint32_t barrier) {
-    if (lane_of_warp() == 0) ptx::mbarrier_arrive(barrier);
-  };
 #pragma unroll 1
   for (int box = 0; box < part.boxes; ++box) {
 #pragma unroll 1
     for (; met * kBox < (box + 1) * kBox + reach; ++met, next.advance()) {
-      ptx::mbarrier_wait(shared.pixels_full(next.stage), next.parity);
+      ptx::mbarrier_wait(pixels.full(next.stage), next.parity);
     }
-    ptx::mbarrier_wait(shared.gradient_full(gradient.stage), gradient.parity);
+    ptx::mbarrier_wait(gradients.full(gradient.stage), gradient.parity);
     const uint64_t a = first_gradient + gradient.stage * (kBoxBytes / 16);
     const uint64_t b = first_pixels + at.stage * (kBoxBytes / 16);
     ptx::wgmma_fence();
@@ -135,8 +119,8 @@ FASTCONV_DEVICE void multiply_with_halo(const BoxParams& p, const HaloWgradShare
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     if (box > 0) {
-      release(shared.gradient_empty(last_gradient));
-      release(shared.pixels_empty(last.stage));
+      arrive_of_warp(gradients.empty(last_gradient));
+      arrive_of_warp(pixels.empty(last.stage));
       last.advance();
     }
     last_gradient = gradient.stage;
@@ -179,14 +163,8 @@ conv2d_halo_wgrad_kernel(const __grid_constant__ BoxParams p) {
   const HaloWgradShared<C> shared{SharedMemory::of_block()};
   if (threadIdx.x == 0) {
     constexpr int kReaders = C::kConsumers * kWarpgroup / 32;
-    for (int i = 0; i < C::kSlots; ++i) {
-      ptx::mbarrier_init(shared.pixels_full(i), 1);
-      ptx::mbarrier_init(shared.pixels_empty(i), kReaders);
-    }
-    for (int i = 0; i < C::kStages; ++i) {
-      ptx::mbarrier_init(shared.gradient_full(i), 1);
-      ptx::mbarrier_init(shared.gradient_empty(i), kReaders);
-    }
+    shared.pixels().init(kReaders);
+    shared.gradient().init(kReaders);
     ptx::mbarrier_init_fence();
     ptx::tma_prefetch(p.image);
     ptx::tma_prefetch(p.gradient);
@@ -196,12 +174,10 @@ conv2d_halo_wgrad_kernel(const __grid_constant__ BoxParams p) {
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   const HaloPart part = part_of_block(p);
   if (warpgroup == 0) {
-    ptx::registers_decrease<C::kProducerRegisters>();
-    if (threadIdx.x == 0) bring_pixels(p, shared, part);
+    if (threadIdx.x == 0) bring_image(p, shared, part);
     if (threadIdx.x == 32) bring_gradient(p, shared, part);
     return;
   }
-  ptx::registers_increase<C::kConsumerRegisters>();
   HaloWgradSums<C> sums;
   multiply_with_halo(p, shared, part, warpgroup - 1, sums);
   finish(p, part, warpgroup - 1, sums);

@@ -17,19 +17,19 @@ using T = std::conditional_t<kIsHalf, Half, BFloat16>;
 
 // Of all kernels
 constexpr Instructions kUses =
-    uses::kSmemAddress | uses::kMbarrier | uses::kTmaIm2col | uses::kSetmaxnreg | uses::kLoadStore | uses::kShuffle |
+    uses::kSmemAddress | uses::kMbarrier | uses::kTmaIm2col | uses::kLoadStore | uses::kShuffle |
     (kIsHalf ? uses::kWgmmaHalf | uses::kConvertHalf : uses::kWgmmaBFloat16 | uses::kConvertBFloat16) |
     (kPass == Pass::kFprop ? uses::kActivate : uses::kNothing);
 
 template <class C>
 constexpr Instructions uses_of() {
   if constexpr (!C::kHasHalo) {
-    return kUses | uses::kTmaTiled | uses::kTmaStore | uses::kStmatrix | uses::kNamedBarrier | uses::kProxyFence |
-           (C::kCluster > 1 ? uses::kCluster | uses::kTmaMulticast : uses::kNothing);
+    return kUses | uses::kSetmaxnreg | uses::kTmaTiled | uses::kTmaStore | uses::kStmatrix | uses::kNamedBarrier |
+           uses::kProxyFence | (C::kCluster > 1 ? uses::kCluster | uses::kTmaMulticast : uses::kNothing);
   } else if constexpr (kPass == Pass::kWgrad) {
     return kUses | uses::kWgmmaRows;
   } else {
-    return kUses | uses::kWgmmaRows | uses::kTmaTiled | uses::kStmatrix | uses::kNamedBarrier |
+    return kUses | uses::kSetmaxnreg | uses::kWgmmaRows | uses::kTmaTiled | uses::kStmatrix | uses::kNamedBarrier |
            (kPass == Pass::kFprop ? uses::kLdmatrix | uses::kProxyFence : uses::kNothing);
   }
 }

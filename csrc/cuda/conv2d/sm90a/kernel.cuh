@@ -57,11 +57,11 @@ FASTCONV_DEVICE void multiply(const Place& at, const Shared<C>& shared, int cons
   const uint64_t first_a = ptx::wgmma_operand<kMajorA>(shared.stage(0) + rows, kBoxBytes);
   const uint64_t first_b = ptx::wgmma_operand<kMajorB>(shared.stage(0) + C::kBytesA, kBoxBytes);
   const auto release = [&](int stage) {
-    // Of all blocks that bring boxes here
-    const int lane = lane_of_warp();
     if constexpr (C::kCluster == 1) {
-      if (lane == 0) ptx::mbarrier_arrive(shared.empty(stage));
+      arrive_of_warp(shared.empty(stage));
     } else {
+      // Of all blocks that bring boxes here
+      const int lane = lane_of_warp();
       if (lane < C::kCluster) ptx::mbarrier_arrive_at(shared.empty(stage), lane);
     }
   };
@@ -94,7 +94,7 @@ FASTCONV_DEVICE void multiply(const Place& at, const Shared<C>& shared, int cons
     before = turn.stage;
     turn.advance();
   }
-  if (!C::kTogether && lane_of_warp() == 0) ptx::mbarrier_arrive(shared.order(1 - consumer));
+  if (!C::kTogether) arrive_of_warp(shared.order(1 - consumer));
   ptx::wgmma_wait<0>();
 #pragma unroll
   for (int block = 0; block < C::kBlocks; ++block) ptx::wgmma_sums(sums[block]);

@@ -8,8 +8,6 @@
 
 namespace fastconv::cuda::inline sm90a {
 
-FASTCONV_DEVICE int lane_of_warp() { return static_cast<int>(threadIdx.x) % 32; }
-
 // 16-byte chunk of a row of a box
 FASTCONV_DEVICE uint32_t at_chunk(uint32_t box, int row, int chunk) {
   return box + row * kBoxRowBytes + (chunk ^ row % 8) * 16;
@@ -30,7 +28,7 @@ FASTCONV_DEVICE void store_pixels(const BoxParams& p, const SharedMemory& shared
     const int h = p.rows.first_pixel + pixel.row * p.rows.step_pixel;
     const int w = p.columns.first_pixel + pixel.column * p.columns.step_pixel;
     T* const to = static_cast<T*>(p.output) + (pixel.n * p.y.n + h * p.y.h + w * p.y.w + column);
-    store(to, load<8>(shared.template at<T>(at_chunk(result, i, chunk))));
+    store(to, load<8>(shared.at<T>(at_chunk(result, i, chunk))));
   }
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/conv2d/boxes.h"
+#include "cuda/conv2d/sm90a/turn.cuh"
 #include "cuda/ptx/sm90a.cuh"
 #include "cuda/runtime/divider.cuh"
 #include "cuda/runtime/launch.cuh"
@@ -11,6 +12,13 @@ namespace fastconv::cuda::inline sm90a {
 
 constexpr int kWarpgroup = 128;                 // threads
 constexpr int kBoxBytes = kBox * kBoxRowBytes;  // of 64 rows
+
+FASTCONV_DEVICE int lane_of_warp() { return static_cast<int>(threadIdx.x) % 32; }
+
+// Tells a barrier that waits for whole warps.
+FASTCONV_DEVICE void arrive_of_warp(uint32_t barrier) {
+  if (lane_of_warp() == 0) ptx::mbarrier_arrive(barrier);
+}
 
 // Who does what in a block: a warpgroup that brings boxes, and those that multiply
 struct Roles {
@@ -76,24 +84,6 @@ struct Shared : SharedMemory {
   }
   // Of a warpgroup with tiles of its own: the other one has met all boxes of the tile before this one's.
   FASTCONV_DEVICE uint32_t order(int consumer) const { return residual(C::kConsumers, consumer); }
-};
-
-// A stage of a ring, and how often the ring has been gone around
-template <int kStages>
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  FASTCONV_DEVICE void advance() {
-    if (++stage < kStages) return;
-    stage = 0;
-    parity ^= 1;
-  }
-  FASTCONV_DEVICE void advance(int stages) {
-    stage += stages;
-    parity ^= stage / kStages & 1;
-    stage %= kStages;
-  }
 };
 
 // The place of this block in its cluster
