@@ -17,6 +17,15 @@ def activate(value: Tensor, name: str) -> Tensor:
     return {"none": lambda v: v, "relu": F.relu, "relu6": F.relu6}[name](value)
 
 
+def onednn_computes(dtype: torch.dtype) -> bool:
+    """Whether eager's convolutions of this type are oneDNN's on this processor, and not aten's own."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
+
+
 def eager(op: str, a: dict[str, Any]) -> list[Tensor]:
     """The call as a user of torch would write it; options that are not given have the op's defaults."""
     parameters = inspect.signature(getattr(ops, op)).parameters.values()
