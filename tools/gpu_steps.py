@@ -15,8 +15,8 @@ PYTEST = [PYTHON, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:c
 CUDA = [
     f"tests/kernels/cuda/test_{name}.py"
     for name in (
-        *("cuda_conv2d", "cuda_conv2d_out", "conv2d_operands", "cuda_depthwise", "cuda_depthwise_separable"),
-        "cuda_elementwise",
+        *("cuda_conv2d", "cuda_conv2d_out", "cuda_conv2d_stem", "conv2d_operands"),
+        *("cuda_depthwise", "cuda_depthwise_separable", "cuda_elementwise"),
     )
 ]
 # Skip on GPUs of another compute capability

@@ -3,11 +3,12 @@
 //
 // The kernels read and write images pixel by pixel, with the channels of a pixel side by side: channels_last, or a
 // channel slice of it, is taken as it lies where vectors fit it. Else it is packed first, into channels_last with
-// channels of 0 up to the next vector; so are the photographs before a network's first layer, whose result is written
-// as they lie. Wide contiguous images are copied to channels_last by torch, and results back. A caller's `out` is
-// written by the kernel itself where its channels lie side by side and a residual has its strides, else the result is
-// copied there. In the backward the activation's mask is applied once, to a gradient that has all branches side by
-// side. float64 and empty batches go through aten, except for depthwise convolutions.
+// channels of 0 up to the next vector, but for the photographs before a network's first layer, which there are kernels
+// for (stem.h), and whose result is written as they lie. Wide contiguous images are copied to channels_last by torch,
+// and results back. A caller's `out` is written by the kernel itself where its channels lie side by side and a residual
+// has its strides, else the result is copied there. In the backward the activation's mask is applied once, to a
+// gradient that has all branches side by side. float64 and empty batches go through aten, except for depthwise
+// convolutions.
 #include "cuda/conv2d/conv2d.h"
 
 #include "common/aten.h"
@@ -41,16 +42,17 @@ bool is_writable(const Tensor& out, const std::optional<Tensor>& residual, bool 
   return (direct || out.stride(1) == 1) && (!residual || residual->strides().equals(out.strides()));
 }
 
-ConvArguments arguments_of(const Tensor& input, const Tensor& weight, int64_t p, int64_t q,
+// `channels` of the image that the kernels read, or as if they did
+ConvArguments arguments_of(const Tensor& input, int64_t channels, const Tensor& weight, int64_t p, int64_t q,
                            const ConvGeometry& geometry) {
   ConvArguments arg;
   arg.dtype = element_type(input);
-  arg.n = extent("images", input.size(0)), arg.c = extent("channels", input.size(1));
+  arg.n = extent("images", input.size(0)), arg.c = extent("channels", channels);
   arg.h = extent("rows", input.size(2)), arg.w = extent("columns", input.size(3));
   arg.p = static_cast<int>(p), arg.q = static_cast<int>(q);
   extent("input pixels", input.size(0) * input.size(2) * input.size(3));
   extent("output pixels", input.size(0) * p * q);
-  extent("weights", weight.size(0) * (input.size(1) / geometry.groups) * weight.size(2) * weight.size(3));
+  extent("weights", weight.size(0) * (channels / geometry.groups) * weight.size(2) * weight.size(3));
   arg.r = static_cast<int>(weight.size(2)), arg.s = static_cast<int>(weight.size(3));
   const auto pair = [](const IntList& list, int& h, int& w) {
     h = extent("rows to a step", list[0], 0), w = extent("columns to a step", list[1], 0);
@@ -62,8 +64,8 @@ ConvArguments arguments_of(const Tensor& input, const Tensor& weight, int64_t p,
   return arg;
 }
 
-void run(Pass pass, Device& device, const ConvArguments& arg, const Tensor& like) {
-  ConvPlan plan = plan_conv2d(pass, arg, device.info());
+void run(const Chosen<ConvVariant>& choice, Device& device, const ConvArguments& arg, const Tensor& like) {
+  ConvPlan plan = plan_conv2d(choice, arg, device.info());
   float* workspace = nullptr;
   std::optional<Tensor> memory;
   if (plan.workspace > 0) {
@@ -71,6 +73,9 @@ void run(Pass pass, Device& device, const ConvArguments& arg, const Tensor& like
     workspace = device.scratch<float>(*memory);
   }
   launch_conv2d(plan, workspace, device.stream());
+}
+void run(Pass pass, Device& device, const ConvArguments& arg, const Tensor& like) {
+  run(choose_conv2d(pass, arg, device.info()), device, arg, like);
 }
 
 // The first channels of a wider result, as a tensor of its own
@@ -89,23 +94,36 @@ struct Forward {
   std::optional<Tensor> bias, residual, out;
 };
 
+// Whether there are kernels that read it as it lies: which one runs is decided before it is packed.
+bool is_photograph(const Tensor& image, const std::vector<Forward>& branches, const ConvGeometry& geometry) {
+  return image.size(1) <= kFewChannels && geometry.groups == 1 && branches.size() == 1 && !branches[0].residual &&
+         element_bytes(element_type(image)) == 2;
+}
+
 // At most kMaxBranches convolutions in one launch; more than one must be 1x1.
 std::vector<Tensor> launch_forward(const Tensor& given, const std::vector<Forward>& branches,
                                    const ConvGeometry& geometry, Activation activation) {
   Device device(given);
-  const Tensor input = image_operand(device, given, geometry.groups);
   // The result of a photograph is written as the photograph lies.
   const bool direct = !has_channels_side_by_side(given) && given.size(1) <= kFewChannels;
   const IntList& first = branches[0].output_size;
-  ConvArguments arg = arguments_of(input, branches[0].weight, first[2], first[3], geometry);
-  arg.tf32 = allows_tf32(input);
+  const int64_t channels = packed_channels(given, given.size(1), geometry.groups);
+  ConvArguments arg = arguments_of(given, channels, branches[0].weight, first[2], first[3], geometry);
+  arg.tf32 = allows_tf32(given);
   arg.activation = activation;
-  arg.input = device.in(input);
-  arg.x = strides_of(input);
   arg.branches = static_cast<int>(branches.size());
   std::vector<Tensor> outputs, kept;
   const auto keep = [&kept](Tensor tensor) -> const Tensor& { return kept.emplace_back(std::move(tensor)); };
-  kept.reserve(3 * branches.size());
+  kept.reserve(3 * branches.size() + 1);
+  const auto prepare = [&] {
+    const Tensor& input = keep(image_operand(device, given, geometry.groups));
+    arg.input = device.in(input);
+    arg.x = strides_of(input);
+    for (size_t i = 0; i < branches.size(); ++i) {
+      const Tensor& weight = keep(weight_operand(device, branches[i].weight, channels / geometry.groups));
+      arg.branch[i].weight = device.in(weight);
+    }
+  };
   for (size_t i = 0; i < branches.size(); ++i) {
     const auto& [weight, size, bias, residual, out] = branches[i];
     const bool in_place = out && is_writable(*out, residual, direct);
@@ -113,13 +131,23 @@ std::vector<Tensor> launch_forward(const Tensor& given, const std::vector<Forwar
     const Tensor& output = outputs.emplace_back(in_place ? *out : empty_image(given, size, channels_last, direct));
     ConvBranch& branch = arg.branch[i];
     branch.k = extent("filters", size[1]);
-    branch.weight = device.in(keep(weight_operand(device, weight, input.size(1) / geometry.groups)));
     if (bias) branch.bias = device.in(keep(torch::stable::contiguous(*bias)));
     if (residual) branch.residual = device.in(keep(with_layout_of(output, *residual)));
     branch.output = device.out(output);
     branch.y = strides_of(output);
   }
-  run(Pass::kFprop, device, arg, input);
+  if (is_photograph(given, branches, geometry)) {
+    arg.photograph = {device.in(given), strides_of(given), static_cast<int>(given.size(1)),
+                      device.in(branches[0].weight), strides_of(branches[0].weight)};
+    const Strides packed{int64_t{arg.h} * arg.w * arg.c, 1, int64_t{arg.w} * arg.c, arg.c};
+    arg.x = is_operand(given, geometry.groups) ? strides_of(given) : packed;
+    const Chosen<ConvVariant> choice = choose_conv2d(Pass::kFprop, arg, device.info());
+    if (!choice.variant->stem) prepare();
+    run(choice, device, arg, given);
+  } else {
+    prepare();
+    run(Pass::kFprop, device, arg, given);
+  }
   for (size_t i = 0; i < branches.size(); ++i) {
     const auto& [weight, size, bias, residual, out] = branches[i];
     if (!out) {
@@ -145,7 +173,7 @@ GroupGradients launch_backward(const std::vector<Tensor>& grad_outputs, const st
   const bool tf32 = allows_tf32(given);
   const auto arguments = [&](const Tensor& image) {
     const Tensor& like = grad_outputs[0];
-    ConvArguments arg = arguments_of(image, weights[0], like.size(2), like.size(3), geometry);
+    ConvArguments arg = arguments_of(image, channels, weights[0], like.size(2), like.size(3), geometry);
     arg.tf32 = tf32;
     arg.grad_output = device.in(gradient.tensor);
     arg.grad_channels = extent("filters", gradient.tensor.size(1));

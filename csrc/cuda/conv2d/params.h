@@ -19,6 +19,15 @@ struct ConvBranch {
   Strides y{};
 };
 
+// An image of few channels and its weight as the caller has them, for kernels that need no packed ones
+struct Photograph {
+  const void* input = nullptr;  // null where it is none
+  Strides x{};
+  int c = 0;
+  const void* weight = nullptr;  // [k, c, r, s]
+  Strides weight_strides{};
+};
+
 struct ConvArguments {
   DType dtype = DType::kFloat32;
   bool tf32 = false;                          // float32 on the tensor cores, 10 bits of mantissa
@@ -29,6 +38,7 @@ struct ConvArguments {
   int stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0, dilation_h = 1, dilation_w = 1;
   int groups = 1;
   const void* input = nullptr;  // in fprop and wgrad
+  Photograph photograph;        // in fprop, of one branch without a residual
   void* grad_input = nullptr;   // in dgrad
   Strides x{};                  // of input and grad_input
   // The gradient of all branches' results before the activation, side by side, in dgrad and wgrad; it may have more

@@ -221,8 +221,15 @@ int pitch_of(const ConvParams& p) { return static_cast<int>(ceil_div(p.extent_b,
 // What the launch of one GEMM needs beyond `parameters`.
 ConvLaunch launch_of(const ConvVariant& variant, const ConvReduction& reduction, const ConvParams& params, int splits,
                      const DeviceInfo& device) {
-  ConvLaunch found{params, {}, {}, {}};
+  ConvLaunch found{params, {}, {}, {}, {}};
   ConvParams& p = found.params;
+  if (variant.stem) {
+    const StemLaunch launch = stem_launch(p, variant.info.tile[1], variant.stem, device);
+    p.splits = 1;
+    found.stem = launch.params;
+    found.shape = launch.shape;
+    return found;
+  }
   const auto& [tile_a, tile_b, tile_depth] = variant.info.tile;
   const Tiling of_group = tiling(variant, p);
   const int tiles_b = tiles_of(p.extent_b, tile_b);
@@ -265,15 +272,27 @@ bool has_vectors(const void* data, const Strides& strides, int64_t channels, int
          is_multiple(strides.n, vector) && is_multiple(strides.h, vector) && is_multiple(strides.w, vector);
 }
 
-const char* ConvVariant::refusal(const ConvParams& p, const DeviceInfo&) const {
+const char* ConvVariant::refusal(const ConvParams& p, const DeviceInfo& device) const {
   if (p.arg.dtype != dtype) return "the tensors have another dtype";
   if (dtype == DType::kFloat32 && p.arg.tf32 != tf32) return tf32 ? "TF32 is not allowed" : "TF32 is allowed";
+  if (stem) return refuses_stem(p, info.tile[1], stem, device);
   const char* const refused = vector > 1 ? refuses_vectors(pass, p, vector) : nullptr;
   return boxes && !refused ? refuses_boxes(pass, p, halo) : refused;
 }
 
 ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& device) const {
   ConvCandidate found;
+  found.cost.rate = rate;
+  found.cost.resident = resident;
+  if (stem) {
+    const StemLaunch launch = stem_launch(p, info.tile[1], stem, device);
+    found.cost.shape = launch.shape;
+    // Blocks do one tile after the other.
+    found.cost.shape.grid.x = static_cast<unsigned>(launch.params.tiles);
+    found.cost.fill = launch.fill;
+    found.cost.rest = launch.busy;
+    return found;
+  }
   const auto [tiles_a, tiles_b, deep, multiplied, fill] = tiling(*this, p);
   // Each block does a run of tiles, or one; or where there are boxes and no halo, one after the other.
   const int run = halo ? halo_run(pass, tiles_a, tiles_b, device.multiprocessors) : 1;
@@ -315,8 +334,6 @@ ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& devi
     }
   }
   found.cost.shape = shape_of(*this, p, blocks_a * tiles_b, found.splits);
-  found.cost.rate = rate;
-  found.cost.resident = resident;
   found.cost.fill = fill * static_cast<double>(tiles_a) / std::max<double>(static_cast<double>(blocks_a) * run, 1);
   found.cost.splits = found.splits;
   found.cost.rest = products(found.splits) / least;
@@ -324,9 +341,13 @@ ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& devi
   return found;
 }
 
-ConvPlan plan_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo& device) {
-  const std::vector<ConvParams> gemms = parameters(pass, arguments);
-  const auto [variant, candidate] = choose<ConvVariant>(static_cast<int>(pass), gemms[0], device);
+Chosen<ConvVariant> choose_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo& device) {
+  return choose<ConvVariant>(static_cast<int>(pass), parameters(pass, arguments)[0], device);
+}
+
+ConvPlan plan_conv2d(const Chosen<ConvVariant>& choice, const ConvArguments& arguments, const DeviceInfo& device) {
+  const auto& [variant, candidate] = choice;
+  const std::vector<ConvParams> gemms = parameters(variant->pass, arguments);
   if (int64_t{arguments.groups} * candidate.splits > 65535) {
     throw std::runtime_error("fastconv: got " + std::to_string(arguments.groups) +
                              " groups, needed at most 65535 for the CUDA kernels");

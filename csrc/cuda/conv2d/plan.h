@@ -1,5 +1,5 @@
 // From a convolution's arguments to its launches: which kernel, over what grid, with what parameters. Planned once; a
-// launch only adds the workspace.
+// launch only adds the workspace. Which kernel it is can be known before its operands are prepared.
 #pragma once
 
 #include <optional>
@@ -7,6 +7,7 @@
 
 #include "cuda/conv2d/boxes.h"
 #include "cuda/conv2d/params.h"
+#include "cuda/conv2d/stem.h"
 #include "cuda/runtime/choice.h"
 
 namespace fastconv::cuda {
@@ -22,6 +23,7 @@ struct ConvCandidate {
 struct ConvLaunch {
   ConvParams params;
   std::optional<BoxParams> boxes;  // for kernels that use them
+  std::optional<StemParams> stem;
   LaunchShape shape, reduction;
 };
 
@@ -42,6 +44,7 @@ struct ConvVariant {
   bool boxes = false;  // whether the TMA brings boxes, and blocks do one tile after the other
   int cluster = 1;     // blocks of a cluster
   bool halo = false;   // whether a pixel's box comes once for all positions, and blocks do tiles that follow each other
+  int stem = 0;        // columns to a step of the kernels that read a photograph as it lies, see stem.h; else 0
 
   const char* refusal(const ConvParams& params, const DeviceInfo& device) const;
   Candidate candidate(const ConvParams& params, const DeviceInfo& device) const;
@@ -67,8 +70,9 @@ struct ConvPlan {
 };
 
 // Extents are below 2^31 - kSpareExtent, those of the GEMM included; the glue checks that. Throws when the kernel that
-// was forced upon the pass does not take these tensors.
-ConvPlan plan_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo& device);
+// was forced upon the pass does not take these tensors. Of pointers only whether they are null and aligned is asked.
+Chosen<ConvVariant> choose_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo& device);
+ConvPlan plan_conv2d(const Chosen<ConvVariant>& choice, const ConvArguments& arguments, const DeviceInfo& device);
 void launch_conv2d(ConvPlan& plan, float* workspace, Stream stream);
 
 }  // namespace fastconv::cuda

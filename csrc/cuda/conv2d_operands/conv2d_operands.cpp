@@ -59,12 +59,16 @@ int64_t packed_channels(const Tensor& like, int64_t channels, int64_t groups) {
   return ceil_div(channels, vector) * vector;
 }
 
+bool is_operand(const Tensor& image, int64_t groups) {
+  return packed_channels(image, image.size(1), groups) == image.size(1) && fits_vectors(image, groups);
+}
+
 Tensor image_operand(Device& device, const Tensor& image, int64_t groups) {
   const int64_t channels = packed_channels(image, image.size(1), groups);
   const bool can_fit = channels / groups % kFewChannels == 0;
   const bool is_wide = image.size(1) > kMostToPack;
   const Tensor found = is_wide || !can_fit ? side_by_side(image) : image;
-  if (!can_fit || (channels == image.size(1) && fits_vectors(found, groups))) return found;
+  if (!can_fit || is_operand(found, groups)) return found;
   return packed(device, found, channels);
 }
 

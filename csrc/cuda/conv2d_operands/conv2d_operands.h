@@ -21,6 +21,9 @@ bool has_channels_side_by_side(const Tensor& image);
 // So many channels, with some of 0 behind them where no vectors fit; a group's cannot have more.
 int64_t packed_channels(const Tensor& like, int64_t channels, int64_t groups);
 
+// Whether the operand is the image as it lies
+bool is_operand(const Tensor& image, int64_t groups);
+
 // [n, packed_channels, h, w]
 Tensor image_operand(Device& device, const Tensor& image, int64_t groups);
 

@@ -2,6 +2,7 @@
 // FASTCONV_PASS is kFprop, kDgrad or kWgrad, FASTCONV_DTYPE is kFloat16, kBFloat16 or kFloat32.
 #include "cuda/conv2d/plan.h"
 #include "cuda/conv2d/sm80/kernel.cuh"
+#include "cuda/conv2d/sm80/stem.cuh"
 
 namespace fastconv::cuda {
 namespace {
@@ -67,6 +68,37 @@ ConvVariant variant(const char* type, const char* what, double rate) {
           }};
 }
 
+template <int kFilters, int kStride>
+ConvVariant stem(double rate) {
+  using C = StemConfig<T, kFilters, kStride>;
+  const std::string what =
+      std::to_string(kStemRows * kStemColumns) + "x" + std::to_string(kFilters) + "_stem_s" + std::to_string(kStride);
+  ConvVariant made{{name_of(kType, what.c_str()),
+                    ConvVariant::kOps[kFamily],
+                    kArch,
+                    {kStemRows * kStemColumns, kFilters, kStemTaps * kStemChannels},
+                    0,
+                    kStemThreads,
+                    -1,
+                    "an image of at most 4 channels, no groups or residual, a stride of 1, 2 or 4, no dilation",
+                    kEpilogueUses | uses::kLoadStore | HalfMath<T>::kUses},
+                   kPass,
+                   kDType,
+                   false,
+                   1,
+                   C::kBlocks,
+                   rate,
+                   [](const KernelInfo& info, const ConvLaunch& planned, Stream stream) {
+                     launch(info, &conv2d_stem_kernel<C>, planned.shape, stream, *planned.stem);
+                   }};
+  made.stem = kStride;
+  return made;
+}
+template <int kStride>
+void register_stems() {
+  Register<ConvVariant>(kFamily, {stem<64, kStride>(1), stem<48, kStride>(0.8), stem<32, kStride>(0.7)});
+}
+
 // Rates: what of the tensor cores' time their loop leaves them. The smaller a tile, the more it brings from L2 for a
 // product, and the smaller a warp's part of it, the more that loads from shared memory; narrow vectors cost more
 // copies, and to gather an address for every element.
@@ -94,6 +126,7 @@ void register_tensor_cores(const char* type) {
     if constexpr (kPass == Pass::kFprop) {
       // AlexNet's first layer
       Register<ConvVariant>(kFamily, {variant<Config<Math, 128, 96, 2, 2, 2, kNarrow>>(type, "128x96_narrow", 0.8)});
+      register_stems<1>(), register_stems<2>(), register_stems<4>();
     }
   }
   Register<ConvVariant>(kFamily, {variant<Config<Math, 64, 64, 4, 2, 1, 1>>(type, "gather", 0.1)});

@@ -1,0 +1,64 @@
+// A network's first convolution, of an image of at most four channels, as sm80/stem.cuh computes it: from image and
+// weight as the caller has them, whatever their strides, so that nothing is packed before.
+#pragma once
+
+#include "cuda/conv2d/params.h"
+#include "cuda/runtime/device_info.h"
+
+namespace fastconv::cuda {
+
+// Pixels of the result that a block computes at once, by so many threads
+constexpr int kStemRows = 16, kStemColumns = 16, kStemThreads = 128;
+// On a multiprocessor, that the registers allow
+constexpr int stem_blocks(int filters) { return filters > 32 ? 2 : 3; }
+// Four taps of a filter's row, of four channels each, are the depth of a product.
+constexpr int kStemTaps = 4, kStemChannels = 4;
+
+// Of a warp's results on their way out: of 16 pixels, with padding that keeps the banks of filters, or pixels, apart
+constexpr int stem_pixel_pitch(int filters) { return filters * 2 + 16; }  // bytes
+constexpr int kStemFilterPitch = kStemColumns * 2 + 16;
+constexpr int stem_slab_bytes(int filters) {
+  const int by_pixels = kStemColumns * stem_pixel_pitch(filters), by_filters = filters * kStemFilterPitch;
+  return by_pixels > by_filters ? by_pixels : by_filters;
+}
+
+// Which neighbours of a result are written at once, by 16 bytes
+enum class StemRuns { kNone, kChannels, kColumns };
+
+// The one parameter of the kernels
+struct StemParams {
+  const void* image;
+  Strides x;
+  const void* weight;  // [k, c, r, s]
+  Strides weight_strides;
+  const void* bias;  // [k] or null
+  void* output;
+  Strides y;
+  Activation activation;
+  int c, h, w, k, p, q, r, s;
+  int stride_h, pad_h, pad_w, dilation_h;
+
+  int steps;  // of four taps to a row of the filter, of which the last may be beyond it
+  // In shared memory: bytes from one filter to the next; of the patch of the image that a tile meets, from one row to
+  // the next, and to the row's other half (see sm80/stem.cuh); where the parts begin
+  int filter_pitch, row_pitch, half_pitch;
+  int patch_at, slabs_at, biases_at;
+  int patch_rows, patch_columns;
+  StemRuns runs;
+  int tiles;
+  Divider by_tiles, by_tile_columns;  // of an image, of its rows
+  Divider by_patch_columns, by_taps, by_rows;
+};
+
+// Why a kernel of so many columns to a step cannot serve the call; null if it can.
+const char* refuses_stem(const ConvParams& params, int filters, int stride, const DeviceInfo& device);
+
+struct StemLaunch {
+  StemParams params;
+  LaunchShape shape;
+  // What of the products is asked for, beside those of an image of four channels; of a block's time, what products take
+  double fill, busy;
+};
+StemLaunch stem_launch(const ConvParams& params, int filters, int stride, const DeviceInfo& device);
+
+}  // namespace fastconv::cuda
