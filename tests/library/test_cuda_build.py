@@ -42,6 +42,8 @@ def wanted(name: str) -> set[str]:
         return {"HGMMA", "UTMALDG", "STSM"} | ({"LDSM"} if "(Pass)0" in name else set())
     if name.startswith("sm90a::conv2d_halo_wgrad_kernel"):
         return {"HGMMA", "UTMALDG"}
+    if name.startswith("conv2d_stem_"):
+        return {"HMMA", "LDSM"} | ({"LDGSTS"} if "wgrad" in name else set())
     if name.startswith("conformance::run<"):
         tried = {"CpAsync": "LDGSTS", "Ldmatrix": "LDSM", "Mma": "HMMA"}
         return {word for case, word in tried.items() if f"conformance::{case}" in name}

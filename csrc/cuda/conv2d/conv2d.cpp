@@ -78,6 +78,26 @@ void run(Pass pass, Device& device, const ConvArguments& arg, const Tensor& like
   run(choose_conv2d(pass, arg, device.info()), device, arg, like);
 }
 
+// The pass over `image`, of which `prepare` makes the operand. There are kernels that read a photograph as it lies:
+// which one runs is decided before it is packed.
+template <class Prepare>
+void run_over(Pass pass, Device& device, ConvArguments& arg, const Tensor& image, const Tensor& weight,
+              Prepare&& prepare) {
+  const bool is_photograph = image.size(1) <= kFewChannels && arg.groups == 1 && arg.branches == 1 &&
+                             !arg.branch[0].residual && element_bytes(arg.dtype) == 2;
+  if (!is_photograph) {
+    prepare();
+    return run(pass, device, arg, image);
+  }
+  arg.photograph = {device.in(image), strides_of(image), static_cast<int>(image.size(1)), device.in(weight),
+                    strides_of(weight)};
+  const Strides packed{int64_t{arg.h} * arg.w * arg.c, 1, int64_t{arg.w} * arg.c, arg.c};
+  arg.x = is_operand(image, arg.groups) ? strides_of(image) : packed;
+  const Chosen<ConvVariant> choice = choose_conv2d(pass, arg, device.info());
+  if (!choice.variant->reads_photographs()) prepare();
+  run(choice, device, arg, image);
+}
+
 // The first channels of a wider result, as a tensor of its own
 Tensor without_padding(const Tensor& tensor, int64_t channels, bool channels_last) {
   IntList size = sizes_of(tensor);
@@ -93,12 +113,6 @@ struct Forward {
   IntList output_size;
   std::optional<Tensor> bias, residual, out;
 };
-
-// Whether there are kernels that read it as it lies: which one runs is decided before it is packed.
-bool is_photograph(const Tensor& image, const std::vector<Forward>& branches, const ConvGeometry& geometry) {
-  return image.size(1) <= kFewChannels && geometry.groups == 1 && branches.size() == 1 && !branches[0].residual &&
-         element_bytes(element_type(image)) == 2;
-}
 
 // At most kMaxBranches convolutions in one launch; more than one must be 1x1.
 std::vector<Tensor> launch_forward(const Tensor& given, const std::vector<Forward>& branches,
@@ -136,18 +150,7 @@ std::vector<Tensor> launch_forward(const Tensor& given, const std::vector<Forwar
     branch.output = device.out(output);
     branch.y = strides_of(output);
   }
-  if (is_photograph(given, branches, geometry)) {
-    arg.photograph = {device.in(given), strides_of(given), static_cast<int>(given.size(1)),
-                      device.in(branches[0].weight), strides_of(branches[0].weight)};
-    const Strides packed{int64_t{arg.h} * arg.w * arg.c, 1, int64_t{arg.w} * arg.c, arg.c};
-    arg.x = is_operand(given, geometry.groups) ? strides_of(given) : packed;
-    const Chosen<ConvVariant> choice = choose_conv2d(Pass::kFprop, arg, device.info());
-    if (!choice.variant->stem) prepare();
-    run(choice, device, arg, given);
-  } else {
-    prepare();
-    run(Pass::kFprop, device, arg, given);
-  }
+  run_over(Pass::kFprop, device, arg, given, branches[0].weight, prepare);
   for (size_t i = 0; i < branches.size(); ++i) {
     const auto& [weight, size, bias, residual, out] = branches[i];
     if (!out) {
@@ -181,10 +184,13 @@ GroupGradients launch_backward(const std::vector<Tensor>& grad_outputs, const st
     return arg;
   };
   if (mask[1]) {
-    const Tensor input = image_operand(device, given, geometry.groups);
-    ConvArguments arg = arguments(input);
-    arg.input = device.in(input);
-    arg.x = strides_of(input);
+    ConvArguments arg = arguments(given);
+    std::optional<Tensor> input;
+    const auto prepare = [&] {
+      input = image_operand(device, given, geometry.groups);
+      arg.input = device.in(*input);
+      arg.x = strides_of(*input);
+    };
     arg.branches = static_cast<int>(weights.size());
     for (size_t i = 0; i < weights.size(); ++i) {
       IntList size = sizes_of(weights[i]);
@@ -193,7 +199,7 @@ GroupGradients launch_backward(const std::vector<Tensor>& grad_outputs, const st
       arg.branch[i].k = extent("filters", size[0]);
       arg.branch[i].grad_weight = device.out(found.weights[i]);
     }
-    run(Pass::kWgrad, device, arg, input);
+    run_over(Pass::kWgrad, device, arg, given, weights[0], prepare);
     for (size_t i = 0; i < weights.size(); ++i) {
       const bool last = output_is_channels_last(given, weights[i]);
       const int64_t own = weights[i].size(1);

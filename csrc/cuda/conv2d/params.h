@@ -38,7 +38,7 @@ struct ConvArguments {
   int stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0, dilation_h = 1, dilation_w = 1;
   int groups = 1;
   const void* input = nullptr;  // in fprop and wgrad
-  Photograph photograph;        // in fprop, of one branch without a residual
+  Photograph photograph;        // in fprop and wgrad, of one branch without a residual
   void* grad_input = nullptr;   // in dgrad
   Strides x{};                  // of input and grad_input
   // The gradient of all branches' results before the activation, side by side, in dgrad and wgrad; it may have more
@@ -90,10 +90,14 @@ struct ConvParams {
   int splits, split_depth;             // split_depth: a multiple of the tile's depth
   bool wide[kMaxBranches];             // whether the branch's results can be written by 16 bytes
   float* workspace;                    // [splits, groups, extent_a, pitch_b]
+  int reduce_slices;                   // of the parts, each of which a thread of its own adds up
   Divider by_tiles_b, by_splits;
   Divider by_channels, by_s;     // of a position along the depth, along extent b of wgrad; positions of a row
   Divider by_runs, by_extent_a;  // of the reduction: 16 bytes of results in a row, rows of a group
 };
+
+// Of the kernel that adds up the parts
+constexpr int kReduceThreads = 128, kReduceSlices = 8;
 
 // Kernels count by tiles and look ahead by stages: extents keep this far from the largest int.
 constexpr int kSpareExtent = 1024;

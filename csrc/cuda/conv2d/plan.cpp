@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kFewestTilesDeep = 4;  // for a split to be worth its reduction
 constexpr int64_t kMostSplits = 512;
-constexpr int kMostRounds = 8;  // of blocks on a multiprocessor that a split aims at
+constexpr int kPartsToSlice = 32;  // for one thread to have too many
+constexpr int kMostRounds = 8;     // of blocks on a multiprocessor that a split aims at
 
 // Estimates, in clocks: what a block does before its first and after its last product, in tiles of its depth; a second
 // launch; bytes that the device moves meanwhile, to its memory or to the L2 cache
@@ -219,17 +220,9 @@ LaunchShape shape_of(const ConvVariant& variant, const ConvParams& p, int64_t ti
 int pitch_of(const ConvParams& p) { return static_cast<int>(ceil_div(p.extent_b, kBranchStep)) * kBranchStep; }
 
 // What the launch of one GEMM needs beyond `parameters`.
-ConvLaunch launch_of(const ConvVariant& variant, const ConvReduction& reduction, const ConvParams& params, int splits,
-                     const DeviceInfo& device) {
-  ConvLaunch found{params, {}, {}, {}, {}};
+ConvLaunch launch_of(const ConvVariant& variant, const ConvParams& params, int splits, const DeviceInfo& device) {
+  ConvLaunch found{params, {}, {}, {}, {}, splits > 1};
   ConvParams& p = found.params;
-  if (variant.stem) {
-    const StemLaunch launch = stem_launch(p, variant.info.tile[1], variant.stem, device);
-    p.splits = 1;
-    found.stem = launch.params;
-    found.shape = launch.shape;
-    return found;
-  }
   const auto& [tile_a, tile_b, tile_depth] = variant.info.tile;
   const Tiling of_group = tiling(variant, p);
   const int tiles_b = tiles_of(p.extent_b, tile_b);
@@ -249,15 +242,22 @@ ConvLaunch launch_of(const ConvVariant& variant, const ConvReduction& reduction,
     found.shape.grid = {static_cast<unsigned>(clusters * variant.cluster), 1, 1};
     found.shape.cluster = static_cast<unsigned>(variant.cluster);
   }
+  if (variant.reads_photographs()) {
+    const StemLaunch launch = stem_launch(variant.pass, p, variant.stem, device);
+    found.stem = launch.params;
+    found.shape = launch.shape;
+    found.in_parts = variant.pass == Pass::kWgrad;
+  }
   Walk& walk = p.walk;
   const int64_t first = walk.first_h * walk.h + walk.first_w * walk.w;
   walk.data = static_cast<const char*>(walk.data) + first * element_bytes(p.arg.dtype);
   walk.n /= variant.vector, walk.h /= variant.vector, walk.w /= variant.vector;
   walk.tap_row = walk.tap_h * walk.h, walk.tap_column = walk.tap_w * walk.w;
   p.gradient = {p.arg.y.n / variant.vector, 1, p.arg.y.h / variant.vector, p.arg.y.w / variant.vector};
-  const int threads = reduction.info.threads;
-  const int64_t all = int64_t{p.arg.groups} * p.extent_a * runs;
-  found.reduction = {{static_cast<unsigned>(ceil_div(all, threads))}, {static_cast<unsigned>(threads)}};
+  p.reduce_slices = splits < kPartsToSlice ? 1 : kReduceSlices;
+  const int64_t all = int64_t{p.arg.groups} * p.extent_a * runs * p.reduce_slices;
+  found.reduction = {{static_cast<unsigned>(ceil_div(all, kReduceThreads))}, {kReduceThreads}};
+  if (p.reduce_slices > 1) found.reduction.shared_bytes = kReduceThreads * run * static_cast<int64_t>(sizeof(float));
   return found;
 }
 
@@ -275,7 +275,7 @@ bool has_vectors(const void* data, const Strides& strides, int64_t channels, int
 const char* ConvVariant::refusal(const ConvParams& p, const DeviceInfo& device) const {
   if (p.arg.dtype != dtype) return "the tensors have another dtype";
   if (dtype == DType::kFloat32 && p.arg.tf32 != tf32) return tf32 ? "TF32 is not allowed" : "TF32 is allowed";
-  if (stem) return refuses_stem(p, info.tile[1], stem, device);
+  if (reads_photographs()) return refuses_stem(pass, p, stem, device);
   const char* const refused = vector > 1 ? refuses_vectors(pass, p, vector) : nullptr;
   return boxes && !refused ? refuses_boxes(pass, p, halo) : refused;
 }
@@ -284,9 +284,10 @@ ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& devi
   ConvCandidate found;
   found.cost.rate = rate;
   found.cost.resident = resident;
-  if (stem) {
-    const StemLaunch launch = stem_launch(p, info.tile[1], stem, device);
+  if (reads_photographs()) {
+    const StemLaunch launch = stem_launch(pass, p, stem, device);
     found.cost.shape = launch.shape;
+    if (pass == Pass::kWgrad) found.splits = found.cost.splits = static_cast<int>(launch.shape.grid.x);
     // Blocks do one tile after the other.
     found.cost.shape.grid.x = static_cast<unsigned>(launch.params.tiles);
     found.cost.fill = launch.fill;
@@ -360,9 +361,11 @@ ConvPlan plan_conv2d(const Chosen<ConvVariant>& choice, const ConvArguments& arg
     const int64_t deep = tiling(*variant, gemm).deep;
     int splits = candidate.splits;
     if (&gemm != &gemms[0]) splits = static_cast<int>(std::clamp<int64_t>(deep / kFewestTilesDeep, 1, splits));
-    if (splits > 1) splits = static_cast<int>(ceil_div(deep, ceil_div(deep, splits)));
-    plan.launches.push_back(launch_of(*variant, *plan.reduction, gemm, splits, device));
-    if (splits > 1) {
+    if (splits > 1 && !variant->reads_photographs()) {
+      splits = static_cast<int>(ceil_div(deep, ceil_div(deep, splits)));
+    }
+    plan.launches.push_back(launch_of(*variant, gemm, splits, device));
+    if (plan.launches.back().in_parts) {
       const int64_t parts = splits * int64_t{arguments.groups} * gemm.extent_a * pitch_of(gemm);
       plan.workspace = std::max(plan.workspace, parts);
     }
@@ -374,8 +377,9 @@ void launch_conv2d(ConvPlan& plan, float* workspace, Stream stream) {
   for (ConvLaunch& launch : plan.launches) {
     launch.params.workspace = workspace;
     if (launch.boxes) launch.boxes->workspace = workspace;
+    if (launch.stem) launch.stem->workspace = workspace;
     plan.variant->run(plan.variant->info, launch, stream);
-    if (launch.params.splits > 1) plan.reduction->run(plan.reduction->info, launch, stream);
+    if (launch.in_parts) plan.reduction->run(plan.reduction->info, launch, stream);
   }
 }
 

@@ -25,6 +25,7 @@ struct ConvLaunch {
   std::optional<BoxParams> boxes;  // for kernels that use them
   std::optional<StemParams> stem;
   LaunchShape shape, reduction;
+  bool in_parts;  // whether the reduction follows, also where there is one part
 };
 
 // A kernel for one pass and type.
@@ -44,8 +45,9 @@ struct ConvVariant {
   bool boxes = false;  // whether the TMA brings boxes, and blocks do one tile after the other
   int cluster = 1;     // blocks of a cluster
   bool halo = false;   // whether a pixel's box comes once for all positions, and blocks do tiles that follow each other
-  int stem = 0;        // columns to a step of the kernels that read a photograph as it lies, see stem.h; else 0
+  StemTiles stem{};    // of the kernels that read a photograph as it lies
 
+  bool reads_photographs() const { return stem.stride > 0; }
   const char* refusal(const ConvParams& params, const DeviceInfo& device) const;
   Candidate candidate(const ConvParams& params, const DeviceInfo& device) const;
 };

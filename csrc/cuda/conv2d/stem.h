@@ -1,5 +1,6 @@
-// A network's first convolution, of an image of at most four channels, as sm80/stem.cuh computes it: from image and
-// weight as the caller has them, whatever their strides, so that nothing is packed before.
+// A network's first convolution, of an image of at most four channels, as sm80/stem.cuh computes it and
+// sm80/stem_wgrad.cuh the gradient of its weight: from image and weight as the caller has them, whatever their strides,
+// so that nothing is packed before.
 #pragma once
 
 #include "cuda/conv2d/params.h"
@@ -14,6 +15,9 @@ constexpr int stem_blocks(int filters) { return filters > 32 ? 2 : 3; }
 // Four taps of a filter's row, of four channels each, are the depth of a product.
 constexpr int kStemTaps = 4, kStemChannels = 4;
 
+// In wgrad: blocks on a multiprocessor; from one pixel's gradients in shared memory to the next
+constexpr int stem_wgrad_blocks(int filters, int steps) { return filters * steps > 512 ? 2 : 3; }
+constexpr int stem_gradient_pitch(int filters) { return filters * 2 + 16; }  // bytes
 // Of a warp's results on their way out: of 16 pixels, with padding that keeps the banks of filters, or pixels, apart
 constexpr int stem_pixel_pitch(int filters) { return filters * 2 + 16; }  // bytes
 constexpr int kStemFilterPitch = kStemColumns * 2 + 16;
@@ -29,11 +33,12 @@ enum class StemRuns { kNone, kChannels, kColumns };
 struct StemParams {
   const void* image;
   Strides x;
-  const void* weight;  // [k, c, r, s]
+  const void* weight;  // [k, c, r, s]; in fprop
   Strides weight_strides;
-  const void* bias;  // [k] or null
-  void* output;
-  Strides y;
+  const void* bias;      // [k] or null; in fprop
+  void* output;          // in fprop
+  const void* gradient;  // of the output, in wgrad; its channels lie side by side
+  Strides y;             // of the output or its gradient
   Activation activation;
   int c, h, w, k, p, q, r, s;
   int stride_h, pad_h, pad_w, dilation_h;
@@ -42,16 +47,25 @@ struct StemParams {
   // In shared memory: bytes from one filter to the next; of the patch of the image that a tile meets, from one row to
   // the next, and to the row's other half (see sm80/stem.cuh); where the parts begin
   int filter_pitch, row_pitch, half_pitch;
-  int patch_at, slabs_at, biases_at;
+  int patch_at, slabs_at, biases_at;  // in wgrad slabs_at is the gradient's place
   int patch_rows, patch_columns;
   StemRuns runs;
   int tiles;
   Divider by_tiles, by_tile_columns;  // of an image, of its rows
-  Divider by_patch_columns, by_taps, by_rows;
+  Divider by_patch_columns, by_taps, by_rows, by_steps;
+
+  int gradient_channels;  // in wgrad
+  float* workspace;       // in wgrad: [blocks, extent_a, pitch_b]
+  int extent_a, pitch_b;
 };
 
-// Why a kernel of so many columns to a step cannot serve the call; null if it can.
-const char* refuses_stem(const ConvParams& params, int filters, int stride, const DeviceInfo& device);
+// What a kernel does at once: filters, and columns to a step of the result; in wgrad steps of four taps, too
+struct StemTiles {
+  int filters, stride, steps;
+};
+
+// Why such a kernel cannot serve the call; null if it can.
+const char* refuses_stem(Pass pass, const ConvParams& params, const StemTiles& tiles, const DeviceInfo& device);
 
 struct StemLaunch {
   StemParams params;
@@ -59,6 +73,6 @@ struct StemLaunch {
   // What of the products is asked for, beside those of an image of four channels; of a block's time, what products take
   double fill, busy;
 };
-StemLaunch stem_launch(const ConvParams& params, int filters, int stride, const DeviceInfo& device);
+StemLaunch stem_launch(Pass pass, const ConvParams& params, const StemTiles& tiles, const DeviceInfo& device);
 
 }  // namespace fastconv::cuda

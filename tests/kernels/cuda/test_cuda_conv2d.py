@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastconv import ops
 from fastconv.measure.tolerance import assert_close_to_oracle
+from fastconv.operators import kernels
 from support.cuda_convolutions import FORMATS, PASSES, check, check_branches, convolution, deep, reduced
 from support.cuda_kernels import check_same_bits_in_any_order, emulated_gpu, operators
 from support.kernel_backends import device_of, emulated, forced, kernel_table
@@ -106,6 +107,24 @@ def test_a_split_depth(name: str, kind: str) -> None:
     with emulated_gpu(multiprocessors=24) as library:
         check("cuda-emulated", deep(name, kind), (kind,))
         assert f"conv2d_{kind}_{reduced(name)}_reduce_sm80" in library.launches()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_parts(name: str) -> None:
+    """Slices of them have a thread each; of runs that are whole and others."""
+    with emulated_gpu(multiprocessors=100) as library:
+        fprop = convolution("cuda-emulated", name, (1, 1024, 2, 3), (20, 1024, 3, 3), padding=1, activation="relu6")
+        wgrad = convolution("cuda-emulated", name, (3, 24, 50, 50), (13, 24, 1, 1), activation="relu")
+        with kernels.choices() as made:
+            check("cuda-emulated", fprop, ("fprop",))
+            check("cuda-emulated", wgrad, ("wgrad",))
+        splits = [
+            next(each.splits for each in choice.candidates if each.kernel == choice.chosen)
+            for choice in made
+            if choice.op in ("conv2d_fprop", "conv2d_wgrad")
+        ]
+        assert min(splits) > 40, splits
+        assert sum("reduce" in name for name in library.launches()) == 2
 
 
 @pytest.mark.parametrize(("kind", "tile"), [("fprop", "128x96"), ("dgrad", "256x48"), ("wgrad", "96x128")])

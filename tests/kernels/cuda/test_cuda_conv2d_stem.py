@@ -14,20 +14,26 @@ from fastconv.measure.tolerance import assert_close_to_oracle
 from fastconv.operators import kernels
 from support.cases import Concatenation
 from support.cuda_convolutions import FORMATS, check_special_values, convolution
-from support.cuda_kernels import among_nan, check_same_bits_in_any_order, emulated_gpu, random
+from support.cuda_kernels import among_nan, check_same_bits_in_any_order, emulated_gpu, operators, random
 from support.eager import activate
 from support.kernel_backends import emulated, forced, kernel_table
 
 STRIDES, FILTERS, NAMES = (1, 2, 4), (32, 48, 64), ("fp16", "bf16")
-FPROP = "conv2d_fprop"
+WGRAD_TILES = ("32x64", "64x64", "64x256")
+FPROP, WGRAD = "conv2d_fprop", "conv2d_wgrad"
 
 
 def kernel_name(stride: int, filters: int = 64, name: str = "fp16") -> str:
     return f"{FPROP}_{name}_256x{filters}_stem_s{stride}_sm80"
 
 
+def wgrad_name(stride: int, tile: str, name: str = "fp16") -> str:
+    return f"{WGRAD}_{name}_{tile}_stem_s{stride}_sm80"
+
+
 def test_the_table_has_these_kernels(backend: str) -> None:
     names = {kernel_name(*each) for each in itertools.product(STRIDES, FILTERS, NAMES)}
+    names |= {wgrad_name(*each) for each in itertools.product(STRIDES, WGRAD_TILES, NAMES)}
     assert {kernel["name"] for kernel in kernel_table(backend) if "stem" in kernel["name"]} == names
 
 
@@ -82,6 +88,42 @@ def test_every_kernel(backend: str, name: str, stride: int, filters: int) -> Non
         assert statistics["ldmatrix_conflicts"] == 0
 
 
+@pytest.mark.parametrize("tile", WGRAD_TILES)
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kernel_of_the_gradient(backend: str, name: str, stride: int, tile: str) -> None:
+    """Likewise; where a filter has more taps than a tile, several blocks share them."""
+    if backend == "cuda-emulated":
+        emulated().reset_statistics()
+    shift = 3 * STRIDES.index(stride) + WGRAD_TILES.index(tile)
+    layouts, channels = list(LAYOUTS.values()), (3, 4, 1, 2)
+    with forced(backend, WGRAD, wgrad_name(stride, tile, name)):
+        for i, (size, filter, rows, padding, dilation) in enumerate(GEOMETRIES):
+            image = random(backend, 2, channels[(i + shift) % 4], *size, dtype=FORMATS[name])
+            k = (65, 72, 32, 5)[(i + shift // 4) % 4]
+            geometry = ((rows or stride, stride), padding, (dilation, 1))
+            check_gradient(layouts[(i + shift) % 8](image), (k, image.shape[1], *filter), geometry, 1 / 3)
+    if backend == "cuda-emulated":
+        statistics = emulated().statistics()
+        assert wgrad_name(stride, tile, name) in statistics["launches"]
+        assert statistics["ldmatrix_conflicts"] == 0
+
+
+def check_gradient(image: Tensor, shape: tuple[int, ...], geometry: tuple[object, ...], scale: float = 1.0) -> None:
+    def gradient(dtype: torch.dtype, own: bool = False) -> Tensor:
+        weight = torch.zeros(shape, dtype=dtype, device=image.device, requires_grad=True)
+        if own:
+            result = ops.conv2d_relu(image, weight, None, *geometry, activation="none")
+        else:
+            result = F.conv2d(image.to(dtype), weight, None, *geometry)
+        grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(3)) * scale
+        grad = grad.to(image.device, image.dtype).contiguous(memory_format=torch.channels_last)
+        return torch.autograd.grad(result, weight, grad.to(dtype))[0]
+
+    found = gradient(image.dtype, own=True)
+    assert_close_to_oracle(found, gradient(torch.float64), gradient(image.dtype), what=f"{geometry}")
+
+
 def check(
     image: Tensor,
     weight: Tensor,
@@ -134,6 +176,8 @@ def test_one_tile_after_the_other(blocks: int) -> None:
     weight = random("cuda-emulated", 130, 3, 7, 7, dtype=torch.float16, seed=1, scale=0.1)
     with emulated_gpu(multiprocessors=blocks), forced("cuda-emulated", FPROP, kernel_name(2)):
         check(image, weight, None, (2, 3))
+    with emulated_gpu(multiprocessors=blocks), forced("cuda-emulated", WGRAD, wgrad_name(2, "64x256")):
+        check_gradient(image, weight.shape, (2, 3))
 
 
 def test_the_same_bits_in_any_order() -> None:
@@ -141,6 +185,11 @@ def test_the_same_bits_in_any_order() -> None:
     weight = random("cuda-emulated", 40, 3, 5, 5, dtype=torch.float16, seed=1)
     with emulated_gpu(multiprocessors=2), forced("cuda-emulated", FPROP, kernel_name(2, 32)):
         check_same_bits_in_any_order(lambda: [ops.conv2d_relu(image, weight, None, 2, 2)])
+    grad = random("cuda-emulated", 2, 40, 20, 20, dtype=torch.float16, layout="channels_last", seed=2)
+    arguments = grad, None, image, weight, [2, 2], [2, 2], [1, 1], 1, "none", [False, True, False, False]
+    # 40 parts, which slices of threads add up
+    with emulated_gpu(multiprocessors=20), forced("cuda-emulated", WGRAD, wgrad_name(2, "32x64")):
+        check_same_bits_in_any_order(lambda: [operators("cuda-emulated").conv2d_backward(*arguments)[1]])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -153,6 +202,19 @@ def test_special_values(backend: str, side: int, stride: int, value: float) -> N
     conv.input[1, :, 7, 0] = value
     with forced(backend, FPROP, kernel_name(stride, 32)):
         check_special_values(conv)
+
+
+@pytest.mark.parametrize("tile", WGRAD_TILES)
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 0), (2, 2), (4, 3)])
+def test_special_values_in_the_gradient(backend: str, stride: int, padding: int, tile: str) -> None:
+    """Taps that meet NaN have it; what lies beyond the last column or row, which a tile reaches, says nothing."""
+    for row, column in ((0, 0), (8, 9), (-1, -1), (-1, 3), (2, -1), (-2, -2)):
+        conv = convolution(backend, "fp16", (1, 3, 24, 22), (8, 3, 3, 5), stride=stride, padding=padding)
+        conv.input[0, 1, row, column] = torch.nan
+        arguments = conv.grad, None, conv.input, conv.weight, *conv.geometry, "none", [False, True, False, False]
+        with forced(backend, WGRAD, wgrad_name(stride, tile)):
+            found = operators(backend).conv2d_backward(*arguments)[1]
+        assert torch.equal(found.isnan(), conv.backward(torch.float64)[1].isnan())
 
 
 # Image, filter, options: the first layers of networks
@@ -175,7 +237,11 @@ def test_first_layers_are_not_packed(network: str, layout: torch.memory_format) 
     with emulated_gpu(multiprocessors=1) as library:
         check(conv.input, conv.weight, conv.bias, conv.geometry)
         (launched,) = library.launches()
-    assert "stem" in launched
+        assert "stem" in launched
+        check_gradient(conv.input, filters, conv.geometry)
+        (of_gradient,) = (name for name in library.launches() if name.startswith(WGRAD) and "reduce" not in name)
+    # LeNet's six filters and the last 32 of ConvNeXt's 96 would leave a part of a tile empty.
+    assert "stem" in of_gradient or network in ("LeNet", "ConvNeXt")
 
 
 def test_a_packed_image_is_weighed_too() -> None:

@@ -3,6 +3,7 @@
 #include "cuda/conv2d/plan.h"
 #include "cuda/conv2d/sm80/kernel.cuh"
 #include "cuda/conv2d/sm80/stem.cuh"
+#include "cuda/conv2d/sm80/stem_wgrad.cuh"
 
 namespace fastconv::cuda {
 namespace {
@@ -32,7 +33,7 @@ constexpr Instructions kEpilogueUses =
                                                                                   : uses::kConvertBFloat16);
 
 const KernelInfo kReduction{
-    name_of(kType, "reduce"),        "conv2d_reduce", kArch, {0, 0, 0}, 0, kReduceThreads, 0, "a split depth",
+    name_of(kType, "reduce"),        "conv2d_reduce", kArch, {0, 0, 0}, 0, kReduceThreads, -1, "a split depth",
     kEpilogueUses | uses::kLoadStore};
 
 void reduce(const KernelInfo& info, const ConvLaunch& planned, Stream stream) {
@@ -68,35 +69,54 @@ ConvVariant variant(const char* type, const char* what, double rate) {
           }};
 }
 
-template <int kFilters, int kStride>
-ConvVariant stem(double rate) {
-  using C = StemConfig<T, kFilters, kStride>;
-  const std::string what =
-      std::to_string(kStemRows * kStemColumns) + "x" + std::to_string(kFilters) + "_stem_s" + std::to_string(kStride);
-  ConvVariant made{{name_of(kType, what.c_str()),
+[[maybe_unused]] ConvVariant stem(const StemTiles& tiles, int a, int b, int depth, int blocks, double rate,
+                                  Instructions uses, ConvVariant::Run run) {
+  const std::string size = std::to_string(a) + "x" + std::to_string(b);
+  ConvVariant made{{name_of(kType, (size + "_stem_s" + std::to_string(tiles.stride)).c_str()),
                     ConvVariant::kOps[kFamily],
                     kArch,
-                    {kStemRows * kStemColumns, kFilters, kStemTaps * kStemChannels},
+                    {a, b, depth},
                     0,
                     kStemThreads,
                     -1,
                     "an image of at most 4 channels, no groups or residual, a stride of 1, 2 or 4, no dilation",
-                    kEpilogueUses | uses::kLoadStore | HalfMath<T>::kUses},
+                    uses::kLoadStore | HalfMath<T>::kUses | uses},
                    kPass,
                    kDType,
                    false,
                    1,
-                   C::kBlocks,
+                   blocks,
                    rate,
-                   [](const KernelInfo& info, const ConvLaunch& planned, Stream stream) {
-                     launch(info, &conv2d_stem_kernel<C>, planned.shape, stream, *planned.stem);
-                   }};
-  made.stem = kStride;
+                   run};
+  made.stem = tiles;
   return made;
+}
+constexpr int kStemPixels = kStemRows * kStemColumns, kStemDepth = kStemTaps * kStemChannels;
+template <int kFilters, int kStride>
+ConvVariant stem(double rate) {
+  using C = StemConfig<T, kFilters, kStride>;
+  return stem({kFilters, kStride, 0}, kStemPixels, kFilters, kStemDepth, C::kBlocks, rate, kEpilogueUses,
+              [](const KernelInfo& info, const ConvLaunch& planned, Stream stream) {
+                launch(info, &conv2d_stem_kernel<C>, planned.shape, stream, *planned.stem);
+              });
+}
+template <int kFilters, int kStride, int kWarpsA, int kStepsOfWarp>
+ConvVariant stem_wgrad(double rate) {
+  using C = StemWgradConfig<T, kFilters, kStride, kWarpsA, kStepsOfWarp>;
+  constexpr int kSteps = C::kSteps * C::kWarpsB;
+  return stem({C::kFilters, kStride, kSteps}, C::kFilters, kSteps * kStemDepth, kStemPixels, C::kBlocks, rate,
+              uses::kCpAsync, [](const KernelInfo& info, const ConvLaunch& planned, Stream stream) {
+                launch(info, &conv2d_stem_wgrad_kernel<C>, planned.shape, stream, *planned.stem);
+              });
 }
 template <int kStride>
 void register_stems() {
-  Register<ConvVariant>(kFamily, {stem<64, kStride>(1), stem<48, kStride>(0.8), stem<32, kStride>(0.7)});
+  if constexpr (kPass == Pass::kFprop) {
+    Register<ConvVariant>(kFamily, {stem<64, kStride>(1), stem<48, kStride>(0.8), stem<32, kStride>(0.7)});
+  } else {
+    Register<ConvVariant>(kFamily, {stem_wgrad<64, kStride, 1, 4>(1), stem_wgrad<64, kStride, 4, 4>(0.6),
+                                    stem_wgrad<32, kStride, 2, 2>(0.5)});
+  }
 }
 
 // Rates: what of the tensor cores' time their loop leaves them. The smaller a tile, the more it brings from L2 for a
@@ -126,8 +146,8 @@ void register_tensor_cores(const char* type) {
     if constexpr (kPass == Pass::kFprop) {
       // AlexNet's first layer
       Register<ConvVariant>(kFamily, {variant<Config<Math, 128, 96, 2, 2, 2, kNarrow>>(type, "128x96_narrow", 0.8)});
-      register_stems<1>(), register_stems<2>(), register_stems<4>();
     }
+    if constexpr (kPass != Pass::kDgrad) register_stems<1>(), register_stems<2>(), register_stems<4>();
   }
   Register<ConvVariant>(kFamily, {variant<Config<Math, 64, 64, 4, 2, 1, 1>>(type, "gather", 0.1)});
 }

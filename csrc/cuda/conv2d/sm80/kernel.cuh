@@ -231,32 +231,43 @@ conv2d_kernel(const __grid_constant__ ConvParams p) {
   }
 }
 
-// Adds the parts of a split depth in their order, a thread for each run of results.
-constexpr int kReduceThreads = 128;
+template <int kRun>
+FASTCONV_DEVICE void add_run(float (&sums)[kRun], const float* from) {
+#pragma unroll
+  for (int v = 0; v < kRun; v += 4) {
+    const Vec<float, 4> four = load<4>(from + v);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums[v + e] += four.v[e];
+  }
+}
+
+// Adds the parts of a split depth in their order: a thread for each run of results or, where there are many parts, one
+// for each of some slices of them.
 template <Pass kPass, class T>
 FASTCONV_KERNEL(kReduceThreads, 4)
 conv2d_reduce_kernel(const __grid_constant__ ConvParams p) {
   constexpr int kRun = Results<kPass, T>::kRun;
-  const int index = static_cast<int>(blockIdx.x) * kReduceThreads + static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x), runs = kReduceThreads / p.reduce_slices, slice = thread / runs;
   int run, row;
-  const int all_rows = divide(p.by_runs, index, run);
+  const int all_rows = divide(p.by_runs, static_cast<int>(blockIdx.x) * runs + thread % runs, run);
   const int group = divide(p.by_extent_a, all_rows, row);
-  if (group >= p.arg.groups) return;
-  const Results<kPass, T> results(p, group, run * kRun);
-  if (!results.exists()) return;  // between two branches
+  const Results<kPass, T> results(p, min(group, p.arg.groups - 1), run * kRun);
+  const bool exists = group < p.arg.groups && results.exists();  // nothing is between two branches
   typename Results<kPass, T>::Vector others;
-  results.load_residual(row, others);
+  if (exists) results.load_residual(row, others);
   float sums[kRun] = {};
+  const int share = (p.splits + p.reduce_slices - 1) / p.reduce_slices;
+  const int end = exists ? min(p.splits, (slice + 1) * share) : 0;
 #pragma unroll 4
-  for (int split = 0; split < p.splits; ++split) {
-    const float* const parts = part(p, split, group, row, run * kRun);
-#pragma unroll
-    for (int v = 0; v < kRun; v += 4) {
-      const Vec<float, 4> four = load<4>(parts + v);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[v + e] += four.v[e];
-    }
+  for (int split = slice * share; split < end; ++split) add_run(sums, part(p, split, group, row, run * kRun));
+  if (p.reduce_slices > 1) {
+    float* const shared = dynamic_smem<float>() + thread % runs * kRun;
+    store_run(shared + slice * runs * kRun, sums);
+    __syncthreads();
+    if (slice > 0) return;
+    for (int other = 1; other < p.reduce_slices; ++other) add_run(sums, shared + other * runs * kRun);
   }
+  if (!exists) return;
   if (results.is_whole()) {
     results.finish(row, sums, others);
   } else {

@@ -1,22 +1,11 @@
-// The kernel of a network's first convolution, see ../stem.h. An image of three channels has no vectors: element by
-// element a block brings the patch of the image that 16 x 16 pixels of the result meet, once, as pixels of four
-// channels in shared memory. There the rows of the GEMM's operand are windows of the patch: four taps of a filter's row
-// are 32 bytes that lie side by side, and those of the next pixel begin `stride` pixels further. No tap is copied.
-//
-// ldmatrix wants rows that begin at a multiple of 16 bytes, and the banks want eight rows to follow each other:
-//
-//   stride 2   a row of the patch lies as it is
-//   stride 4   the even pairs of pixels lie before the odd ones: of four taps each half finds its two
-//   stride 1   a row lies there twice, the second time from its second pixel on, for the odd pixels of the result
+// The kernel of a network's first convolution, see ../stem.h: windows of a patch of the image (see stem_patch.cuh) by
+// filters. Weights come once to a block, which does one tile after the other.
 //
 // Taps beyond the filter have weights of 0, but an image may have an Inf there: the last step of a row drops them.
-// Weights come once to a block, which does one tile after the other.
 #pragma once
 
 #include "cuda/conv2d/sm80/math.cuh"
-#include "cuda/conv2d/stem.h"
-#include "cuda/runtime/divider.cuh"
-#include "cuda/runtime/launch.cuh"
+#include "cuda/conv2d/sm80/stem_patch.cuh"
 
 namespace fastconv::cuda::inline sm80 {
 
@@ -29,26 +18,7 @@ struct StemConfig {
   static_assert(kFilters % 16 == 0 && (kStride == 1 || kStride == 2 || kStride == 4));
 };
 
-// Which tile of which image
-struct StemTile {
-  int n, row, column;  // pixel
-};
-FASTCONV_DEVICE StemTile stem_tile(const StemParams& p, int index) {
-  const Pixel tile = pixel_at(p.by_tiles, p.by_tile_columns, index);
-  return {tile.n, tile.row * kStemRows, tile.column * kStemColumns};
-}
-
 // ---------------------------------------------------------------------------------------------------- operands
-
-template <class T>
-FASTCONV_DEVICE Vec<T, kStemChannels> channels_of(const T* first, int64_t stride, int channels, bool exists) {
-  Vec<T, kStemChannels> found{};
-#pragma unroll
-  for (int c = 0; c < kStemChannels; ++c) {
-    if (exists && c < channels) found.v[c] = first[c * stride];
-  }
-  return found;
-}
 
 template <class C>
 FASTCONV_DEVICE void bring_stem_filters(const StemParams& p, unsigned char* shared, int first) {
@@ -70,70 +40,20 @@ FASTCONV_DEVICE void bring_stem_filters(const StemParams& p, unsigned char* shar
   }
 }
 
-template <class C>
-FASTCONV_DEVICE void put_stem_pixel(const StemParams& p, unsigned char* patch, int row, int column,
-                                    const Vec<typename C::T, kStemChannels>& pixel) {
-  constexpr int kBytes = kStemChannels * 2;
-  const auto put = [&](int at) { store(reinterpret_cast<typename C::T*>(patch + row * p.row_pitch + at), pixel); };
-  if constexpr (C::kStride == 4) {
-    const int pair = column / 2;
-    put(pair % 2 * p.half_pitch + pair / 2 * 16 + column % 2 * kBytes);
-  } else {
-    put(column * kBytes);
-    if (C::kStride == 1 && column > 0) put(p.half_pitch + (column - 1) * kBytes);
-  }
-}
-
-template <class C>
-FASTCONV_DEVICE void bring_stem_patch(const StemParams& p, unsigned char* patch, const StemTile& tile) {
-  using T = typename C::T;
-  constexpr int kAtOnce = 4;
-  const int first_h = tile.row * p.stride_h - p.pad_h, first_w = tile.column * C::kStride - p.pad_w;
-  const T* const image = static_cast<const T*>(p.image) + tile.n * p.x.n;
-  const int all = p.patch_rows * p.patch_columns;
-#pragma unroll 1
-  for (int first = static_cast<int>(threadIdx.x); first < all; first += kAtOnce * kStemThreads) {
-    Vec<T, kStemChannels> pixels[kAtOnce];
-    int rows[kAtOnce], columns[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      rows[i] = divide(p.by_patch_columns, first + i * kStemThreads, columns[i]);
-      const int h = first_h + rows[i], w = first_w + columns[i];
-      const bool exists = rows[i] < p.patch_rows && static_cast<unsigned>(h) < static_cast<unsigned>(p.h) &&
-                          static_cast<unsigned>(w) < static_cast<unsigned>(p.w);
-      pixels[i] = channels_of(image + (h * p.x.h + w * p.x.w), p.x.c, p.c, exists);
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (rows[i] < p.patch_rows) put_stem_pixel<C>(p, patch, rows[i], columns[i], pixels[i]);
-    }
-  }
-}
-
 // ---------------------------------------------------------------------------------------------------- products
-
-// Where a lane finds its row of the first step's matrices, see ldmatrix: pixel `lane % 16` of a row of the result, and
-// the first or the second two of four taps
-template <class C>
-FASTCONV_DEVICE int stem_row_of_lane(const StemParams& p, int lane) {
-  const int column = lane % 16, half = lane / 16;
-  if constexpr (C::kStride == 4) return half * p.half_pitch + column * 16;
-  if constexpr (C::kStride == 2) return column * 16 + half * 16;
-  return column % 2 * p.half_pitch + column / 2 * 16 + half * 16;
-}
 
 template <class C>
 FASTCONV_DEVICE void multiply_stem(const StemParams& p, unsigned char* shared, int warp, int lane,
                                    Accumulator<C::kRows, C::kFilters / 8>& sums) {
   using T = typename C::T;
-  constexpr uint32_t kPatchStep = C::kStride == 4 ? 16 : 32, kFilterStep = 32;
+  constexpr uint32_t kPatchStep = kStemStep<C::kStride>, kFilterStep = 32;
   // Of a row's last step: whether the filter has the taps that this lane's elements belong to
   const int last_taps = p.s - (p.steps - 1) * kStemTaps, tap = lane % 4 / 2;
   const uint32_t low = tap < last_taps ? ~0u : 0u, high = 2 + tap < last_taps ? ~0u : 0u;
   const int filter = lane % 8 + lane / 16 * 8;
   uint32_t filters = ptx::smem_address(shared) + static_cast<uint32_t>(filter * p.filter_pitch + lane / 8 % 2 * 16);
   const uint32_t row_step = static_cast<uint32_t>(p.stride_h * p.row_pitch);
-  uint32_t row = ptx::smem_address(shared) + static_cast<uint32_t>(p.patch_at + stem_row_of_lane<C>(p, lane)) +
+  uint32_t row = ptx::smem_address(shared) + static_cast<uint32_t>(p.patch_at + stem_row_of_lane<C::kStride>(p, lane)) +
                  static_cast<uint32_t>(warp * C::kRows) * row_step;
 #pragma unroll 1
   for (int r = 0; r < p.r; ++r, row += static_cast<uint32_t>(p.dilation_h * p.row_pitch)) {
@@ -253,7 +173,7 @@ conv2d_stem_kernel(const __grid_constant__ StemParams p) {
   for (int index = static_cast<int>(blockIdx.x); index < p.tiles; index += static_cast<int>(gridDim.x)) {
     StemTile tile = stem_tile(p, index);
     __syncthreads();  // all have read the patch before
-    bring_stem_patch<C>(p, shared + p.patch_at, tile);
+    bring_stem_patch<typename C::T, C::kStride>(p, shared + p.patch_at, tile);
     __syncthreads();
     Accumulator<C::kRows, C::kFilters / 8> sums{};
     multiply_stem<C>(p, shared, warp, lane, sums);
