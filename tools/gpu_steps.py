@@ -82,7 +82,7 @@ def _proofs(files: Path) -> list[list[Step]]:
             _pytest("numerics-cuda", [*CUDA, *HOPPER, *others, *ON_CUDA, "-k", "not test_every"], 150),
             _pytest("numerics-triton", ["tests/kernels/triton", "-m", "", "-k", "not test_every_entry"], 150),
             _sanitized("memcheck-conv2d", [CUDA[0], *ON_CUDA, "-k", "test_every and (fp16 or fp32)"]),
-            _sanitized("memcheck-others", [*CUDA[1:], *ON_CUDA, "-k", "test_every and float16"]),
+            _sanitized("memcheck-others", [*CUDA[1:], *ON_CUDA, "-k", "test_every and (float16 or fp16)"]),
             _sanitized("memcheck-hopper", [*HOPPER, *ON_CUDA, "-k", "test_every and fp16"]),
             _sanitized("memcheck-triton", [ENTRIES, "-m", "", "-k", "not tf32 and not ieee"], "triton"),
             # Of the pipelines: kernels without asynchronous copies have little to race with.

@@ -64,8 +64,8 @@ ConvArguments arguments_of(const Tensor& input, int64_t channels, const Tensor& 
   return arg;
 }
 
-void run(const Chosen<ConvVariant>& choice, Device& device, const ConvArguments& arg, const Tensor& like) {
-  ConvPlan plan = plan_conv2d(choice, arg, device.info());
+void run(const ConvChoice& choice, Device& device, const Tensor& like) {
+  ConvPlan plan = plan_conv2d(choice, device.info());
   float* workspace = nullptr;
   std::optional<Tensor> memory;
   if (plan.workspace > 0) {
@@ -75,11 +75,11 @@ void run(const Chosen<ConvVariant>& choice, Device& device, const ConvArguments&
   launch_conv2d(plan, workspace, device.stream());
 }
 void run(Pass pass, Device& device, const ConvArguments& arg, const Tensor& like) {
-  run(choose_conv2d(pass, arg, device.info()), device, arg, like);
+  run(choose_conv2d(pass, arg, device.info()), device, like);
 }
 
-// The pass over `image`, of which `prepare` makes the operand. There are kernels that read a photograph as it lies:
-// which one runs is decided before it is packed.
+// The pass over `image`, of which `prepare` makes the operand, in `arg`. There are kernels that read a photograph as it
+// lies: which one runs is decided before it is packed.
 template <class Prepare>
 void run_over(Pass pass, Device& device, ConvArguments& arg, const Tensor& image, const Tensor& weight,
               Prepare&& prepare) {
@@ -91,11 +91,16 @@ void run_over(Pass pass, Device& device, ConvArguments& arg, const Tensor& image
   }
   arg.photograph = {device.in(image), strides_of(image), static_cast<int>(image.size(1)), device.in(weight),
                     strides_of(weight)};
-  const Strides packed{int64_t{arg.h} * arg.w * arg.c, 1, int64_t{arg.w} * arg.c, arg.c};
+  const auto stride = [](int extent, int64_t value) { return extent == 1 ? 0 : value; };
+  const Strides packed{stride(arg.n, int64_t{arg.h} * arg.w * arg.c), 1, stride(arg.h, int64_t{arg.w} * arg.c),
+                       stride(arg.w, arg.c)};
   arg.x = is_operand(image, arg.groups) ? strides_of(image) : packed;
-  const Chosen<ConvVariant> choice = choose_conv2d(pass, arg, device.info());
-  if (!choice.variant->reads_photographs()) prepare();
-  run(choice, device, arg, image);
+  ConvChoice choice = choose_conv2d(pass, arg, device.info());
+  if (!choice.variant->reads_photographs()) {
+    prepare();
+    choice.prepared(arg);
+  }
+  run(choice, device, image);
 }
 
 // The first channels of a wider result, as a tensor of its own
@@ -119,7 +124,7 @@ std::vector<Tensor> launch_forward(const Tensor& given, const std::vector<Forwar
                                    const ConvGeometry& geometry, Activation activation) {
   Device device(given);
   // The result of a photograph is written as the photograph lies.
-  const bool direct = !has_channels_side_by_side(given) && given.size(1) <= kFewChannels;
+  const bool direct = given.size(1) == 1 || (given.size(1) <= kFewChannels && !has_channels_side_by_side(given));
   const IntList& first = branches[0].output_size;
   const int64_t channels = packed_channels(given, given.size(1), geometry.groups);
   ConvArguments arg = arguments_of(given, channels, branches[0].weight, first[2], first[3], geometry);

@@ -19,7 +19,8 @@ struct ConvBranch {
   Strides y{};
 };
 
-// An image of few channels and its weight as the caller has them, for kernels that need no packed ones
+// An image of few channels and its weight as the caller has them, for kernels that need no packed ones: where those are
+// chosen, what else points to the two is null.
 struct Photograph {
   const void* input = nullptr;  // null where it is none
   Strides x{};
@@ -90,10 +91,10 @@ struct ConvParams {
   int splits, split_depth;             // split_depth: a multiple of the tile's depth
   bool wide[kMaxBranches];             // whether the branch's results can be written by 16 bytes
   float* workspace;                    // [splits, groups, extent_a, pitch_b]
-  int reduce_slices;                   // of the parts, each of which a thread of its own adds up
   Divider by_tiles_b, by_splits;
   Divider by_channels, by_s;     // of a position along the depth, along extent b of wgrad; positions of a row
   Divider by_runs, by_extent_a;  // of the reduction: 16 bytes of results in a row, rows of a group
+  int reduce_slices;             // of the parts, each of which a thread of its own adds up
 };
 
 // Of the kernel that adds up the parts

@@ -219,6 +219,12 @@ LaunchShape shape_of(const ConvVariant& variant, const ConvParams& p, int64_t ti
 
 int pitch_of(const ConvParams& p) { return static_cast<int>(ceil_div(p.extent_b, kBranchStep)) * kBranchStep; }
 
+// Parts are written and read.
+double clocks_of_reduction(const ConvParams& p, int64_t splits, const DeviceInfo& device) {
+  const double parts = static_cast<double>(splits) * p.arg.groups * p.extent_a * pitch_of(p) * sizeof(float);
+  return kLaunchClocks + 2 * parts / (2 * parts < device.l2_bytes ? kBytesOfCache : kBytesOfMemory);
+}
+
 // What the launch of one GEMM needs beyond `parameters`.
 ConvLaunch launch_of(const ConvVariant& variant, const ConvParams& params, int splits, const DeviceInfo& device) {
   ConvLaunch found{params, {}, {}, {}, {}, splits > 1};
@@ -250,7 +256,7 @@ ConvLaunch launch_of(const ConvVariant& variant, const ConvParams& params, int s
   }
   Walk& walk = p.walk;
   const int64_t first = walk.first_h * walk.h + walk.first_w * walk.w;
-  walk.data = static_cast<const char*>(walk.data) + first * element_bytes(p.arg.dtype);
+  if (walk.data) walk.data = static_cast<const char*>(walk.data) + first * element_bytes(p.arg.dtype);
   walk.n /= variant.vector, walk.h /= variant.vector, walk.w /= variant.vector;
   walk.tap_row = walk.tap_h * walk.h, walk.tap_column = walk.tap_w * walk.w;
   p.gradient = {p.arg.y.n / variant.vector, 1, p.arg.y.h / variant.vector, p.arg.y.w / variant.vector};
@@ -288,10 +294,14 @@ ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& devi
     const StemLaunch launch = stem_launch(pass, p, stem, device);
     found.cost.shape = launch.shape;
     if (pass == Pass::kWgrad) found.splits = found.cost.splits = static_cast<int>(launch.shape.grid.x);
+    const auto& [x, across, beside] = launch.shape.grid;
+    const auto rounds =
+        static_cast<double>(ceil_div(int64_t{launch.params.tiles} * across * beside, device.multiprocessors));
+    const double added = pass == Pass::kWgrad ? clocks_of_reduction(p, found.splits, device) : 0;
+    found.cost.rest = rounds * launch.products / (rounds * (launch.products + launch.moves) + added);
     // Blocks do one tile after the other.
     found.cost.shape.grid.x = static_cast<unsigned>(launch.params.tiles);
     found.cost.fill = launch.fill;
-    found.cost.rest = launch.busy;
     return found;
   }
   const auto [tiles_a, tiles_b, deep, multiplied, fill] = tiling(*this, p);
@@ -319,9 +329,7 @@ ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& devi
   };
   const auto clocks = [&](int64_t splits) {
     const double around = static_cast<double>(rounds(splits)) * (boxes ? kBoxesAround : kTilesAround) * tile_clocks;
-    const double parts = splits * static_cast<double>(p.arg.groups) * p.extent_a * pitch_of(p) * sizeof(float);
-    const double passes = 2 * parts / (2 * parts < device.l2_bytes ? kBytesOfCache : kBytesOfMemory);
-    return (products(splits) + around) / busy(splits) + (splits > 1 ? kLaunchClocks + passes : 0);
+    return (products(splits) + around) / busy(splits) + (splits > 1 ? clocks_of_reduction(p, splits, device) : 0);
   };
   const int64_t most = halo && pass != Pass::kWgrad ? 1 : std::min(deep / kFewestTilesDeep, kMostSplits);
   double least = clocks(1);
@@ -342,17 +350,20 @@ ConvCandidate ConvVariant::candidate(const ConvParams& p, const DeviceInfo& devi
   return found;
 }
 
-Chosen<ConvVariant> choose_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo& device) {
-  return choose<ConvVariant>(static_cast<int>(pass), parameters(pass, arguments)[0], device);
-}
+void ConvChoice::prepared(const ConvArguments& arguments) { gemms = parameters(variant->pass, arguments); }
 
-ConvPlan plan_conv2d(const Chosen<ConvVariant>& choice, const ConvArguments& arguments, const DeviceInfo& device) {
-  const auto& [variant, candidate] = choice;
-  const std::vector<ConvParams> gemms = parameters(variant->pass, arguments);
+ConvChoice choose_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo& device) {
+  std::vector<ConvParams> gemms = parameters(pass, arguments);
+  const auto [variant, candidate] = choose<ConvVariant>(static_cast<int>(pass), gemms[0], device);
   if (int64_t{arguments.groups} * candidate.splits > 65535) {
     throw std::runtime_error("fastconv: got " + std::to_string(arguments.groups) +
                              " groups, needed at most 65535 for the CUDA kernels");
   }
+  return {variant, candidate, std::move(gemms)};
+}
+
+ConvPlan plan_conv2d(const ConvChoice& choice, const DeviceInfo& device) {
+  const auto& [variant, candidate, gemms] = choice;
   ConvPlan plan;
   plan.variant = variant;
   plan.reduction = &reduction_of(*variant);
@@ -366,7 +377,7 @@ ConvPlan plan_conv2d(const Chosen<ConvVariant>& choice, const ConvArguments& arg
     }
     plan.launches.push_back(launch_of(*variant, gemm, splits, device));
     if (plan.launches.back().in_parts) {
-      const int64_t parts = splits * int64_t{arguments.groups} * gemm.extent_a * pitch_of(gemm);
+      const int64_t parts = splits * int64_t{gemm.arg.groups} * gemm.extent_a * pitch_of(gemm);
       plan.workspace = std::max(plan.workspace, parts);
     }
   }

@@ -71,10 +71,19 @@ struct ConvPlan {
   int64_t workspace = 0;             // float32 elements
 };
 
+// A kernel for the GEMMs of a call. Operands that were prepared since must be told.
+struct ConvChoice {
+  const ConvVariant* variant = nullptr;
+  ConvCandidate candidate;
+  std::vector<ConvParams> gemms;  // in dgrad one for each phase
+
+  void prepared(const ConvArguments& arguments);
+};
+
 // Extents are below 2^31 - kSpareExtent, those of the GEMM included; the glue checks that. Throws when the kernel that
 // was forced upon the pass does not take these tensors. Of pointers only whether they are null and aligned is asked.
-Chosen<ConvVariant> choose_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo& device);
-ConvPlan plan_conv2d(const Chosen<ConvVariant>& choice, const ConvArguments& arguments, const DeviceInfo& device);
+ConvChoice choose_conv2d(Pass pass, const ConvArguments& arguments, const DeviceInfo& device);
+ConvPlan plan_conv2d(const ConvChoice& choice, const DeviceInfo& device);
 void launch_conv2d(ConvPlan& plan, float* workspace, Stream stream);
 
 }  // namespace fastconv::cuda

@@ -8,9 +8,9 @@ namespace fastconv::cuda {
 namespace {
 
 constexpr int kElement = 2, kPixelBytes = kStemChannels * kElement;
-constexpr int kRun = 16 / kElement;  // elements that are moved at once
-constexpr int kPixels = kStemRows * kStemColumns;
-constexpr int kWidestFilter = 64;  // in columns and rows, so that a patch's extents stay small
+// Of a filter in columns and rows, and of a step in rows, so that a patch's extents stay small; blocks along y of a
+// grid
+constexpr int kFarthest = 64, kMostAcross = 65535;
 // Estimates: clocks of a multiprocessor to bring a pixel of a patch, and to move a run
 constexpr double kClocksOfPixel = 0.2, kClocksOfRun = 0.2;
 
@@ -26,7 +26,8 @@ StemParams stem_params(const ConvArguments& arg) {
   p.y = arg.grad_output ? arg.y : branch.y;
   p.activation = arg.activation;
   p.h = arg.h, p.w = arg.w, p.k = branch.k, p.p = arg.p, p.q = arg.q, p.r = arg.r, p.s = arg.s;
-  p.stride_h = arg.stride_h, p.pad_h = arg.pad_h, p.pad_w = arg.pad_w, p.dilation_h = arg.dilation_h;
+  p.stride_h = arg.stride_h, p.pad_h = arg.pad_h, p.pad_w = arg.pad_w;
+  p.dilation_h = arg.r > 1 ? arg.dilation_h : 1;
   return p;
 }
 
@@ -44,13 +45,13 @@ int64_t place(Pass pass, StemParams& p, const StemTiles& tiles) {
   p.row_pitch = tiles.stride == 1 ? p.half_pitch + rounded_up(row, 128) + 64 : row;
   p.patch_at = pass == Pass::kFprop ? rounded_up(int64_t{tiles.filters} * p.filter_pitch, 128) : 0;
   p.slabs_at = rounded_up(p.patch_at + int64_t{p.patch_rows} * p.row_pitch, 128);
-  if (pass == Pass::kWgrad) return p.slabs_at + kPixels * stem_gradient_pitch(tiles.filters);
+  if (pass == Pass::kWgrad) return p.slabs_at + kStemPixels * stem_pixel_pitch(tiles.filters);
   p.biases_at = p.slabs_at + kStemThreads / 32 * stem_slab_bytes(tiles.filters);
   return p.biases_at + int64_t{tiles.filters} * 4;
 }
 
 StemRuns runs_of(const StemParams& p) {
-  const auto whole = [](int64_t stride) { return stride % kRun == 0; };
+  const auto whole = [](int64_t stride) { return stride % kStemRun == 0; };
   if (!is_aligned(p.output) || !whole(p.y.n) || !whole(p.y.h)) return StemRuns::kNone;
   if (p.y.c == 1 && whole(p.y.w) && whole(p.k)) return StemRuns::kChannels;
   return p.y.w == 1 && whole(p.y.c) && whole(p.q) ? StemRuns::kColumns : StemRuns::kNone;
@@ -60,12 +61,13 @@ StemRuns runs_of(const StemParams& p) {
 
 const char* refuses_stem(Pass pass, const ConvParams& params, const StemTiles& tiles, const DeviceInfo& device) {
   const ConvArguments& arg = params.arg;
-  if (arg.photograph.input == nullptr) return "the image has more than four channels, or a residual is added";
+  if (arg.photograph.input == nullptr) return "more than four channels, groups, branches, or a residual";
   if (arg.stride_w != tiles.stride) return "it is for another stride";
   if (arg.dilation_w > 1 && arg.s > 1) return "the filter is dilated";
   const int64_t rows = int64_t{arg.r - 1} * arg.dilation_h;
-  if (rows > kWidestFilter || arg.s > kWidestFilter || arg.stride_h > kWidestFilter) return "the filter is too large";
-  if (pass == Pass::kWgrad && !has_vectors(arg.grad_output, arg.y, arg.grad_channels, kRun, kElement))
+  if (rows > kFarthest || arg.s > kFarthest || arg.stride_h > kFarthest) return "the filter or its step is too large";
+  if (ceil_div(arg.branch[0].k, tiles.filters) > kMostAcross) return "there are too many filters";
+  if (pass == Pass::kWgrad && !has_vectors(arg.grad_output, arg.y, arg.grad_channels, kStemRun, kElement))
     return "the gradient's channels are not vectors of 16 bytes";
   StemParams p = stem_params(arg);
   return place(pass, p, tiles) <= device.shared_per_block ? nullptr : "the patch does not fit into shared memory";
@@ -82,26 +84,24 @@ StemLaunch stem_launch(Pass pass, const ConvParams& params, const StemTiles& til
   p.by_tiles = Divider(rows * columns), p.by_tile_columns = Divider(columns);
   p.by_patch_columns = Divider(p.patch_columns);
   p.by_taps = Divider(p.steps * kStemTaps), p.by_rows = Divider(p.r), p.by_steps = Divider(p.steps);
-  p.extent_a = params.extent_a, p.pitch_b = params.pitch_b;
+  p.extent_a = params.extent_a, p.extent_b = params.extent_b, p.pitch_b = params.pitch_b;
 
-  // A block brings filters once, or adds up in registers, and does one tile after the other: as many blocks as have the
-  // same number of them, and fit.
+  // A block brings filters once, or adds up in registers, and does one tile after the other: as many blocks as fit.
   const int steps = p.r * p.steps;
   const int64_t across = ceil_div(p.k, tiles.filters), beside = forward ? 1 : ceil_div(steps, tiles.steps);
   const int resident = forward ? stem_blocks(tiles.filters) : stem_wgrad_blocks(tiles.filters, tiles.steps);
-  const int64_t places = std::max<int64_t>(int64_t{device.multiprocessors} * resident / (across * beside), 1);
-  const int64_t blocks = ceil_div(p.tiles, ceil_div(p.tiles, places));
-  found.shape.grid = {static_cast<unsigned>(blocks), static_cast<unsigned>(across), static_cast<unsigned>(beside)};
   found.shape.block = {kStemThreads};
+  const int64_t places = int64_t{device.multiprocessors} * resident_blocks(found.shape, resident, device);
+  const int64_t blocks = std::min<int64_t>(p.tiles, ceil_div(places, across * beside));
+  found.shape.grid = {static_cast<unsigned>(blocks), static_cast<unsigned>(across), static_cast<unsigned>(beside)};
 
   const int64_t multiplied = forward ? steps : beside * tiles.steps;
-  const double of_pixels = static_cast<double>(p.p) * p.q / (static_cast<double>(rows) * columns * kPixels);
+  const double of_pixels = static_cast<double>(p.p) * p.q / (static_cast<double>(rows) * columns * kStemPixels);
   const double of_filters = static_cast<double>(p.k) / static_cast<double>(across * tiles.filters);
   found.fill = of_pixels * of_filters * p.r * p.s / static_cast<double>(multiplied * kStemTaps);
-  const double products = static_cast<double>(kPixels) * tiles.filters * kStemTaps * kStemChannels / 1024 *
-                          static_cast<double>(multiplied / beside);
-  const double moved = kClocksOfPixel * p.patch_rows * p.patch_columns + kClocksOfRun * kPixels * tiles.filters / kRun;
-  found.busy = products / (products + moved);
+  found.products = static_cast<double>(kStemPixels) * tiles.filters * kStemTaps * kStemChannels / 1024 *
+                   static_cast<double>(multiplied / beside);
+  found.moves = kClocksOfPixel * p.patch_rows * p.patch_columns + kClocksOfRun * kStemPixels * tiles.filters / kStemRun;
   return found;
 }
 

@@ -14,11 +14,13 @@ constexpr int kStemRows = 16, kStemColumns = 16, kStemThreads = 128;
 constexpr int stem_blocks(int filters) { return filters > 32 ? 2 : 3; }
 // Four taps of a filter's row, of four channels each, are the depth of a product.
 constexpr int kStemTaps = 4, kStemChannels = 4;
+constexpr int kStemPixels = kStemRows * kStemColumns;
+constexpr int kStemRun = 8;  // elements that are moved at once
 
-// In wgrad: blocks on a multiprocessor; from one pixel's gradients in shared memory to the next
+// In wgrad
 constexpr int stem_wgrad_blocks(int filters, int steps) { return filters * steps > 512 ? 2 : 3; }
-constexpr int stem_gradient_pitch(int filters) { return filters * 2 + 16; }  // bytes
-// Of a warp's results on their way out: of 16 pixels, with padding that keeps the banks of filters, or pixels, apart
+// Of the results, or gradients, of a pixel and, of 16 pixels, of a filter in shared memory, with padding that keeps the
+// banks apart; of a warp's results on their way out
 constexpr int stem_pixel_pitch(int filters) { return filters * 2 + 16; }  // bytes
 constexpr int kStemFilterPitch = kStemColumns * 2 + 16;
 constexpr int stem_slab_bytes(int filters) {
@@ -56,7 +58,7 @@ struct StemParams {
 
   int gradient_channels;  // in wgrad
   float* workspace;       // in wgrad: [blocks, extent_a, pitch_b]
-  int extent_a, pitch_b;
+  int extent_a, extent_b, pitch_b;
 };
 
 // What a kernel does at once: filters, and columns to a step of the result; in wgrad steps of four taps, too
@@ -70,8 +72,8 @@ const char* refuses_stem(Pass pass, const ConvParams& params, const StemTiles& t
 struct StemLaunch {
   StemParams params;
   LaunchShape shape;
-  // What of the products is asked for, beside those of an image of four channels; of a block's time, what products take
-  double fill, busy;
+  double fill;             // what of the products is asked for, beside those of an image of four channels
+  double products, moves;  // clocks of a multiprocessor for those of a tile, and for what they are made of
 };
 StemLaunch stem_launch(Pass pass, const ConvParams& params, const StemTiles& tiles, const DeviceInfo& device);
 

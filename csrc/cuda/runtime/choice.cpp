@@ -51,13 +51,18 @@ std::string as_json(double value) {
 
 }  // namespace
 
-Outlook outlook(const Cost& cost, const DeviceInfo& device) {
-  const auto& [grid, block, shared, cluster] = cost.shape;
-  const int64_t blocks = std::max<int64_t>(int64_t{grid.x} * grid.y * grid.z, 1);
+int64_t resident_blocks(const LaunchShape& shape, int most, const DeviceInfo& device) {
+  const auto& [grid, block, shared, cluster] = shape;
   const int64_t threads = std::max<int64_t>(int64_t{block.x} * block.y * block.z, 1);
   const int64_t by_threads = device.threads_per_multiprocessor / threads;
   const int64_t by_shared = shared > 0 ? device.shared_per_multiprocessor / (shared + kReservedShared) : INT_MAX;
-  const int64_t resident = std::max<int64_t>(std::min({int64_t{cost.resident}, by_threads, by_shared}), 1);
+  return std::max<int64_t>(std::min({int64_t{most}, by_threads, by_shared}), 1);
+}
+
+Outlook outlook(const Cost& cost, const DeviceInfo& device) {
+  const Extent& grid = cost.shape.grid;
+  const int64_t blocks = std::max<int64_t>(int64_t{grid.x} * grid.y * grid.z, 1);
+  const int64_t resident = resident_blocks(cost.shape, cost.resident, device);
   // Blocks on one multiprocessor share it: a launch takes as long as the multiprocessor that gets the most of them.
   const int64_t most = ceil_div(blocks, device.multiprocessors);
   const double waves = static_cast<double>(blocks) / static_cast<double>(most * device.multiprocessors);

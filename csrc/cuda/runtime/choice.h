@@ -44,6 +44,9 @@ struct Outlook {
 };
 Outlook outlook(const Cost& cost, const DeviceInfo& device);
 
+// Blocks of this shape on a multiprocessor at once, of which registers allow `most`
+int64_t resident_blocks(const LaunchShape& shape, int most, const DeviceInfo& device);
+
 // Notes what was considered for one call, if anybody listens (`fastconv_cuda_record_choices`).
 class ChoiceRecord {
  public:

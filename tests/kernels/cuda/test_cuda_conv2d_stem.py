@@ -217,31 +217,38 @@ def test_special_values_in_the_gradient(backend: str, stride: int, padding: int,
         assert torch.equal(found.isnan(), conv.backward(torch.float64)[1].isnan())
 
 
-# Image, filter, options: the first layers of networks
+# Image, filter, stride, padding: the first layers of networks
 STEMS = {
-    "ZFNet": ((1, 3, 64, 64), (96, 3, 7, 7), {"stride": 2, "padding": 1}),
-    "VGG": ((1, 3, 32, 32), (64, 3, 3, 3), {"padding": 1}),
-    "ResNet, GoogLeNet, DenseNet": ((1, 3, 64, 64), (64, 3, 7, 7), {"stride": 2, "padding": 3}),
-    "Inception-v3, Xception": ((1, 3, 65, 65), (32, 3, 3, 3), {"stride": 2}),
-    "MobileNet, EfficientNet": ((1, 3, 64, 64), (32, 3, 3, 3), {"stride": 2, "padding": 1}),
-    "ConvNeXt": ((1, 3, 64, 64), (96, 3, 4, 4), {"stride": 4}),
-    "LeNet": ((1, 1, 32, 32), (6, 1, 5, 5), {}),
+    "VGG": ((32, 3, 224, 224), (64, 3, 3, 3), 1, 1),
+    "ResNet, GoogLeNet, DenseNet": ((32, 3, 224, 224), (64, 3, 7, 7), 2, 3),
+    "Inception-v3, Xception": ((32, 3, 299, 299), (32, 3, 3, 3), 2, 0),
+    "MobileNet, EfficientNet": ((32, 3, 224, 224), (32, 3, 3, 3), 2, 1),
 }
+A100 = (80, 108, 2048, 163 << 10, 164 << 10, 40 << 20)  # csrc/cuda/runtime/device_info.h
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("network", STEMS)
 def test_first_layers_are_not_packed(network: str, layout: torch.memory_format) -> None:
-    shape, filters, options = STEMS[network]
-    conv = convolution("cuda-emulated", "bf16", shape, filters, activation="relu", layout=layout, **options)
-    with emulated_gpu(multiprocessors=1) as library:
-        check(conv.input, conv.weight, conv.bias, conv.geometry)
-        (launched,) = library.launches()
-        assert "stem" in launched
-        check_gradient(conv.input, filters, conv.geometry)
-        (of_gradient,) = (name for name in library.launches() if name.startswith(WGRAD) and "reduce" not in name)
-    # LeNet's six filters and the last 32 of ConvNeXt's 96 would leave a part of a tile empty.
-    assert "stem" in of_gradient or network in ("LeNet", "ConvNeXt")
+    """Of a batch on an A100, in the forward and for the gradient of the weight."""
+    shape, filters, stride, padding = STEMS[network]
+    image, weight = (torch.empty(size, dtype=torch.bfloat16, memory_format=layout) for size in (shape, filters))
+    size = F.conv2d(image.to("meta"), weight.to("meta"), None, stride, padding).shape
+    grad = torch.empty(size, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    geometry = [stride] * 2, [padding] * 2, [1, 1], 1, "none"
+    with emulated_gpu() as library:
+        library.device(A100)
+        with library.planning() as noted:
+            ops.conv2d_relu(image, weight, None, stride, padding)
+            operators("cuda-emulated").conv2d_backward(
+                grad, None, image, weight, *geometry, [False, True, False, False]
+            )
+    forward, gradient, reduction = (launch["kernel"] for launch in noted)
+    assert forward.startswith(FPROP)
+    assert gradient.startswith(WGRAD)
+    assert "stem" in forward
+    assert "stem" in gradient
+    assert "reduce" in reduction
 
 
 def test_a_packed_image_is_weighed_too() -> None:
@@ -261,10 +268,10 @@ def test_a_packed_image_is_weighed_too() -> None:
 
 
 REFUSED = {
-    "the image has more than four channels, or a residual is added": ((1, 8, 9, 9), (8, 8, 3, 3), {}),
+    "more than four channels, groups, branches, or a residual": ((1, 8, 9, 9), (8, 8, 3, 3), {}),
     "it is for another stride": ((1, 3, 9, 9), (8, 3, 3, 3), {"stride": 3}),
     "the filter is dilated": ((1, 3, 9, 9), (8, 3, 3, 3), {"dilation": 2}),
-    "the filter is too large": ((1, 3, 9, 80), (8, 3, 1, 65), {"padding": 4}),
+    "the filter or its step is too large": ((1, 3, 9, 80), (8, 3, 1, 65), {"padding": 4}),
     "the patch does not fit into shared memory": ((1, 3, 60, 60), (64, 3, 51, 51), {}),
 }
 
@@ -280,9 +287,20 @@ def test_refusals(reason: str) -> None:
     with (
         emulated_gpu(),
         forced("cuda-emulated", FPROP, kernel_name(1)),
-        pytest.raises(RuntimeError, match="at most 4 channels, no groups or residual, a stride of 1, 2 or 4"),
+        pytest.raises(
+            RuntimeError, match="needs an image of at most 4 channels, no groups or residual, its own stride"
+        ),
     ):
         ops.conv2d_relu(conv.input, conv.weight, conv.bias, *conv.geometry)
+
+
+def test_more_filters_than_a_grid_has_room_for() -> None:
+    image, weight = (torch.ones(n, 3, 1, 1, dtype=torch.float16) for n in (1, 32 * 65535 + 1))
+    with emulated_gpu() as library, library.planning(), kernels.choices() as made:
+        ops.conv2d_relu(image, weight)
+    reasons = {each.kernel: each.reason for choice in made for each in choice.candidates}
+    assert reasons[kernel_name(1, 32)] == "there are too many filters"
+    assert reasons[kernel_name(1, 48)] == ""
 
 
 def test_residuals_and_groups_take_other_kernels() -> None:

@@ -36,6 +36,13 @@ def convolutions(dtype: torch.dtype, layout: str, channels: int = 16, size: int 
         yield functools.partial(backward, grad, grad, x, weight, *geometry, activation, [True, True, True, False])
 
 
+def photographs(dtype: torch.dtype, layout: str) -> Iterator[Call]:
+    draw = functools.partial(random, BACKEND, dtype=dtype, layout=layout)
+    x, weight = draw(1, 3, 9, 9), draw(8, 3, 3, 3)
+    for stride in (1, 2, 4):
+        yield functools.partial(gradients, ops.conv2d_relu, x, weight, stride=stride, padding=1)
+
+
 def depthwise(dtype: torch.dtype, layout: str) -> Iterator[Call]:
     draw = functools.partial(random, BACKEND, dtype=dtype, layout=layout)
     x, pointwise = draw(1, 16, 6, 8), draw(24, 16, 1, 1)
@@ -84,6 +91,8 @@ def test_kernels_use_what_their_table_says() -> None:
             for dtype, calls in itertools.product((*HALVES, torch.float32), (convolutions, depthwise, others)):
                 for call in calls(dtype, layout):
                     with_every_kernel(call)
+                for call in photographs(dtype, layout) if calls is convolutions and dtype in HALVES else ():
+                    with_every_kernel(call, "stem")
                 if calls is convolutions:
                     # Of few pixels with many channels, of many with few, and of channels that are packed
                     for channels, size in ((136, 4), (8, 32), (5, 6)):

@@ -79,7 +79,8 @@ ConvVariant variant(const char* type, const char* what, double rate) {
                     0,
                     kStemThreads,
                     -1,
-                    "an image of at most 4 channels, no groups or residual, a stride of 1, 2 or 4, no dilation",
+                    kBackward ? "an image of at most 4 channels, no groups, its own stride, filters in multiples of 8"
+                              : "an image of at most 4 channels, no groups or residual, its own stride",
                     uses::kLoadStore | HalfMath<T>::kUses | uses},
                    kPass,
                    kDType,
@@ -91,7 +92,7 @@ ConvVariant variant(const char* type, const char* what, double rate) {
   made.stem = tiles;
   return made;
 }
-constexpr int kStemPixels = kStemRows * kStemColumns, kStemDepth = kStemTaps * kStemChannels;
+constexpr int kStemDepth = kStemTaps * kStemChannels;
 template <int kFilters, int kStride>
 ConvVariant stem(double rate) {
   using C = StemConfig<T, kFilters, kStride>;

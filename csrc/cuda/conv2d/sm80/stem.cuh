@@ -60,25 +60,18 @@ FASTCONV_DEVICE void multiply_stem(const StemParams& p, unsigned char* shared, i
     uint32_t pixels = row;
 #pragma unroll 1
     for (int step = 1; step <= p.steps; ++step, pixels += kPatchStep, filters += kFilterStep) {
-      uint32_t a[C::kRows][4], b[C::kFilters / 16][4];
+      typename HalfMath<T>::template Fragments<C::kRows, C::kFilters / 8> f;
 #pragma unroll
-      for (int i = 0; i < C::kRows; ++i) ptx::ldmatrix_x4(a[i], pixels + static_cast<uint32_t>(i) * row_step);
+      for (int i = 0; i < C::kRows; ++i) ptx::ldmatrix_x4(f.a[i], pixels + static_cast<uint32_t>(i) * row_step);
 #pragma unroll
       for (int j = 0; j < C::kFilters / 16; ++j) {
-        ptx::ldmatrix_x4(b[j], filters + static_cast<uint32_t>(16 * j * p.filter_pitch));
+        ptx::ldmatrix_x4(f.b[j], filters + static_cast<uint32_t>(16 * j * p.filter_pitch));
       }
       if (step == p.steps) {
 #pragma unroll
-        for (int i = 0; i < C::kRows; ++i) a[i][0] &= low, a[i][1] &= low, a[i][2] &= high, a[i][3] &= high;
+        for (int i = 0; i < C::kRows; ++i) f.a[i][0] &= low, f.a[i][1] &= low, f.a[i][2] &= high, f.a[i][3] &= high;
       }
-#pragma unroll
-      for (int i = 0; i < C::kRows; ++i) {
-#pragma unroll
-        for (int j = 0; j < C::kFilters / 8; ++j) {
-          const uint32_t pair[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-          ptx::mma_m16n8k16<T>(sums.v[i][j], a[i], pair);
-        }
-      }
+      HalfMath<T>::multiply(sums, f);
     }
   }
 }
@@ -91,7 +84,7 @@ template <class C>
 class StemResults {
  public:
   using T = typename C::T;
-  static constexpr int kRun = 8;
+  static constexpr int kRun = kStemRun;
 
   FASTCONV_DEVICE StemResults(const StemParams& params, unsigned char* shared, int warp, int first)
       : p(params),

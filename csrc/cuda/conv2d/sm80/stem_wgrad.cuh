@@ -16,17 +16,18 @@ struct StemWgradConfig {
   static constexpr int kFilters = kFilters_, kStride = kStride_, kSteps = kSteps_;
   static constexpr int kWarpsA = kWarpsA_, kWarpsB = kStemThreads / 32 / kWarpsA;
   static constexpr int kBlocksA = kFilters / 16 / kWarpsA;  // of 16 filters
-  static constexpr int kBlocks = stem_wgrad_blocks(kFilters, kSteps* kWarpsB), kPitch = stem_gradient_pitch(kFilters);
+  static_assert(kStemThreads / 32 % kWarpsA == 0 && kFilters % (16 * kWarpsA) == 0);
+  static constexpr int kBlocks = stem_wgrad_blocks(kFilters, kSteps* kWarpsB), kPitch = stem_pixel_pitch(kFilters);
 };
 
 template <class C>
 FASTCONV_DEVICE void bring_stem_gradient(const StemParams& p, uint32_t to, const StemTile& tile, int first) {
   using T = typename C::T;
-  constexpr int kRuns = C::kFilters / 8;  // of 16 bytes, to a pixel
+  constexpr int kRuns = C::kFilters / kStemRun;  // to a pixel
   const T* const from = static_cast<const T*>(p.gradient) + (tile.n * p.y.n + tile.row * p.y.h + tile.column * p.y.w);
 #pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x); i < kStemRows * kStemColumns * kRuns; i += kStemThreads) {
-    const int pixel = i / kRuns, filter = i % kRuns * 8;
+  for (int i = static_cast<int>(threadIdx.x); i < kStemPixels * kRuns; i += kStemThreads) {
+    const int pixel = i / kRuns, filter = i % kRuns * kStemRun;
     const int row = pixel / kStemColumns, column = pixel % kStemColumns;
     const bool exists = tile.row + row < p.p && tile.column + column < p.q && first + filter < p.gradient_channels;
     const T* const source = exists ? from + (row * p.y.h + column * p.y.w + first + filter) : from;
@@ -79,31 +80,30 @@ conv2d_stem_wgrad_kernel(const __grid_constant__ StemParams p) {
     const uint32_t low = kept(pixel), high = kept(pixel + 8);
 #pragma unroll 1
     for (int row = 0; row < rows; ++row) {
-      uint32_t a[C::kBlocksA][4], b[C::kSteps][4];
+      typename HalfMath<T>::template Fragments<C::kBlocksA, 2 * C::kSteps> f;
 #pragma unroll
       for (int i = 0; i < C::kBlocksA; ++i) {
-        ptx::ldmatrix_x4_trans(a[i], gradient + static_cast<uint32_t>(row * kStemColumns * C::kPitch + i * 32));
+        ptx::ldmatrix_x4_trans(f.a[i], gradient + static_cast<uint32_t>(row * kStemColumns * C::kPitch + i * 32));
       }
 #pragma unroll
       for (int j = 0; j < C::kSteps; ++j) {
-        ptx::ldmatrix_x4_trans(b[j], windows[j] + static_cast<uint32_t>(row * p.stride_h * p.row_pitch));
+        ptx::ldmatrix_x4_trans(f.b[j], windows[j] + static_cast<uint32_t>(row * p.stride_h * p.row_pitch));
       }
       if (columns < kStemColumns) {
 #pragma unroll
-        for (int j = 0; j < C::kSteps; ++j) b[j][0] &= low, b[j][1] &= high, b[j][2] &= low, b[j][3] &= high;
+        for (int j = 0; j < C::kSteps; ++j) f.b[j][0] &= low, f.b[j][1] &= high, f.b[j][2] &= low, f.b[j][3] &= high;
       }
-#pragma unroll
-      for (int i = 0; i < C::kBlocksA; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2 * C::kSteps; ++j) {
-          const uint32_t pair[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-          ptx::mma_m16n8k16<T>(sums.v[i][j], a[i], pair);
-        }
-      }
+      HalfMath<T>::multiply(sums, f);
     }
   }
 
+  static_assert(kStemThreads >= C::kFilters);
   float* const part = p.workspace + int64_t{blockIdx.x} * p.extent_a * p.pitch_b;
+  // Rows end with what nobody asks for.
+  if (const int k = first_filter + static_cast<int>(threadIdx.x);
+      p.extent_b < p.pitch_b && blockIdx.z == 0 && threadIdx.x < C::kFilters && k < p.extent_a) {
+    store(part + (int64_t{k} * p.pitch_b + p.extent_b), Vec<float, 4>{});
+  }
 #pragma unroll
   for (int j = 0; j < 2 * C::kSteps; ++j) {
     const int step = first_step + j / 2;
