@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastconv import ops
+from fastconv.swapping.calls.onednn import compute_dtype
 
 
 def activate(value: Tensor, name: str) -> Tensor:
@@ -19,11 +20,7 @@ def activate(value: Tensor, name: str) -> Tensor:
 
 def onednn_computes(dtype: torch.dtype) -> bool:
     """Whether eager's convolutions of this type are oneDNN's on this processor, and not aten's own."""
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if dtype == torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return dtype == torch.float32
+    return compute_dtype(dtype) == dtype
 
 
 def eager(op: str, a: dict[str, Any]) -> list[Tensor]:

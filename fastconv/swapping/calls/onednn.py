@@ -41,13 +41,13 @@ def onednn_for(source: FusedConv, instead: Callable[[], Run] | None = None) -> O
     is_there = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     if weight.device.type != "cpu" or not is_there or backends.current() not in ("auto", "cpu"):
         return None
-    compute, padding = _compute_dtype(weight.dtype), numeric_padding(source.conv)
+    compute, padding = compute_dtype(weight.dtype), numeric_padding(source.conv)
     if compute is None or padding is None:
         return None
     return OneDNN(source, torch.float32 if _ends_the_process(source.conv, compute) else compute, padding, instead)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype | None:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype | None:
     """The dtype in which oneDNN computes for a model of this dtype here; None if it does not."""
     native = {
         torch.float32: lambda: True,
