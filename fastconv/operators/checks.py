@@ -68,7 +68,8 @@ def storage(op: str, name: str, tensor: Tensor) -> None:
     if torch.compiler.is_compiling() or not has_memory(tensor):
         return
     span = tensor.numel()
-    if not tensor.is_contiguous():
+    in_channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    if not tensor.is_contiguous() and not in_channels_last:
         span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (tensor.storage_offset() + span) * tensor.element_size()
     held = tensor.untyped_storage().nbytes()

@@ -23,7 +23,7 @@ from .calls import OperatorCall
 from .candidates import REFERENCE, Contender, bound, contenders, out_runner, runner
 from .judging import Judge
 from .truth import Untrustworthy
-from .variants import climb, cuda_variants, triton_neighbours
+from .variants import climb, cuda_variants, triton_candidates, triton_neighbours
 
 Event = dict[str, Any]
 
@@ -85,8 +85,8 @@ class Examination:
                     most = MOST_KERNELS if self._options.search else _FEW_KERNELS
                     for variant in cuda_variants(self._bound(contender), contender.backend, most):
                         yield from self._examine(Contender(contender.backend, variant))
-                elif contender.backend == "triton" and self._options.search:
-                    yield from self._search(contender)
+                elif contender.backend == "triton":
+                    yield from self._block_sizes(contender)
             yield from self._confirm()
             entry = Entry(*self._call.shape_class, candidates=self._ordered(), backward=tuple(backward))
             entry = replace(entry, searched=self._options.search)
@@ -178,12 +178,16 @@ class Examination:
 
     # ---------------------------------------------------------------------------------------------- the choice
 
-    def _search(self, contender: Contender) -> Iterator[Event]:
-        """Block sizes, from the shipped ones to better ones."""
+    def _block_sizes(self, contender: Contender) -> Iterator[Event]:
+        """The few that the table has for the call; with a search others, from the shipped ones to better ones."""
         from ..triton_kernels import table
 
         with table.noted() as noted:
             self._bound(contender)()
+        for candidate in triton_candidates(noted):
+            yield from self._examine(Contender(contender.backend, candidate))
+        if not self._options.search:
+            return
         start: dict[str, Any] = {}
         search = climb(start, lambda variant: triton_neighbours(noted, variant), MOST_SEARCHED)
         variant = next(search)

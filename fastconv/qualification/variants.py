@@ -1,7 +1,8 @@
 """Which variants of a backend there are for a call (see `fastconv.operators.variants`), and a search among them.
 
-Of CUDA kernels there are few for a call: each is a candidate. Of block sizes there are thousands: `climb` goes from the
-shipped ones to a neighbour, a size halved or doubled, as long as one is faster.
+Of CUDA kernels there are few for a call: each is a candidate. Of block sizes there are thousands: a few that the table
+names are candidates, and `climb` goes from the shipped ones to a neighbour, a size halved or doubled, as long as one is
+faster.
 """
 
 from __future__ import annotations
@@ -44,6 +45,16 @@ def cuda_variants(run: Callable[[], Any], backend: str, most: int) -> list[dict[
     ]
 
 
+def triton_candidates(noted: Iterable[Asked]) -> Iterator[dict[str, Config]]:
+    """The variants that `fastconv.triton_kernels.table` has for what a call asks of it, one entry changed in each."""
+    from ..triton_kernels import launch, table
+
+    for entry, found in {asked.entry: asked for asked in noted}.items():
+        for config in table.CANDIDATES.get(entry, ()):
+            if config != found.config and launch.guarded(config, found.taps) == config:
+                yield {entry: config}
+
+
 def triton_neighbours(noted: Iterable[Asked], variant: Mapping[str, Config]) -> Iterator[dict[str, Config]]:
     """The variants one step away: one size of one entry halved or doubled, one stage more or less.
 
@@ -72,7 +83,9 @@ def _steps(asked: Asked, variant: Mapping[str, Config], tiles: bool) -> Iterator
     for key, value in config.items():
         if key == "GROUP" or tiles == key.startswith("num_"):
             continue
-        if key == "num_stages":
+        if key == "BOXES":
+            others = [1 - value]
+        elif key == "num_stages":
             # without a matrix product there is nothing to pipeline
             others = [value + 1, value - 1] if "BLOCK_K" in config else []
         else:

@@ -1,261 +1,369 @@
 """Depthwise convolution: every channel has filters of its own, so there is no matrix product to make of it.
 
-Letters as in `_implicit_gemm`; M is the channel multiplier, output channel k reads channel k // M. A program owns a
-tile of pixels x channels and adds one tap after the other in float32; neighbouring taps find their pixels in L1. Bound
-by memory: tiles are long in the direction in which the tensors lie.
+Letters: N batch, C input channels, H W input pixels, K output channels, R S filter, P Q output pixels; M = K / C is the
+channel multiplier, output channel k reads channel k // M. Sums are in float32.
+
+Images are laid along channels or along pixels, as what is written lies, see `_layouts`. How an input is loaded once for
+all that it is good for, see `_patches`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..operators.convolution import FusedConvolution, Geometry
 from . import launch, table
-from ._device import activate, index, narrow, pixel, widen
+from ._device import index, narrow, widen
+from ._layouts import channels_of, laid, lay, room, runs_along, size_of, strides_of, vector_of
+from ._operands import VECTOR_BYTES, Divisor, Form, divisor, fixed, form
+from ._patches import (
+    Grid,
+    Window,
+    add_row,
+    advance,
+    convolve,
+    corner,
+    dilation,
+    filled,
+    first_input,
+    image,
+    itself,
+    lanes,
+    last_input,
+    load_row,
+    outputs,
+    place,
+    store,
+    tap,
+    taps,
+    windows,
+)
 from ._reduce import room_for_parts, sum_parts
 
-# Up to this many taps (5x5) the loop over them is written out, which lets their loads overlap.
-UNROLLED_TAPS = 25
+# Filters of up to so many taps are written out, in the gradient of the input those that one output meets. There a patch
+# is whole periods of the strides, in which up to so many outputs differ.
+MOST_TAPS = {"channels": 9, "pixels": 49}
+_MOST_PERIODS = 16
+# A lane's sums in the gradient of the weight, and the programs per processor that share its patches.
+_MOST_SUMS = {"channels": 100, "pixels": 49}
+_PROGRAMS = 3
+# A lane's channels where each has several filters: no vector loads what these have in common, or what they read.
+_MULTIPLIED_UNIT = 4
+
+# What shapes and strides decide, none of which compiles another kernel. (Of a tuple's members Triton looks at each.)
+NUMBERS = [
+    *("count", "rows", "rows_magic", "rows_shift", "columns", "columns_magic", "columns_shift"),
+    *("share", "share_magic", "share_shift", "part_steps", "C", "K", "H", "W", "P", "Q"),
+    *(f"{image}_{stride}" for image in "gxyz" for stride in ("n", "h", "other")),
+]
 
 
 @triton.jit
-def add_tap(
-    sums, x_ptr, x_pixel, w_ptr, h0, w0, inside, in_channels, r, s,
-    H, W, x_h, x_w, w_r, w_s, dilation_h, dilation_w, PADDED: tl.constexpr,
-):  # fmt: skip
-    """sums + x * w at tap (r, s), for a tile of pixels (rows) and channels (columns)."""
-    if PADDED:
-        h, w = h0 + r * dilation_h, w0 + s * dilation_w
-        inside = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    x_tap = r * dilation_h * x_h + s * dilation_w * x_w
-    x = widen(tl.load(x_ptr + x_tap + x_pixel, inside[:, None] & in_channels[None, :], 0.0))
-    weight = widen(tl.load(w_ptr + (r * w_r + s * w_s), in_channels, 0.0))
-    return sums + x * weight[None, :]
-
-
-@triton.jit
-def depthwise_tile(
-    x_ptr, w_ptr, m, k, pixels, K, H, W, P, Q,
-    x_n, x_c, x_h, x_w, w_k, w_r, w_s,
-    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-    M: tl.constexpr, R: tl.constexpr, S: tl.constexpr, UNROLL: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The convolution's float32 sums at output pixels m and channels k."""
-    n, p, q = pixel(m, P, Q)
-    h0, w0 = p * stride_h - padding_h, q * stride_w - padding_w
-    x_pixel = (n * x_n + h0 * x_h + w0 * x_w)[:, None] + (k // M * x_c)[None, :]
-    w_ptr += k * w_k
-    inside, in_channels = m < pixels, k < K
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if UNROLL:
-        for r in tl.static_range(R):
-            for s in tl.static_range(S):
-                sums = add_tap(sums, x_ptr, x_pixel, w_ptr, h0, w0, inside, in_channels, index(r, WIDE),
-                               index(s, WIDE), H, W, x_h, x_w, w_r, w_s, dilation_h, dilation_w, PADDED)  # fmt: skip
+def filter_of(w_ptr, k, K, TAPS: tl.constexpr, UNIT: tl.constexpr, PIXELS: tl.constexpr):
+    """(pointers to the first taps of filters k, how far the next ones are), see `_filters`."""
+    if PIXELS:
+        found = (w_ptr + k * TAPS, 1)
     else:
-        for tap in range(R * S):
-            sums = add_tap(sums, x_ptr, x_pixel, w_ptr, h0, w0, inside, in_channels, index(tap // S, WIDE),
-                           index(tap % S, WIDE), H, W, x_h, x_w, w_r, w_s, dilation_h, dilation_w, PADDED)  # fmt: skip
-    return sums
+        found = (w_ptr + k, K * UNIT)
+    return found
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit(do_not_specialize=NUMBERS)
 def depthwise_fprop(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr,
-    pixels, K, H, W, P, Q,
-    x_n, x_c, x_h, x_w,
-    w_k, w_c, w_r, w_s,
-    z_n, z_k, z_p, z_q,
-    y_n, y_k, y_p, y_q,
-    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-    M: tl.constexpr, R: tl.constexpr, S: tl.constexpr, UNROLL: tl.constexpr,
-    PADDED: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, z_ptr, y_ptr,
+    count, rows, rows_magic, rows_shift, columns, columns_magic, columns_shift, share, share_magic, share_shift,
+    K, H, W, P, Q, x_n, x_h, x_other, z_n, z_h, z_other, y_n, y_h, y_other,
+    M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLLED: tl.constexpr, ACTIVATION: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, PIXELS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """activation(depthwise(x, w) + bias + residual), one tile of BLOCK_M pixels x BLOCK_N channels."""
-    columns = tl.cdiv(K, BLOCK_N)
-    m = index(tl.program_id(0) // columns, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = index(tl.program_id(0) % columns, WIDE) * BLOCK_N + tl.arange(0, BLOCK_N)
-    sums = depthwise_tile(
-        x_ptr, w_ptr, m, k, pixels, K, H, W, P, Q, x_n, x_c, x_h, x_w, w_k, w_r, w_s,
-        stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-        M, R, S, UNROLL, PADDED, WIDE, BLOCK_M, BLOCK_N
-    )  # fmt: skip
-    wanted = (m < pixels)[:, None] & (k < K)[None, :]
-    n, p, q = pixel(m, P, Q)
-    if bias_ptr is not None:
-        sums += widen(tl.load(bias_ptr + k, k < K, 0.0))[None, :]
-    if residual_ptr is not None:
-        z_pixel = n * z_n + p * z_p + q * z_q
-        sums += widen(tl.load(residual_ptr + z_pixel[:, None] + (k * z_k)[None, :], wanted, 0.0))
-    y_pixel = n * y_n + p * y_p + q * y_q
-    result = narrow(activate(sums, ACTIVATION), y_ptr.dtype.element_ty)
-    tl.store(y_ptr + y_pixel[:, None] + (k * y_k)[None, :], result, wanted)
+    """y = activation(depthwise(x, w) + bias + residual z), a patch for each lane."""
+    grid = Grid(count, Divisor(rows, rows_magic, rows_shift), Divisor(columns, columns_magic, columns_shift))
+    patches, k = lanes(grid, Divisor(share, share_magic, share_shift), K, UNIT, PIXELS, WIDE, BLOCK)
+    x = image(x_ptr, x_n, x_h, x_other, H, W, UNIT, PIXELS, WIDE)
+    z = image(y_ptr if z_ptr is None else z_ptr, z_n, z_h, z_other, P, Q, UNIT, PIXELS, WIDE)
+    y = image(y_ptr, y_n, y_h, y_other, P, Q, UNIT, PIXELS, WIDE)
+    start = tl.zeros(k.shape, tl.float32) if bias_ptr is None else widen(tl.load(bias_ptr + k))
+    sums = filled(start, outputs(ROWS) * outputs(COLUMNS))
+    w, w_tap = filter_of(w_ptr, k, K, taps(ROWS) * taps(COLUMNS), UNIT, PIXELS)
+    sums = convolve(sums, x, k // M, patches, w, w_tap, None, ROWS, COLUMNS, UNROLLED, VECTOR)
+    store(sums, z, y, k, patches, ROWS, COLUMNS, PIXELS, z_ptr is not None, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit(do_not_specialize=NUMBERS)
 def depthwise_dgrad(
     g_ptr, w_ptr, y_ptr,
-    pixels, C, H, W, P, Q,
-    g_n, g_k, g_p, g_q,
-    w_k, w_c, w_r, w_s,
-    y_n, y_c, y_h, y_w,
-    padding_h, padding_w, dilation_h, dilation_w,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    M: tl.constexpr, R: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    count, rows, rows_magic, rows_shift, columns, columns_magic, columns_shift, share, share_magic, share_shift,
+    C, P, Q, H, W, g_n, g_h, g_other, y_n, y_h, y_other,
+    M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLLED: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, PIXELS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the input, one tile of BLOCK_M input pixels x BLOCK_N channels: over taps and the M filters."""
-    columns = tl.cdiv(C, BLOCK_N)
-    m = index(tl.program_id(0) // columns, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = index(tl.program_id(0) % columns, WIDE) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n, h, w = pixel(m, H, W)
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for tap in range(R * S * M):
-        k = c * M + tap % M
-        r, s = tap // M // S, tap // M % S
-        # what lies before the first output pixel is negative, and cut off before the division is asked about
-        p, q = h + padding_h - r * dilation_h, w + padding_w - s * dilation_w
-        inside = (m < pixels) & (p >= 0) & (q >= 0)
-        if STRIDE_H > 1:
-            inside = inside & (p % STRIDE_H == 0)
-            p = p // STRIDE_H
-        if STRIDE_W > 1:
-            inside = inside & (q % STRIDE_W == 0)
-            q = q // STRIDE_W
-        inside = inside & (p < P) & (q < Q)
-        g_offset = (n * g_n + p * g_p + q * g_q)[:, None] + (k * g_k)[None, :]
-        grad = widen(tl.load(g_ptr + g_offset, inside[:, None] & (c < C)[None, :], 0.0))
-        weight = widen(tl.load(w_ptr + k * w_k + (index(r, WIDE) * w_r + index(s, WIDE) * w_s), c < C, 0.0))
-        sums += grad * weight[None, :]
-    y_offset = (n * y_n + h * y_h + w * y_w)[:, None] + (c * y_c)[None, :]
-    tl.store(y_ptr + y_offset, narrow(sums, y_ptr.dtype.element_ty), (m < pixels)[:, None] & (c < C)[None, :])
+    """The gradient of the input, a patch for each lane: over taps and the M filters."""
+    grid = Grid(count, Divisor(rows, rows_magic, rows_shift), Divisor(columns, columns_magic, columns_shift))
+    patches, c = lanes(grid, Divisor(share, share_magic, share_shift), C, UNIT, PIXELS, WIDE, BLOCK)
+    g = image(g_ptr, g_n, g_h, g_other, P, Q, UNIT, PIXELS, WIDE)
+    y = image(y_ptr, y_n, y_h, y_other, H, W, UNIT, PIXELS, WIDE)
+    sums = filled(tl.zeros(c.shape, tl.float32), outputs(ROWS) * outputs(COLUMNS))
+    for i in range(M):
+        k = c * M + i
+        w, w_tap = filter_of(w_ptr, k, C * M, taps(ROWS) * taps(COLUMNS), UNIT, PIXELS)
+        sums = convolve(sums, g, k, patches, w, w_tap, None, ROWS, COLUMNS, UNROLLED, VECTOR)
+    store(sums, y, y, c, patches, ROWS, COLUMNS, PIXELS, False, "none")
 
 
-@triton.jit(do_not_specialize=["pixels", "part_steps", "part_size"])
+@triton.jit(do_not_specialize=NUMBERS)
 def depthwise_wgrad(
     g_ptr, x_ptr, y_ptr,
-    pixels, part_steps, part_size, K, H, W, P, Q,
-    g_n, g_k, g_p, g_q,
-    x_n, x_c, x_h, x_w,
-    y_k, y_c, y_r, y_s,
-    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-    M: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr,
+    count, rows, rows_magic, rows_shift, columns, columns_magic, columns_shift,
+    part_steps, K, P, Q, H, W, g_n, g_h, g_other, x_n, x_h, x_other,
+    M: tl.constexpr, R: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, PIXELS: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the weight at one tap, for BLOCK_N channels and one part of the pixels.
+    """The gradient of the weight at a window's taps, for BLOCK_N channels (PIXELS: one) and one part of the patches.
 
-    The programs of neighbouring taps run side by side over the same pixels and share them in L2; sums of parts as in
-    `conv2d_wgrad`.
+    Programs of other taps run side by side over the same patches and share them in L2. Parts are added by `sum_parts`.
+    What lies outside of an image is 0, also beside what is not finite: there 0 * inf spoils a tap that is left out
+    elsewhere.
     """
-    columns, program = tl.cdiv(K, BLOCK_N), tl.program_id(0)
-    tap, column = index(program % (R * S), WIDE), program // (R * S) % columns
-    part = index(program // (R * S * columns), WIDE)
-    r, s = tap // S, tap % S
-    k = index(column, WIDE) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_column = r * dilation_h * x_h + s * dilation_w * x_w + k // M * x_c
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    grid = Grid(count, Divisor(rows, rows_magic, rows_shift), Divisor(columns, columns_magic, columns_shift))
+    g = image(g_ptr, g_n, g_h, g_other, P, Q, UNIT, PIXELS, WIDE)
+    x = image(x_ptr, x_n, x_h, x_other, H, W, UNIT, PIXELS, WIDE)
+    filters = K if PIXELS else K * UNIT
+    strips = tl.cdiv(filters, BLOCK_N)
+    window = tl.program_id(0) % (windows(R, ROWS) * windows(S, COLUMNS))
+    program = tl.program_id(0) // (windows(R, ROWS) * windows(S, COLUMNS))
+    r0, s0 = window // windows(S, COLUMNS) * taps(ROWS), window % windows(S, COLUMNS) * taps(COLUMNS)
+    part = program // strips
+    lane = tl.arange(0, BLOCK_M)
+    if PIXELS:
+        filter = program % strips
+        k = filter
+        start = tl.zeros((BLOCK_M,), tl.float32)
+    else:
+        filter = program % strips * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = filter[None, :]
+        lane = lane[:, None]
+        start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums = filled(start, taps(ROWS) * taps(COLUMNS))
     first = part * part_steps
-    for step in range(first, tl.minimum(first + part_steps, tl.cdiv(pixels, BLOCK_M))):
-        m = index(step, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
-        n, p, q = pixel(m, P, Q)
-        h0, w0 = p * stride_h - padding_h, q * stride_w - padding_w
-        inside = m < pixels
-        if PADDED:
-            h, w = h0 + r * dilation_h, w0 + s * dilation_w
-            inside = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        both = inside[:, None] & (k < K)[None, :]
-        g_offset = (n * g_n + p * g_p + q * g_q)[:, None] + (k * g_k)[None, :]
-        x_offset = (n * x_n + h0 * x_h + w0 * x_w)[:, None] + x_column[None, :]
-        grad = widen(tl.load(g_ptr + g_offset, both, 0.0))
-        sums += grad * widen(tl.load(x_ptr + x_offset, both, 0.0))
-    result = narrow(tl.sum(sums, 0), y_ptr.dtype.element_ty)
-    tl.store(y_ptr + part * part_size + k * y_k + r * y_r + s * y_s, result, k < K)
+    for step in range(first, tl.minimum(first + part_steps, tl.cdiv(count, BLOCK_M))):
+        m = index(step, WIDE) * BLOCK_M + lane
+        n, row, column, wanted = place(m, grid, (m < count) & (k < filters), PIXELS, WIDE)
+        p, q = row * outputs(ROWS), column * outputs(COLUMNS)
+        grads = ()
+        for o in tl.static_range(outputs(ROWS)):
+            grads = grads + load_row(g, corner(g, n, k, p + o, q), p + o, q, wanted, itself(COLUMNS), VECTOR)
+        h, w = row * advance(ROWS) + r0 * dilation(ROWS), column * advance(COLUMNS) + s0 * dilation(COLUMNS)
+        for i in tl.static_range(first_input(ROWS), last_input(ROWS) + 1):
+            inputs = load_row(x, corner(x, n, k // M, h + i, w), h + i, w, wanted, COLUMNS, VECTOR)
+            for o in tl.static_range(outputs(ROWS)):
+                if tap(ROWS, i, o) >= 0:
+                    of_row = grads[o * outputs(COLUMNS) : (o + 1) * outputs(COLUMNS)]
+                    sums = add_row(sums, inputs, of_row, tap(ROWS, i, o) * taps(COLUMNS), COLUMNS, VECTOR, True)
+    y_ptr += index(part, WIDE) * filters * (R * S)
+    for t in tl.static_range(taps(ROWS) * taps(COLUMNS)):
+        r, s = r0 + t // taps(COLUMNS), s0 + t % taps(COLUMNS)
+        total = narrow(tl.sum(sums[t], 0), y_ptr.dtype.element_ty)
+        tl.store(y_ptr + (filter * (R * S) + r * S + s), total, filter < tl.where(s < S, filters, 0))
 
 
-# ---------------------------------------------------------------------------------------- launchers
-
-
-def runs_along(tensor: Tensor) -> str:
-    """The part of a table's key that a memory-bound kernel's layout decides."""
-    return "pixels" if tensor.stride(3) == 1 and tensor.stride(1) != 1 else "channels"
+# --------------------------------------------------------------------------------------------- launchers
 
 
 def by_taps(weight: Tensor) -> Tensor:
-    """The same [K, 1, R, S] in memory as [R, S, K]: a tile along channels loads a tap's weights as vectors.
+    """[K, 1, R, S] as float32 [R, S, K]: a vector of channels loads a tap's weights as one.
 
-    As they come they lie R * S apart. Those loads, one for each channel and tap, are most of a tile's instructions,
-    and their addresses most of its registers.
+    As they come they lie R * S apart: a load for each channel and tap.
     """
-    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    K, _, R, S = weight.shape
+    return torch.empty((R, S, K), dtype=torch.float32, device=weight.device).copy_(weight.squeeze(1).permute(1, 2, 0))
+
+
+def _filters(weight: Tensor, along: str) -> Tensor:
+    return by_taps(weight) if along == "channels" else weight.contiguous()
+
+
+def _unit(along: str, M: int, *images: Form) -> int:
+    unit = vector_of(along, *images)
+    return unit if M == 1 or along == "pixels" else min(unit, _MULTIPLIED_UNIT)
+
+
+class _Plan(NamedTuple):
+    """Of a launch; `along` is how its images are laid."""
+
+    asked: table.Asked
+    along: str
+    programs: int
+    numbers: tuple[int, ...]
+    meta: dict[str, Any]
+
+
+def _share(vectors: int, bytes: int, lanes: int) -> int:
+    """How many of a pixel's vectors a program takes: 64 to 256 bytes, as many as leave the fewest lanes idle."""
+    least, most = (min(vectors, lanes, max(1, size // bytes)) for size in (64, 256))
+    return max(
+        range(least, most + 1), key=lambda share: (vectors / launch.cdiv(vectors, share) * (lanes // share), share)
+    )
+
+
+def _lane_plan(asked: table.Asked, along: str, images: list[Form], rows: Window, columns: Window, **meta: Any) -> _Plan:
+    """Of a launch with a patch of the last image for each lane; the first one is the input."""
+    (N, K, P, Q), lanes = images[-1].shape, asked.config["BLOCK"]
+    unit = _unit(along, meta["M"], *images)
+    grid = launch.cdiv(P, rows.outputs), launch.cdiv(Q, columns.outputs)
+    if along == "pixels":
+        count, share = N * K * grid[0] * grid[1], K
+        programs = launch.cdiv(count, lanes)
+    else:
+        count, share = N * grid[0] * grid[1], _share(K // unit, unit * images[0].dtype.itemsize, lanes)
+        programs = launch.cdiv(K // unit, share) * launch.cdiv(count, lanes // share)
+    numbers = (
+        count, *divisor(grid[0]), *divisor(grid[1]), *divisor(share), channels_of(images[-1], along, unit),
+        *size_of(images[0], along, unit), *size_of(images[-1], along, unit),
+        *(stride for each in images for stride in strides_of(each, along, unit)),
+    )  # fmt: skip
+    meta = {
+        **meta, "ROWS": rows, "COLUMNS": columns, "UNIT": unit, "PIXELS": along == "pixels",
+        "VECTOR": min(unit, columns.outputs * columns.step // columns.divisor) if along == "pixels" else 1,
+        "WIDE": launch.wide(*images), "BLOCK": lanes,
+        "num_warps": asked.config["num_warps"], "num_stages": asked.config["num_stages"],
+    }  # fmt: skip
+    return _Plan(asked, along, programs, numbers, meta)
+
+
+def _patch(
+    config: table.Config, along: str, dtype: torch.dtype, stride: Sequence[int], unrolled: bool, periods: bool = False
+) -> tuple[int, int]:
+    """Rows and columns: of about as many inputs, or of outputs in whole periods of the strides, as the entry says.
+
+    Along pixels a row is a vector.
+    """
+    sizes = (config["BLOCK_H"], config["BLOCK_W"]) if unrolled else (1, config["BLOCK_H"] * config["BLOCK_W"])
+    rows, columns = (max(size // step, 1) * (step if periods else 1) for size, step in zip(sizes, stride, strict=True))
+    if along == "pixels":
+        columns = max(min(config["BLOCK_W"], VECTOR_BYTES // dtype.itemsize), stride[1] if periods else 1)
+    return rows if unrolled else 1, columns
+
+
+@launch.planner
+def _plan_fprop(
+    x: Form, weight: Form, z: Form | None, y: Form, geometry: Geometry, activation: str, preferences: Any
+) -> _Plan:
+    (stride, padding, dilation, _), (K, _, R, S) = geometry, weight.shape
+    along = runs_along(y)
+    asked = table.ask("depthwise_fprop", along)
+    unrolled = MOST_TAPS[along] >= R * S
+    rows, columns = _patch(asked.config, along, x.dtype, stride, unrolled)
+    return _lane_plan(
+        asked,
+        along,
+        [laid(each, along) for each in (x, y if z is None else z, y)],
+        Window(rows, R, stride[0], dilation[0], -padding[0], 1),
+        Window(columns, S, stride[1], dilation[1], -padding[1], 1),
+        M=K // x.shape[1],
+        UNROLLED=unrolled,
+        ACTIVATION=activation,
+    )
 
 
 def fprop(conv: FusedConvolution, output: Tensor) -> None:
     """Writes the depthwise convolution into `output`, which has any strides."""
     input, weight, bias, residual, geometry, activation = conv
-    (stride, padding, dilation, _), (N, _, P, Q) = geometry, output.shape
-    (K, _, R, S), (_, C, H, W) = weight.shape, input.shape
-    along = runs_along(input)
-    if along == "channels":
-        weight = by_taps(weight)
-    config = table.config("depthwise_fprop", along)
-    tiles = triton.cdiv(N * P * Q, config["BLOCK_M"]) * triton.cdiv(K, config["BLOCK_N"])
-    launch.launch(
-        depthwise_fprop,
-        tiles,
-        input, weight, bias, residual, output,
-        N * P * Q, K, H, W, P, Q,
-        *input.stride(), *weight.stride(), *(output if residual is None else residual).stride(), *output.stride(),
-        *stride, *padding, *dilation,
-        M=K // C, R=R, S=S, UNROLL=R * S <= UNROLLED_TAPS,
-        PADDED=any(padding),
-        ACTIVATION=activation,
-        WIDE=launch.wide(input, output, *([] if residual is None else [residual])),
-        **config,
+    plan = _plan_fprop(
+        form(input), form(weight), None if residual is None else form(residual), form(output), fixed(geometry),
+        activation, table.preferences(),
     )  # fmt: skip
+    table.note(plan.asked)
+    x, w, y = lay(input, plan.along), _filters(weight, plan.along), room(output, plan.along)
+    z = None if residual is None else lay(residual, plan.along)
+    launch.launch(depthwise_fprop, plan.programs, x, w, bias, z, y, *plan.numbers, **plan.meta)
+    if y is not output:
+        output.copy_(y)
+
+
+@launch.planner
+def _plan_dgrad(g: Form, weight: Form, y: Form, geometry: Geometry, preferences: Any) -> _Plan:
+    (stride, padding, dilation, _), (K, _, R, S) = geometry, weight.shape
+    # a row of whole periods is no vector, where a stride is not 1, 2, 4 or 8
+    along = "channels" if VECTOR_BYTES // g.dtype.itemsize % stride[1] else runs_along(y)
+    asked = table.ask("depthwise_dgrad", along)
+    periods = stride[0] * stride[1]
+    unrolled = MOST_TAPS[along] * periods >= R * S and periods <= _MOST_PERIODS
+    rows, columns = _patch(asked.config, along, g.dtype, stride, unrolled, periods=True)
+    return _lane_plan(
+        asked,
+        along,
+        [laid(each, along) for each in (g, y)],
+        Window(rows, R, 1, -dilation[0], padding[0], stride[0]),
+        Window(columns, S, 1, -dilation[1], padding[1], stride[1]),
+        M=K // y.shape[1],
+        UNROLLED=unrolled,
+    )
 
 
 def dgrad(grad: Tensor, weight: Tensor, grad_input: Tensor, geometry: Geometry) -> None:
     """Writes the gradient of the input into `grad_input`; `grad` is that before the activation."""
-    (stride, padding, dilation, _), (_, K, P, Q) = geometry, grad.shape
-    (_, _, R, S), (N, C, H, W) = weight.shape, grad_input.shape
-    config = table.config("depthwise_dgrad", runs_along(grad_input))
-    tiles = triton.cdiv(N * H * W, config["BLOCK_M"]) * triton.cdiv(C, config["BLOCK_N"])
-    launch.launch(
-        depthwise_dgrad,
-        tiles,
-        grad, weight, grad_input,
-        N * H * W, C, H, W, P, Q,
-        *grad.stride(), *weight.stride(), *grad_input.stride(),
-        *padding, *dilation,
-        STRIDE_H=stride[0], STRIDE_W=stride[1], M=K // C, R=R, S=S,
-        WIDE=launch.wide(grad, grad_input),
-        **config,
+    plan = _plan_dgrad(form(grad), form(weight), form(grad_input), fixed(geometry), table.preferences())
+    table.note(plan.asked)
+    g, w, y = lay(grad, plan.along), _filters(weight, plan.along), room(grad_input, plan.along)
+    launch.launch(depthwise_dgrad, plan.programs, g, w, y, *plan.numbers, **plan.meta)
+    if y is not grad_input:
+        grad_input.copy_(y)
+
+
+@launch.planner
+def _plan_wgrad(
+    g: Form, x: Form, weight: Form, geometry: Geometry, device: torch.device, preferences: Any
+) -> tuple[_Plan, int]:
+    """And the number of parts."""
+    (stride, padding, dilation, _), (N, K, P, Q), (_, _, R, S) = geometry, g.shape, weight.shape
+    along = runs_along(g)
+    g, x = laid(g, along), laid(x, along)
+    asked = table.ask("depthwise_wgrad", along)
+    rows, columns = _patch(asked.config, along, g.dtype, stride, unrolled=True)
+    M = K // x.shape[1]
+    unit, lanes, filters, most = _unit(along, M, g, x), asked.config["BLOCK"], 1, _MOST_SUMS[along]
+    if along == "channels":
+        filters = min(asked.config["BLOCK_N"], triton.next_power_of_2(K))
+        while filters > 32 and K % filters:
+            filters //= 2
+        lanes, most = max(lanes * unit // filters, 1), most // unit
+    taps_h, taps_w = (R, S) if most >= R * S else (1, S)
+    if along == "channels":
+        taps_w = launch.cdiv(S, launch.cdiv(S, most))
+    grid = launch.cdiv(P, rows), launch.cdiv(Q, columns)
+    count = N * grid[0] * grid[1]
+    tiles = launch.cdiv(R, taps_h) * launch.cdiv(S, taps_w) * launch.cdiv(K, filters)
+    part_steps, parts = launch.split(launch.cdiv(count, lanes), tiles, device, programs=_PROGRAMS)
+    numbers = (
+        count, *divisor(grid[0]), *divisor(grid[1]), part_steps, channels_of(g, along, unit),
+        *size_of(g, along, unit), *size_of(x, along, unit),
+        *strides_of(g, along, unit), *strides_of(x, along, unit),
     )  # fmt: skip
+    meta = {
+        "M": M, "R": R, "S": S,
+        "ROWS": Window(rows, taps_h, stride[0], dilation[0], -padding[0], 1),
+        "COLUMNS": Window(columns, taps_w, stride[1], dilation[1], -padding[1], 1),
+        "UNIT": unit, "PIXELS": along == "pixels", "VECTOR": unit if along == "pixels" else 1,
+        "WIDE": launch.wide(g, x), "BLOCK_M": lanes, "BLOCK_N": filters,
+        "num_warps": asked.config["num_warps"], "num_stages": asked.config["num_stages"],
+    }  # fmt: skip
+    return _Plan(asked, along, tiles * parts, numbers, meta), parts
 
 
 def wgrad(grad: Tensor, input: Tensor, grad_weight: Tensor, geometry: Geometry) -> None:
     """Writes the gradient of the weight into `grad_weight`, which is dense; `grad` is that before the activation."""
-    (stride, padding, dilation, _), (N, K, P, Q) = geometry, grad.shape
-    (_, _, R, S), (_, C, H, W) = grad_weight.shape, input.shape
-    config = table.config("depthwise_wgrad", runs_along(grad))
-    tiles = R * S * triton.cdiv(K, config["BLOCK_N"])
-    part_steps, parts = launch.split(triton.cdiv(N * P * Q, config["BLOCK_M"]), tiles, grad.device)
-    sums = room_for_parts(grad_weight, parts)
-    launch.launch(
-        depthwise_wgrad,
-        tiles * parts,
-        grad, input, sums,
-        N * P * Q, part_steps, grad_weight.numel(), K, H, W, P, Q,
-        *grad.stride(), *input.stride(), *grad_weight.stride(),
-        *stride, *padding, *dilation,
-        M=K // C, R=R, S=S,
-        PADDED=any(padding),
-        WIDE=launch.wide(grad, input),
-        **config,
-    )  # fmt: skip
+    plan, parts = _plan_wgrad(
+        form(grad), form(input), form(grad_weight), fixed(geometry), grad.device, table.preferences()
+    )
+    table.note(plan.asked)
+    g, x, sums = lay(grad, plan.along), lay(input, plan.along), room_for_parts(grad_weight, parts)
+    launch.launch(depthwise_wgrad, plan.programs, g, x, sums, *plan.numbers, **plan.meta)
     if parts > 1:
         sum_parts(sums, parts, grad_weight)

@@ -12,21 +12,42 @@ from . import launch, table
 from ._device import activate, index, masked, narrow, widen
 
 
+@triton.jit
+def add_some(a_ptr, b_ptr, y_ptr, i, inside, ACTIVATION: tl.constexpr):
+    value = widen(tl.load(a_ptr + i, inside)) + widen(tl.load(b_ptr + i, inside))
+    tl.store(y_ptr + i, narrow(activate(value, ACTIVATION), y_ptr.dtype.element_ty), inside)
+
+
 @triton.jit(do_not_specialize=["size"])
 def add_relu_fprop(a_ptr, b_ptr, y_ptr, size, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """y = activation(a + b), BLOCK elements to a program; in float32, so that the sum is rounded once."""
-    i = index(tl.program_id(0), WIDE) * BLOCK + tl.arange(0, BLOCK)
-    value = widen(tl.load(a_ptr + i, i < size)) + widen(tl.load(b_ptr + i, i < size))
-    tl.store(y_ptr + i, narrow(activate(value, ACTIVATION), y_ptr.dtype.element_ty), i < size)
+    """y = activation(a + b), BLOCK elements to a program; in float32, so that the sum is rounded once.
+
+    Without a mask, which would take vectors apart, but for the last program's.
+    """
+    first = index(tl.program_id(0), WIDE) * BLOCK
+    i = first + tl.arange(0, BLOCK)
+    if first + BLOCK <= size:
+        add_some(a_ptr, b_ptr, y_ptr, i, None, ACTIVATION)
+    else:
+        add_some(a_ptr, b_ptr, y_ptr, i, i < size, ACTIVATION)
+
+
+@triton.jit
+def mask_some(g_ptr, z_ptr, y_ptr, i, inside, ACTIVATION: tl.constexpr):
+    grad = widen(tl.load(g_ptr + i, inside))
+    grad = masked(grad, widen(tl.load(z_ptr + i, inside)), ACTIVATION)
+    tl.store(y_ptr + i, narrow(grad, y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["size"])
 def add_relu_dgrad(g_ptr, z_ptr, y_ptr, size, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """y = g where the activation's output z let the value through, BLOCK elements to a program."""
-    i = index(tl.program_id(0), WIDE) * BLOCK + tl.arange(0, BLOCK)
-    grad = widen(tl.load(g_ptr + i, i < size))
-    grad = masked(grad, widen(tl.load(z_ptr + i, i < size)), ACTIVATION)
-    tl.store(y_ptr + i, narrow(grad, y_ptr.dtype.element_ty), i < size)
+    """y = g where the activation's output z let the value through, in blocks as `add_relu_fprop`'s."""
+    first = index(tl.program_id(0), WIDE) * BLOCK
+    i = first + tl.arange(0, BLOCK)
+    if first + BLOCK <= size:
+        mask_some(g_ptr, z_ptr, y_ptr, i, None, ACTIVATION)
+    else:
+        mask_some(g_ptr, z_ptr, y_ptr, i, i < size, ACTIVATION)
 
 
 def add_relu(input: Tensor, other: Tensor, activation: str) -> Tensor:

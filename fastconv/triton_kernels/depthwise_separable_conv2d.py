@@ -3,9 +3,9 @@
     h[m, c] = depthwise_activation(sum over (r, s)  x[pixel(m) + tap(r, s), c // M] * d[c, r, s]  +  depthwise_bias[c])
     y[m, k] = pointwise_activation(sum over c  h[m, c] * w[k, c]  +  pointwise_bias[k])
 
-A program owns a tile of pixels x output channels. For one block of channels after the other it makes h with the loop of
-`_depthwise`, rounds it to the inputs' dtype as eager does, and multiplies it. h is made once for each tile of columns:
-beyond `_MOST_COLUMNS` of these that costs more than writing and reading it, and two kernels run instead.
+A program owns a tile of pixels x output channels. For one block of channels after the other it makes h from patches of
+a row, see `_patches`, rounds it to the inputs' dtype as eager does, and multiplies it. h is made once for each tile of
+columns: beyond `_MOST_COLUMNS` of these that costs more than writing and reading it, and two kernels run instead.
 """
 
 from __future__ import annotations
@@ -21,49 +21,71 @@ from ..operators.activations import with_plain_strides
 from ..operators.conv2d_backward import empty_gradient
 from ..operators.convolution import POINTWISE, FusedConvolution
 from ..operators.depthwise_separable import read, read_backward
-from . import _conv, _depthwise, launch, table
-from ._depthwise import depthwise_tile
-from ._device import activate, dot, index, narrow, pixel, widen
+from . import _conv, launch, table
+from ._depthwise import MOST_TAPS, NUMBERS, by_taps
+from ._device import activate, dot, index, narrow, widen
+from ._layouts import channels_of, laid, lay, runs_along, size_of, strides_of, vector_of
+from ._operands import VECTOR_BYTES, Divisor, divisor, form
+from ._patches import Grid, Patches, Window, convolve, corner, filled, image, joined, outputs, place
 
-_MOST_COLUMNS = 4
+_MOST_COLUMNS = 2
+_MOST_PATCH = 4
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit(do_not_specialize=NUMBERS)
 def depthwise_separable_fprop(
     x_ptr, d_ptr, d_bias_ptr, w_ptr, w_bias_ptr, y_ptr,
-    pixels, C, H, W, K, P, Q,
-    x_n, x_c, x_h, x_w,
-    d_c, d_i, d_r, d_s,
-    y_n, y_k, y_p, y_q,
-    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-    M: tl.constexpr, R: tl.constexpr, S: tl.constexpr, UNROLL: tl.constexpr, PADDED: tl.constexpr,
-    DEPTHWISE_ACTIVATION: tl.constexpr, POINTWISE_ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    count, rows, rows_magic, rows_shift, columns, columns_magic, columns_shift,
+    C, K, H, W, P, Q, x_n, x_h, x_other, y_n, y_h, y_other,
+    M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLLED: tl.constexpr, WHOLE: tl.constexpr,
+    DEPTHWISE_ACTIVATION: tl.constexpr, POINTWISE_ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, Y_UNIT: tl.constexpr, PIXELS: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M pixels x BLOCK_N output channels; C counts the channels between the two convolutions."""
-    columns = tl.cdiv(K, BLOCK_N)
-    m = index(tl.program_id(0) // columns, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = index(tl.program_id(0) % columns, WIDE) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One tile of BLOCK_M pixels x BLOCK_N output channels; C counts the channels between the two convolutions.
+
+    Pixels come in patches of one row. WHOLE: BLOCK_K divides C. PIXELS says how y lies, x lies along channels.
+    """
+    grid = Grid(count, Divisor(rows, rows_magic, rows_shift), Divisor(columns, columns_magic, columns_shift))
+    x = image(x_ptr, x_n, x_h, x_other, H, W, UNIT, False, WIDE)
+    y = image(y_ptr, y_n, y_h, y_other, P, Q, Y_UNIT, PIXELS, WIDE)
+    channels = C * UNIT
+    filters = K if PIXELS else K * Y_UNIT
+    strips = tl.cdiv(filters, BLOCK_N)
+    k = tl.program_id(0) % strips * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = index(tl.program_id(0) // strips, WIDE) * (BLOCK_M // outputs(COLUMNS))
+    m = first + tl.arange(0, BLOCK_M // outputs(COLUMNS))[:, None]
+    n, row, column, wanted = place(m, grid, m < count, PIXELS, WIDE)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(tl.cdiv(C, BLOCK_K)):
-        c = index(step, WIDE) * BLOCK_K + tl.arange(0, BLOCK_K)
-        hidden = depthwise_tile(
-            x_ptr, d_ptr, m, c, pixels, C, H, W, P, Q, x_n, x_c, x_h, x_w, d_c, d_r, d_s,
-            stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-            M, R, S, UNROLL, PADDED, WIDE, BLOCK_M, BLOCK_K
-        )  # fmt: skip
+    # Not pipelined: copies in flight would take the inputs' way through shared memory, and addresses outside of x.
+    for step in tl.range(tl.cdiv(channels, BLOCK_K), num_stages=1):
+        c = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        in_depth = None if WHOLE else (c < channels)[None, :]
+        in_tile = wanted if WHOLE else wanted & in_depth
+        start = tl.zeros((BLOCK_M // outputs(COLUMNS), BLOCK_K), tl.float32)
         if d_bias_ptr is not None:
-            hidden += widen(tl.load(d_bias_ptr + c, c < C, 0.0))[None, :]
-        hidden = narrow(activate(hidden, DEPTHWISE_ACTIVATION), x_ptr.dtype.element_ty)
-        b = tl.load(w_ptr + c[:, None] + (k * C)[None, :], (c < C)[:, None] & (k < K)[None, :], 0.0)
-        sums = dot(hidden, b, sums, PRECISION)
+            start += widen(tl.load(d_bias_ptr + c[None, :], in_depth, None if WHOLE else 0.0))
+        hidden = convolve(
+            filled(start, outputs(COLUMNS)), x, (c // M)[None, :], Patches(n, row, column, in_tile),
+            d_ptr + c[None, :], channels, in_depth, ROWS, COLUMNS, UNROLLED, 1
+        )  # fmt: skip
+        rounded = ()
+        for o in tl.static_range(outputs(COLUMNS)):
+            rounded = rounded + (narrow(activate(hidden[o], DEPTHWISE_ACTIVATION), x_ptr.dtype.element_ty),)
+        a = tl.reshape(joined(rounded, outputs(COLUMNS)), (BLOCK_M // outputs(COLUMNS), BLOCK_K, outputs(COLUMNS)))
+        a = tl.reshape(tl.permute(a, (0, 2, 1)), (BLOCK_M, BLOCK_K))
+        in_columns = (k < filters)[None, :] if WHOLE else (k < filters)[None, :] & (c < channels)[:, None]
+        b = tl.load(w_ptr + (c[:, None] + (k * channels)[None, :]), in_columns, 0.0)
+        sums = dot(a, b, sums, PRECISION)
     if w_bias_ptr is not None:
-        sums += widen(tl.load(w_bias_ptr + k, k < K, 0.0))[None, :]
-    n, p, q = pixel(m, P, Q)
-    y_pixel = n * y_n + p * y_p + q * y_q
-    result = narrow(activate(sums, POINTWISE_ACTIVATION), y_ptr.dtype.element_ty)
-    tl.store(y_ptr + y_pixel[:, None] + (k * y_k)[None, :], result, (m < pixels)[:, None] & (k < K)[None, :])
+        sums += widen(tl.load(w_bias_ptr + k, k < filters, 0.0))[None, :]
+    lane = tl.arange(0, BLOCK_M)
+    m = first + lane // outputs(COLUMNS)
+    n, p, column, wanted = place(m, grid, m < count, PIXELS, WIDE)
+    q = column * outputs(COLUMNS) + lane % outputs(COLUMNS)
+    inside = (wanted & (q < y.columns))[:, None] & (k < filters)[None, :]
+    pointers = corner(y, n[:, None], k[None, :], p[:, None], q[:, None])
+    tl.store(pointers, narrow(activate(sums, POINTWISE_ACTIVATION), y_ptr.dtype.element_ty), inside)
 
 
 def depthwise_separable_conv2d(*args: Any) -> Tensor:
@@ -72,12 +94,14 @@ def depthwise_separable_conv2d(*args: Any) -> Tensor:
     Returns [N, K, P, Q]. float16, bfloat16 and float32; float64 by the aten composition.
     """
     depthwise, pointwise = read("depthwise_separable_conv2d", args)
-    K = pointwise.weight.shape[0]
-    classes = (launch.dtype_class(depthwise.input), launch.width_class(K))
-    config = table.config("depthwise_separable_fprop", *classes)
-    if depthwise.input.dtype == torch.float64 or triton.cdiv(K, config["BLOCK_N"]) > _MOST_COLUMNS:
+    dtype, K = depthwise.input.dtype, pointwise.weight.shape[0]
+    asked = table.ask(
+        "depthwise_separable_fprop", launch.dtype_class(dtype, launch.precision(dtype)), launch.width_class(K)
+    )
+    if dtype == torch.float64 or launch.cdiv(K, asked.config["BLOCK_N"]) > _MOST_COLUMNS:
         return _conv.convolve(pointwise._replace(input=_conv.convolve(depthwise)))
-    return _fused(depthwise, pointwise, config)
+    table.note(asked)
+    return _fused(depthwise, pointwise, asked.config)
 
 
 def _fused(depthwise: FusedConvolution, pointwise: FusedConvolution, config: table.Config) -> Tensor:
@@ -89,26 +113,38 @@ def _fused(depthwise: FusedConvolution, pointwise: FusedConvolution, config: tab
     if depthwise.activation == "relu":
         hidden = with_plain_strides(hidden)
     output = launch.new_output(hidden, pointwise.weight, POINTWISE, pointwise.activation == "relu")
-    taps = _depthwise.by_taps(weight)
+    x, y = laid(form(input), "channels"), form(output)
+    along = runs_along(y)
+    unit, y_unit = vector_of("channels", x), vector_of(along, y)
+    block_m, block_n, block_k = table.block(config, C)
+    # as many pixels as give each lane one vector of channels of a patch
+    vectors = block_m * block_k * input.dtype.itemsize // VECTOR_BYTES
+    patch = min(max(vectors // (32 * config["num_warps"]), 1), _MOST_PATCH)
+    columns = launch.cdiv(Q, patch)
     launch.launch(
         depthwise_separable_fprop,
-        triton.cdiv(N * P * Q, config["BLOCK_M"]) * triton.cdiv(K, config["BLOCK_N"]),
-        input,
-        taps,
+        launch.cdiv(N * P * columns, block_m // patch) * launch.cdiv(K, block_n),
+        lay(input, "channels"),
+        by_taps(weight),
         None if depthwise.bias is None else depthwise.bias.contiguous(),
         pointwise.weight.reshape(K, C).contiguous(),
         None if pointwise.bias is None else pointwise.bias.contiguous(),
         output,
-        N * P * Q, C, *input.shape[2:], K, P, Q,
-        *input.stride(), *taps.stride(), *output.stride(),
-        *stride, *padding, *dilation,
-        M=C // groups, R=R, S=S, UNROLL=R * S <= _depthwise.UNROLLED_TAPS,
-        PADDED=any(padding),
+        N * P * columns, *divisor(P), *divisor(columns),
+        C // unit, channels_of(y, along, y_unit),
+        *size_of(x, "channels", unit), *size_of(y, along, y_unit),
+        *strides_of(x, "channels", unit), *strides_of(y, along, y_unit),
+        M=C // groups,
+        ROWS=Window(1, R, stride[0], dilation[0], -padding[0], 1),
+        COLUMNS=Window(patch, S, stride[1], dilation[1], -padding[1], 1),
+        UNROLLED=MOST_TAPS["channels"] >= R * S,
+        WHOLE=C % block_k == 0,
         DEPTHWISE_ACTIVATION=depthwise.activation,
         POINTWISE_ACTIVATION=pointwise.activation,
-        PRECISION=launch.precision(),
+        PRECISION=launch.precision(input.dtype),
+        UNIT=unit, Y_UNIT=y_unit, PIXELS=along == "pixels",
         WIDE=launch.wide(input, output),
-        **config,
+        **{**config, "BLOCK_K": block_k},
     )  # fmt: skip
     return output
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeVar
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import triton
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..operators.convolution import Geometry, output_shape
 from ..operators.precision import allow_tf32
+from ._operands import Form
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
@@ -34,6 +36,8 @@ class Launch(NamedTuple):
 
 
 _Noted = TypeVar("_Noted")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_planners: list[Any] = []
 _recorders: list[list[Launch]] = []
 
 
@@ -53,18 +57,36 @@ def recorded() -> contextlib.AbstractContextManager[list[Launch]]:
     return listening(_recorders)
 
 
+def planner(function: _Function) -> _Function:
+    """What a launch passes beside tensors is found once for each combination of arguments, which are hashable."""
+    cached = functools.lru_cache(maxsize=4096)(function)
+    _planners.append(cached)
+    return cast(_Function, cached)
+
+
+def forget_plans() -> None:
+    """For who changes what they depend on, such as `processors`."""
+    for each in _planners:
+        each.cache_clear()
+
+
 def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     """Launches the kernel on the device of its first tensor; no programs, no launch."""
     if programs == 0:
         return
     for found in _recorders:
         found.append(Launch(kernel.__name__, programs, meta))
-    device = args[0].device
+    device = getattr(args[0], "base", args[0]).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[(programs,)](*args, **meta)
     else:
         kernel[(programs,)](*args, **meta)
+
+
+def cdiv(value: int, divisor: int) -> int:
+    """Rounded up; a fifth of the time of triton.cdiv."""
+    return -(-value // divisor)
 
 
 def guarded(config: dict[str, int], taps: int) -> dict[str, int]:
@@ -76,14 +98,17 @@ def guarded(config: dict[str, int], taps: int) -> dict[str, int]:
     return {**config, "num_warps": min(config["num_warps"], 4)} if taps > 1 else config
 
 
-def precision() -> str:
-    """tl.dot's input_precision for float32: what torch's switch for convolutions says; a 1x1 is one of them."""
-    return "tf32" if allow_tf32() else "ieee"
+def precision(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision for float32: what torch's switch for convolutions says; a 1x1 is one of them.
+
+    To other dtypes it says nothing.
+    """
+    return "tf32" if dtype == torch.float32 and allow_tf32() else "ieee"
 
 
-def dtype_class(tensor: Tensor) -> str:
-    """The part of a table's key that the dtype decides."""
-    return precision() if tensor.dtype == torch.float32 else "16bit"
+def dtype_class(dtype: torch.dtype, precision: str) -> str:
+    """The part of a table's key that the operands decide."""
+    return precision if dtype == torch.float32 else "16bit"
 
 
 def width_class(channels: int) -> str:
@@ -91,13 +116,14 @@ def width_class(channels: int) -> str:
     return "narrow" if channels <= 32 else "medium" if channels <= 64 else "wide"
 
 
-def wide(*tensors: Tensor) -> bool:
+def wide(*tensors: Tensor | Form | None) -> bool:
     """Whether an offset into one of them, or an index over its elements, may pass 2^31."""
-    return any(
-        max(t.numel(), sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)))
-        > NARROW_LIMIT
-        for t in tensors
-    )
+    return any(t is not None and _reaches(t.shape, t.stride() if isinstance(t, Tensor) else t.strides) for t in tensors)
+
+
+def _reaches(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return max(math.prod(shape), last) > NARROW_LIMIT
 
 
 @functools.cache
@@ -106,14 +132,20 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def split(steps: int, tiles: int, device: torch.device) -> tuple[int, int]:
+@functools.cache
+def has_large_tiles(device: torch.device) -> bool:
+    """Whether it is a data-centre card from Hopper on: the room of `table.LARGE`, wgmma or what came after, TMA."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def split(steps: int, tiles: int, device: torch.device, programs: int = _PROGRAMS_PER_PROCESSOR) -> tuple[int, int]:
     """(steps of a part, parts) for a reduction of `steps` steps in each of `tiles` tiles.
 
     As many parts as fill the device. The same for the same shapes on the same kind of device, hence the same bits.
     """
-    parts = max(1, _PROGRAMS_PER_PROCESSOR * processors(device) // max(tiles, 1))
-    part_steps = max(triton.cdiv(steps, parts), min(_LEAST_STEPS, steps), 1)
-    return part_steps, triton.cdiv(steps, part_steps)
+    parts = max(1, programs * processors(device) // max(tiles, 1))
+    part_steps = max(cdiv(steps, parts), min(_LEAST_STEPS, steps), 1)
+    return part_steps, cdiv(steps, part_steps)
 
 
 # ------------------------------------------------------------------------------------------ layouts

@@ -3,14 +3,13 @@
     y_i[m, k] = activation(sum over c  x[m, c] * w_i[k, c]  +  bias_i[k])
 
 The grid runs through the tiles of all branches for one block of pixels after the other, so branches share these pixels
-in L2. A branch's pointers are picked by comparing its tile's number: no table of pointers in memory, which CUDA graphs
-would have to update.
+in L2. A branch's code is picked by comparing its tile's number: no table of pointers in memory, which CUDA graphs would
+have to update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,62 +21,70 @@ from ..operators.activations import mask
 from ..operators.conv2d_backward import empty_gradient
 from ..operators.convolution import POINTWISE, FusedConvolution
 from . import _conv, launch, table
-from ._device import activate, dot, index, narrow, pixel, widen
+from ._device import dot, finish, image_of, index, pixel_offset
+from ._operands import Filters, Form, Image, Result, divisor, filters, form, image, result
 
-# The kernel has arguments for so many branches; more of them take more launches.
+# So many branches in one launch at most, as their arguments are a kernel's; more of them take more launches.
 BRANCHES = 4
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit
+def first_column(filters, BRANCH: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first of the branch's columns of tiles."""
+    start = 0
+    for i in tl.static_range(BRANCH):
+        start += tl.cdiv(filters[i] * UNIT, BLOCK_N)
+    return start
+
+
+@triton.jit(do_not_specialize=["filters", "pixels", "C", "P", "Q", "x_pixel", "y_pixels", "y_channels"])
 def pointwise_group(
-    x_ptr,
-    w0_ptr, w1_ptr, w2_ptr, w3_ptr,  # [K_i, C], rows of C elements
-    bias0_ptr, bias1_ptr, bias2_ptr, bias3_ptr,
-    y0_ptr, y1_ptr, y2_ptr, y3_ptr,
-    K0, K1, K2, K3,
-    y0_n, y1_n, y2_n, y3_n,
-    y0_k, y1_k, y2_k, y3_k,
-    y0_q, y1_q, y2_q, y3_q,  # elements between neighbouring pixels, also from one row's end to the next row
-    pixels, C, P, Q,
-    x_n, x_c, x_h, x_w,
-    WHOLE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    x_ptr, w_ptrs, bias_ptrs, y_ptrs,  # tuples: of each branch
+    filters, pixels, C, P, Q,  # filters, of each branch, but for PLANES in units; C in units; P and Q as divisors
+    x_pixel, y_pixels, y_channels,
+    BRANCHES: tl.constexpr, UNIT: tl.constexpr, RESULT_UNIT: tl.constexpr,
+    WHOLE: tl.constexpr, DENSE: tl.constexpr, PLANES: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M pixels x BLOCK_N channels of one branch. K_i is 0 for a branch that is not there.
+    """One tile of BLOCK_M pixels x BLOCK_N channels of one branch.
 
-    WHOLE: BLOCK_K divides C.
+    WHOLE: BLOCK_K divides C. DENSE: one stride leads through all pixels of x.
     """
-    end0 = tl.cdiv(K0, BLOCK_N)
-    end1 = end0 + tl.cdiv(K1, BLOCK_N)
-    end2 = end1 + tl.cdiv(K2, BLOCK_N)
-    columns = end2 + tl.cdiv(K3, BLOCK_N)
+    K_UNIT: tl.constexpr = 1 if PLANES else RESULT_UNIT
+    columns = first_column(filters, BRANCHES, K_UNIT, BLOCK_N)
     row, column = tl.program_id(0) // columns, tl.program_id(0) % columns
-    w_ptr, bias_ptr, y_ptr, K, y_n, y_k, y_q, start = w0_ptr, bias0_ptr, y0_ptr, K0, y0_n, y0_k, y0_q, 0
-    if column >= end2:
-        w_ptr, bias_ptr, y_ptr, K, y_n, y_k, y_q, start = w3_ptr, bias3_ptr, y3_ptr, K3, y3_n, y3_k, y3_q, end2
-    elif column >= end1:
-        w_ptr, bias_ptr, y_ptr, K, y_n, y_k, y_q, start = w2_ptr, bias2_ptr, y2_ptr, K2, y2_n, y2_k, y2_q, end1
-    elif column >= end0:
-        w_ptr, bias_ptr, y_ptr, K, y_n, y_k, y_q, start = w1_ptr, bias1_ptr, y1_ptr, K1, y1_n, y1_k, y1_q, end0
     m = index(row, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = index(column - start, WIDE) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n, p, q = pixel(m, P, Q)
-    x_pixel = n * x_n + p * x_h + q * x_w
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(tl.cdiv(C, BLOCK_K)):
-        c = index(step, WIDE) * BLOCK_K + tl.arange(0, BLOCK_K)
-        a_mask, b_mask = (m < pixels)[:, None], (k < K)[None, :]
-        if not WHOLE:
-            a_mask = a_mask & (c < C)[None, :]
-            b_mask = b_mask & (c < C)[:, None]
-        a = tl.load(x_ptr + x_pixel[:, None] + (c * x_c)[None, :], a_mask, 0.0)
-        b = tl.load(w_ptr + c[:, None] + (k * C)[None, :], b_mask, 0.0)
-        sums = dot(a, b, sums, PRECISION)
-    if bias_ptr is not None:
-        sums += widen(tl.load(bias_ptr + k, k < K, 0.0))[None, :]
-    result = narrow(activate(sums, ACTIVATION), y_ptr.dtype.element_ty)
-    y_pixel = n * y_n + (p * Q + q) * y_q
-    tl.store(y_ptr + y_pixel[:, None] + (k * y_k)[None, :], result, (m < pixels)[:, None] & (k < K)[None, :])
+    in_rows = m < pixels
+    n, p, q = image_of(tl.where(in_rows, m, 0), P, Q, WIDE)
+    if DENSE:
+        x_offset = tl.where(in_rows, m, 0) * (x_pixel.w * UNIT)
+    else:
+        x_offset = (n * x_pixel.n + p * x_pixel.h + q * x_pixel.w) * UNIT
+    channels = C * UNIT
+    lane = tl.arange(0, BLOCK_K)
+    for i in tl.static_range(BRANCHES):
+        start = first_column(filters, i, K_UNIT, BLOCK_N)
+        K = filters[i] * K_UNIT
+        if (column >= start) & (column < start + tl.cdiv(K, BLOCK_N)):
+            k = (column - start) * BLOCK_N + tl.arange(0, BLOCK_N)
+            w_row = tl.where(k < K, k, 0) * channels
+            sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for step in range(tl.cdiv(channels, BLOCK_K)):
+                c = step * BLOCK_K + lane
+                if WHOLE:
+                    a = tl.load(x_ptr + c[None, :] + x_offset[:, None])
+                    b = tl.load(w_ptrs[i] + (c[:, None] + w_row[None, :]))
+                else:
+                    in_depth = c < channels
+                    a = tl.load(x_ptr + c[None, :] + x_offset[:, None], in_depth[None, :], 0.0)
+                    b = tl.load(w_ptrs[i] + (c[:, None] + w_row[None, :]), in_depth[:, None], 0.0)
+                sums = dot(a, b, sums, PRECISION)
+            y_offset = pixel_offset(n, p, q, y_pixels[i], Q.value, RESULT_UNIT, PLANES)
+            finish(
+                sums, bias_ptrs[i], y_ptrs[i], y_offset, in_rows, k, k < K, y_channels[i],
+                RESULT_UNIT, PLANES, ACTIVATION
+            )  # fmt: skip
 
 
 def pointwise_conv2d_group(
@@ -90,8 +97,8 @@ def pointwise_conv2d_group(
 ) -> list[Tensor]:
     """`fastconv.ops.pointwise_conv2d_group`: input [N, C, H, W], weights [K_i, C, 1, 1] -> one [N, K_i, H, W] each.
 
-    float16, bfloat16 and float32; float64 by the aten composition. `out` is written in place where the rows of each of
-    its tensors lie one behind the other, as in slices of the channels of a concatenation; else the result is copied.
+    float16, bfloat16 and float32; float64 by the aten composition. `out` is written in place where its channels or its
+    images lie one behind the other, as in slices of the channels of a concatenation; else the result is copied.
     """
     op = "pointwise_conv2d_group"
     shapes = checks.pointwise_group(op, input, weights, biases, activation)
@@ -105,58 +112,75 @@ def pointwise_conv2d_group(
             for weight, bias, place in zip(weights, given, places, strict=True)
         ]
     outputs = [
-        launch.new_output(input, weight, POINTWISE, activation == "relu")
-        if place is None or not _has_even_pixels(place)
-        else place
+        launch.new_output(input, weight, POINTWISE, activation == "relu") if place is None else place
         for weight, place in zip(weights, places, strict=True)
     ]
     for start in range(0, len(weights), BRANCHES):
         some = slice(start, start + BRANCHES)
         _launch_some(input, weights[some], given[some], outputs[some], activation)
-    for place, output in zip(places, outputs, strict=True):
-        if place is not None and place is not output:
-            place.copy_(output)
     return outputs
 
 
-def _has_even_pixels(tensor: Tensor) -> bool:
-    """Whether neighbouring pixels lie equally far apart, also from one row's end to the next row."""
-    _, _, P, Q = tensor.shape
-    return P == 1 or Q == 1 or tensor.stride(2) == Q * tensor.stride(3)
+class _Plan(NamedTuple):
+    """All of a launch but its tensors."""
+
+    asked: table.Asked
+    x: Image
+    ws: tuple[Filters, ...]
+    ys: tuple[Result, ...]
+    programs: int
+    numbers: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+@launch.planner
+def _plan(
+    input: Form, weights: tuple[Form, ...], outputs: tuple[Form, ...], activation: str, precision: str,
+    preferences: Any,
+) -> _Plan:  # fmt: skip
+    N, _, P, Q = input.shape
+    widths = [weight.shape[0] for weight in weights]
+    x = image(input)
+    # one kernel writes all of them along channels or all of them in planes
+    planes = all(result(output).planes for output in outputs)
+    ys = tuple(result(output, planes=planes) for output in outputs)
+    unit = min(y.unit for y in ys)
+    ys = tuple(y.in_units(unit) for y in ys)
+    ws = tuple(filters(weight, x.channels, 1) for weight in weights)
+    classes = launch.dtype_class(input.dtype, precision), launch.width_class(max(widths))
+    asked = table.ask("pointwise_group", *classes)
+    block_m, block_n, block_k = table.block(asked.config, x.channels)
+    meta = {
+        **asked.config,
+        "BLOCK_K": block_k,
+        "BRANCHES": len(weights), "UNIT": x.unit, "RESULT_UNIT": unit,
+        "WHOLE": x.channels % block_k == 0, "DENSE": x.form.has_dense_pixels, "PLANES": planes,
+        "ACTIVATION": activation,
+        "PRECISION": precision,
+        "WIDE": launch.wide(x.form, *weights, *(y.form for y in ys)),
+    }  # fmt: skip
+    strides = [y.strides for y in ys]
+    numbers = (
+        tuple(y.channels for y in ys), N * P * Q, x.channels // x.unit, divisor(P), divisor(Q),
+        x.pixel, tuple(pixel for pixel, _ in strides), tuple(channel for _, channel in strides),
+    )  # fmt: skip
+    programs = launch.cdiv(N * P * Q, block_m) * sum(launch.cdiv(width, block_n) for width in widths)
+    return _Plan(asked, x, ws, ys, programs, numbers, meta)
 
 
 def _launch_some(
     input: Tensor, weights: list[Tensor], biases: list[Tensor | None], outputs: list[Tensor], activation: str
 ) -> None:
-    N, C, P, Q = input.shape
-    missing = BRANCHES - len(weights)
-    widths = [weight.shape[0] for weight in weights]
-    config = table.config("pointwise_group", launch.dtype_class(input), launch.width_class(max(widths)))
-    columns = sum(triton.cdiv(width, config["BLOCK_N"]) for width in widths)
-    rows = [weight.reshape(weight.shape[0], C).contiguous() for weight in weights]
-
-    def four(values: Sequence[Any], filler: Any) -> list[Any]:
-        return [*values, *[filler] * missing]
-
-    launch.launch(
-        pointwise_group,
-        triton.cdiv(N * P * Q, config["BLOCK_M"]) * columns,
-        input,
-        *four(rows, rows[0]),
-        *four(biases, biases[0]),
-        *four(outputs, outputs[0]),
-        *four(widths, 0),
-        *four([output.stride(0) for output in outputs], 0),
-        *four([output.stride(1) for output in outputs], 0),
-        *four([output.stride(3) if Q > 1 else output.stride(2) for output in outputs], 0),
-        N * P * Q, C, P, Q,
-        *input.stride(),
-        WHOLE=C % config["BLOCK_K"] == 0,
-        ACTIVATION=activation,
-        PRECISION=launch.precision(),
-        WIDE=launch.wide(input, *rows, *outputs),
-        **config,
+    plan = _plan(
+        form(input), tuple(map(form, weights)), tuple(map(form, outputs)), activation, launch.precision(input.dtype),
+        table.preferences(),
     )  # fmt: skip
+    table.note(plan.asked)
+    ws = tuple(w.of(weight) for w, weight in zip(plan.ws, weights, strict=True))
+    ys = tuple(y.of(output) for y, output in zip(plan.ys, outputs, strict=True))
+    launch.launch(pointwise_group, plan.programs, plan.x.of(input), ws, tuple(biases), ys, *plan.numbers, **plan.meta)
+    for y, tensor, output in zip(plan.ys, ys, outputs, strict=True):
+        y.written(tensor, output)
 
 
 def pointwise_conv2d_group_backward(

@@ -1,24 +1,32 @@
 """Block sizes of every kernel, by shape class.
 
-A shape class says what kind of filter (pointwise, spatial; ragged: a number of channels that 16-byte loads cannot
-take, like the 3 of an image), how many columns a tile has work for (narrow: up to
-32 channels, medium: 64, wide), which operands ("16bit", "tf32", "ieee": float32 as torch's switches have it), or in
-which direction the tensors lie (pixels, channels). The batch size is no part of it: a new batch size never compiles or
-tunes anything.
+A shape class says what kind of filter (pointwise, spatial; thin: vectors of 8 bytes, as 3 or 20 channels have), how
+many columns a tile has work for (narrow: up to 32 channels, medium: 64, wide), which operands ("16bit", "tf32", "ieee":
+float32 as torch's switches have it), or in which direction the tensors lie (pixels, channels). The batch size is no
+part of it: a new batch size never compiles or tunes anything. Too small a grid splits its depth, see `_split`.
 
-The entries below were chosen by reasoning and by what the compiler reports (no spills, at most 99 KiB of shared memory,
-so that they also fit the smaller cards of each generation); they were not measured on a GPU yet. `preferred` puts
-others in their places, for one call: variants of the backend, which `python -m fastconv qualify --search` measures.
+`SHIPPED` is for every card: at most the 99 KiB of shared memory that the smaller ones of each generation have. `LARGE`
+has what the data-centre cards from Hopper on have room for, and their wgmma and TMA ("BOXES").
+
+The entries were chosen by reasoning and by what the compiler reports (tools/triton_code.py); they were not measured on
+a GPU yet. `preferred` puts others in their places, for one call: variants of the backend, which `python -m fastconv
+qualify --search` measures.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .launch import guarded, listening
+import torch
+import triton
+
+from . import launch
+from ._operands import VECTOR_BYTES
+from .launch import listening
 
 Config = dict[str, int]
 Table = dict[str, dict[str, Config]]
@@ -34,118 +42,147 @@ def _tile(m: int, n: int, warps: int) -> Config:
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": 2}
 
 
-# Tiles of rows that run through all columns before the next ones start, see _device.grouped_tile.
-_GROUP = {"GROUP": 8}
+def _matrices(*rows: tuple[str, Config]) -> dict[str, Config]:
+    """Entries by their names; "a|b" in a name is one entry for each of them."""
+    return {
+        " ".join(name): config
+        for names, config in rows
+        for name in itertools.product(*(word.split("|") for word in names.split()))
+    }
+
+
+# GROUP: tiles of rows that run through all columns before the next ones start, see _device.grouped_tile. BOXES: whether
+# the TMA brings operands of a dense 1x1 convolution.
+_SPATIAL = {"GROUP": 8}
+_POINTWISE = {"GROUP": 8, "BOXES": 0}
+_BOXES = {"GROUP": 8, "BOXES": 1}
 
 SHIPPED: Table = {
-    # rows: output pixels; columns: output channels; terms: input channels of one tap (stems: all taps')
-    "conv2d_fprop": {
-        "16bit pointwise narrow": _gemm(128, 32, 64, 4, 3, **_GROUP),
-        "16bit pointwise medium": _gemm(128, 64, 64, 4, 3, **_GROUP),
-        "16bit pointwise wide": _gemm(128, 128, 64, 8, 3, **_GROUP),
-        "16bit spatial narrow": _gemm(128, 32, 64, 4, 3, **_GROUP),
-        "16bit spatial medium": _gemm(128, 64, 64, 4, 3, **_GROUP),
-        "16bit spatial wide": _gemm(64, 128, 64, 4, 3, **_GROUP),
-        "16bit ragged narrow": _gemm(128, 32, 32, 4, 2, **_GROUP),
-        "16bit ragged medium": _gemm(64, 64, 32, 4, 2, **_GROUP),
-        "16bit ragged wide": _gemm(64, 64, 32, 4, 2, **_GROUP),
-        "tf32 pointwise narrow": _gemm(128, 32, 32, 4, 3, **_GROUP),
-        "tf32 pointwise medium": _gemm(128, 64, 32, 4, 3, **_GROUP),
-        "tf32 pointwise wide": _gemm(128, 128, 32, 8, 3, **_GROUP),
-        "tf32 spatial narrow": _gemm(128, 32, 32, 4, 3, **_GROUP),
-        "tf32 spatial medium": _gemm(128, 64, 32, 4, 3, **_GROUP),
-        "tf32 spatial wide": _gemm(128, 64, 32, 4, 3, **_GROUP),
-        "tf32 ragged narrow": _gemm(64, 32, 32, 4, 2, **_GROUP),
-        "tf32 ragged medium": _gemm(64, 64, 32, 4, 2, **_GROUP),
-        "tf32 ragged wide": _gemm(64, 64, 32, 4, 2, **_GROUP),
+    # rows: output pixels; columns: output channels; terms: input channels of the taps
+    "conv2d_fprop": _matrices(
+        ("16bit pointwise narrow", _gemm(128, 32, 64, 4, 3, **_POINTWISE)),
+        ("16bit pointwise medium", _gemm(128, 64, 64, 4, 3, **_POINTWISE)),
+        ("16bit pointwise wide", _gemm(128, 128, 64, 8, 3, **_POINTWISE)),
+        ("16bit spatial|thin narrow", _gemm(128, 32, 64, 4, 3, **_SPATIAL)),
+        ("16bit spatial|thin medium|wide", _gemm(128, 64, 64, 4, 3, **_SPATIAL)),
+        ("tf32 pointwise narrow", _gemm(128, 32, 32, 4, 3, **_POINTWISE)),
+        ("tf32 pointwise medium", _gemm(128, 64, 32, 4, 3, **_POINTWISE)),
+        ("tf32 pointwise wide", _gemm(128, 128, 32, 8, 3, **_POINTWISE)),
+        ("tf32 spatial|thin narrow", _gemm(128, 32, 32, 4, 3, **_SPATIAL)),
+        ("tf32 spatial|thin medium|wide", _gemm(128, 64, 32, 4, 3, **_SPATIAL)),
         # sums of true float32 products live in registers, one thread's worth at a time
-        "ieee pointwise narrow": _gemm(64, 32, 16, 4, 2, **_GROUP),
-        "ieee pointwise medium": _gemm(64, 64, 16, 4, 2, **_GROUP),
-        "ieee pointwise wide": _gemm(64, 64, 16, 4, 2, **_GROUP),
-        "ieee spatial narrow": _gemm(64, 32, 16, 4, 2, **_GROUP),
-        "ieee spatial medium": _gemm(64, 64, 16, 4, 2, **_GROUP),
-        "ieee spatial wide": _gemm(64, 64, 16, 4, 2, **_GROUP),
-        "ieee ragged narrow": _gemm(64, 32, 16, 4, 2, **_GROUP),
-        "ieee ragged medium": _gemm(64, 64, 16, 4, 2, **_GROUP),
-        "ieee ragged wide": _gemm(64, 64, 16, 4, 2, **_GROUP),
-    },
-    # rows: input pixels; columns: input channels; terms: output channels of one tap
-    "conv2d_dgrad": {
-        "16bit pointwise narrow": _gemm(128, 32, 64, 4, 3, **_GROUP),
-        "16bit pointwise medium": _gemm(128, 64, 64, 4, 3, **_GROUP),
-        "16bit pointwise wide": _gemm(128, 128, 64, 8, 3, **_GROUP),
-        "16bit spatial narrow": _gemm(128, 32, 64, 4, 3, **_GROUP),
-        "16bit spatial medium": _gemm(128, 64, 64, 4, 3, **_GROUP),
-        "16bit spatial wide": _gemm(64, 128, 64, 4, 3, **_GROUP),
-        "tf32 pointwise narrow": _gemm(128, 32, 32, 4, 3, **_GROUP),
-        "tf32 pointwise medium": _gemm(128, 64, 32, 4, 3, **_GROUP),
-        "tf32 pointwise wide": _gemm(128, 64, 32, 4, 3, **_GROUP),
-        "tf32 spatial narrow": _gemm(128, 32, 32, 4, 3, **_GROUP),
-        "tf32 spatial medium": _gemm(128, 64, 32, 4, 3, **_GROUP),
-        "tf32 spatial wide": _gemm(128, 64, 32, 4, 3, **_GROUP),
-        "ieee pointwise narrow": _gemm(64, 32, 16, 4, 2, **_GROUP),
-        "ieee pointwise medium": _gemm(64, 32, 16, 4, 2, **_GROUP),
-        "ieee pointwise wide": _gemm(64, 32, 16, 4, 2, **_GROUP),
-        "ieee spatial narrow": _gemm(64, 32, 16, 4, 2, **_GROUP),
-        "ieee spatial medium": _gemm(64, 64, 16, 4, 2, **_GROUP),
-        "ieee spatial wide": _gemm(64, 64, 16, 4, 2, **_GROUP),
-    },
-    # rows: output channels; columns: input channels at one tap (stems: of all taps); terms: pixels. The width is K's.
-    "conv2d_wgrad": {
-        "16bit dense narrow": _gemm(32, 64, 64, 4, 3),
-        "16bit dense medium": _gemm(64, 64, 64, 4, 3),
-        "16bit dense wide": _gemm(128, 64, 64, 4, 3),
-        "16bit ragged narrow": _gemm(32, 64, 32, 4, 2),
-        "16bit ragged medium": _gemm(64, 64, 32, 4, 2),
-        "16bit ragged wide": _gemm(128, 32, 32, 4, 2),
-        "tf32 dense narrow": _gemm(32, 64, 32, 4, 3),
-        "tf32 dense medium": _gemm(64, 64, 32, 4, 3),
-        "tf32 dense wide": _gemm(64, 64, 32, 4, 3),
-        "tf32 ragged narrow": _gemm(32, 64, 32, 4, 2),
-        "tf32 ragged medium": _gemm(64, 64, 32, 4, 2),
-        "tf32 ragged wide": _gemm(64, 64, 32, 4, 2),
-        "ieee dense narrow": _gemm(32, 32, 16, 4, 2),
-        "ieee dense medium": _gemm(64, 64, 16, 4, 2),
-        "ieee dense wide": _gemm(64, 64, 16, 4, 2),
-        "ieee ragged narrow": _gemm(32, 64, 16, 4, 2),
-        "ieee ragged medium": _gemm(64, 64, 16, 4, 2),
-        "ieee ragged wide": _gemm(64, 64, 16, 4, 2),
-    },
+        ("ieee pointwise narrow", _gemm(64, 32, 16, 4, 2, **_POINTWISE)),
+        ("ieee pointwise medium|wide", _gemm(64, 64, 16, 4, 2, **_POINTWISE)),
+        ("ieee spatial|thin narrow", _gemm(64, 32, 16, 4, 2, **_SPATIAL)),
+        ("ieee spatial|thin medium|wide", _gemm(64, 64, 16, 4, 2, **_SPATIAL)),
+    ),
+    # rows: input pixels; columns: input channels; terms: output channels of the taps
+    "conv2d_dgrad": _matrices(
+        ("16bit pointwise narrow", _gemm(128, 32, 64, 4, 3, **_POINTWISE)),
+        ("16bit pointwise medium", _gemm(128, 64, 64, 4, 3, **_POINTWISE)),
+        ("16bit pointwise wide", _gemm(128, 128, 64, 8, 3, **_POINTWISE)),
+        ("16bit spatial|thin narrow", _gemm(128, 32, 64, 4, 3, **_SPATIAL)),
+        ("16bit spatial|thin medium|wide", _gemm(128, 64, 64, 4, 3, **_SPATIAL)),
+        ("tf32 pointwise narrow", _gemm(128, 32, 32, 4, 3, **_POINTWISE)),
+        ("tf32 pointwise medium|wide", _gemm(128, 64, 32, 4, 3, **_POINTWISE)),
+        ("tf32 spatial|thin narrow", _gemm(128, 32, 32, 4, 3, **_SPATIAL)),
+        ("tf32 spatial|thin medium|wide", _gemm(128, 64, 32, 4, 3, **_SPATIAL)),
+        ("ieee pointwise narrow|medium|wide", _gemm(64, 32, 16, 4, 2, **_POINTWISE)),
+        ("ieee spatial|thin narrow", _gemm(64, 32, 16, 4, 2, **_SPATIAL)),
+        ("ieee spatial|thin medium|wide", _gemm(64, 64, 16, 4, 2, **_SPATIAL)),
+    ),
+    # rows: output channels; columns: input channels of the taps; terms: pixels. The width is K's.
+    "conv2d_wgrad": _matrices(
+        ("16bit pointwise narrow", _gemm(32, 64, 64, 4, 3, BOXES=0)),
+        ("16bit pointwise medium", _gemm(64, 64, 64, 4, 3, BOXES=0)),
+        ("16bit pointwise wide", _gemm(128, 128, 64, 4, 3, BOXES=0)),
+        ("16bit spatial|thin narrow", _gemm(32, 64, 64, 4, 3)),
+        ("16bit spatial|thin medium", _gemm(64, 64, 64, 4, 3)),
+        ("16bit spatial wide", _gemm(128, 128, 64, 4, 3)),
+        ("16bit thin wide", _gemm(128, 64, 64, 4, 3)),
+        ("tf32 pointwise narrow", _gemm(32, 64, 32, 4, 3, BOXES=0)),
+        ("tf32 pointwise medium|wide", _gemm(64, 64, 32, 4, 3, BOXES=0)),
+        ("tf32 spatial|thin narrow", _gemm(32, 64, 32, 4, 3)),
+        ("tf32 spatial|thin medium|wide", _gemm(64, 64, 32, 4, 3)),
+        ("ieee pointwise narrow", _gemm(32, 32, 16, 4, 2, BOXES=0)),
+        ("ieee pointwise medium|wide", _gemm(64, 64, 16, 4, 2, BOXES=0)),
+        ("ieee spatial|thin narrow", _gemm(32, 32, 16, 4, 2)),
+        ("ieee spatial|thin medium|wide", _gemm(64, 64, 16, 4, 2)),
+    ),
     # as conv2d_fprop's pointwise; a tile never straddles two branches, so tiles are no wider than branches are
-    "pointwise_group": {
-        "16bit narrow": _gemm(128, 32, 64, 4, 3),
-        "16bit medium": _gemm(64, 64, 64, 4, 3),
-        "16bit wide": _gemm(64, 64, 64, 4, 3),
-        "tf32 narrow": _gemm(128, 32, 32, 4, 3),
-        "tf32 medium": _gemm(64, 64, 32, 4, 3),
-        "tf32 wide": _gemm(64, 64, 32, 4, 3),
-        "ieee narrow": _gemm(64, 32, 16, 4, 2),
-        "ieee medium": _gemm(64, 64, 16, 4, 2),
-        "ieee wide": _gemm(64, 64, 16, 4, 2),
-    },
+    "pointwise_group": _matrices(
+        ("16bit narrow", _gemm(128, 32, 64, 4, 3)),
+        ("16bit medium|wide", _gemm(64, 64, 64, 4, 3)),
+        ("tf32 narrow", _gemm(128, 32, 32, 4, 3)),
+        ("tf32 medium|wide", _gemm(64, 64, 32, 4, 3)),
+        ("ieee narrow", _gemm(64, 32, 16, 4, 2)),
+        ("ieee medium|wide", _gemm(64, 64, 16, 4, 2)),
+    ),
+    "finish_parts": {"pixels": _tile(64, 16, 4), "channels": _tile(16, 64, 4)},
     # columns: output channels, as many as registers allow: the depthwise part is computed once for each tile of them
-    "depthwise_separable_fprop": {
-        "16bit narrow": _gemm(64, 32, 32, 4, 2),
-        "16bit medium": _gemm(64, 64, 32, 8, 2),
-        "16bit wide": _gemm(64, 128, 32, 8, 2),
-        "tf32 narrow": _gemm(64, 32, 32, 4, 2),
-        "tf32 medium": _gemm(64, 64, 32, 8, 2),
-        "tf32 wide": _gemm(64, 64, 32, 8, 2),
-        "ieee narrow": _gemm(64, 32, 16, 4, 2),
-        "ieee medium": _gemm(64, 64, 16, 4, 2),
-        "ieee wide": _gemm(64, 64, 16, 4, 2),
+    "depthwise_separable_fprop": _matrices(
+        ("16bit narrow", _gemm(64, 32, 64, 4, 1)),
+        ("16bit medium", _gemm(64, 64, 64, 4, 1)),
+        ("16bit wide", _gemm(64, 128, 64, 4, 1)),
+        ("tf32 narrow", _gemm(64, 32, 32, 4, 1)),
+        ("tf32 medium", _gemm(64, 64, 32, 4, 1)),
+        ("tf32 wide", _gemm(64, 128, 32, 4, 1)),
+        ("ieee narrow", _gemm(64, 32, 32, 4, 1)),
+        ("ieee medium|wide", _gemm(64, 64, 32, 4, 1)),
+    ),
+    # lanes, each with a patch of BLOCK_H x BLOCK_W pixels (in one channel, or in a vector of channels)
+    "depthwise_fprop": {
+        "pixels": {"BLOCK": 128, "BLOCK_H": 4, "BLOCK_W": 8, "num_warps": 4, "num_stages": 2},
+        "channels": {"BLOCK": 128, "BLOCK_H": 2, "BLOCK_W": 4, "num_warps": 4, "num_stages": 2},
     },
-    "depthwise_fprop": {"pixels": _tile(128, 4, 4), "channels": _tile(16, 64, 4)},
-    "depthwise_dgrad": {"pixels": _tile(256, 4, 4), "channels": _tile(16, 64, 4)},
-    "depthwise_wgrad": {"pixels": _tile(256, 4, 4), "channels": _tile(32, 64, 4)},
-    "mask_and_sum": {"pixels": _tile(256, 4, 4), "channels": _tile(32, 64, 4)},
-    "sum_parts": {"any": {"BLOCK": 256, "num_warps": 4, "num_stages": 2}},
-    # a tile holds all channels of its pixels where they fit; BLOCK_N is the least number of channels where they do not
-    "local_response_norm": {
-        "pixels": {"ELEMENTS": 2048, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
-        "channels": {"ELEMENTS": 2048, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
+    "depthwise_dgrad": {
+        "pixels": {"BLOCK": 128, "BLOCK_H": 4, "BLOCK_W": 8, "num_warps": 4, "num_stages": 2},
+        "channels": {"BLOCK": 128, "BLOCK_H": 2, "BLOCK_W": 4, "num_warps": 4, "num_stages": 2},
     },
+    "depthwise_wgrad": {
+        "pixels": {"BLOCK": 128, "BLOCK_H": 2, "BLOCK_W": 8, "num_warps": 4, "num_stages": 2},
+        "channels": {"BLOCK": 128, "BLOCK_N": 64, "BLOCK_H": 1, "BLOCK_W": 4, "num_warps": 4, "num_stages": 2},
+    },
+    "mask_and_sum": {"pixels": _tile(256, 8, 4), "channels": _tile(32, 64, 4)},
+    # rows: parts; columns: elements, one behind the other
+    "sum_parts": {"any": _tile(64, 16, 4)},
+    # rows: vectors of pixels, or groups of a pixel's channels; columns: channels of each, at most (of float32 that lie
+    # side by side half as many)
+    "local_response_norm": {"pixels": _tile(128, 16, 4), "channels": _tile(128, 8, 4)},
     "add_relu": {"any": {"BLOCK": 1024, "num_warps": 4, "num_stages": 2}},
+}
+
+LARGE: Table = {
+    "conv2d_fprop": _matrices(
+        ("16bit pointwise narrow", _gemm(128, 32, 64, 4, 3, **_BOXES)),
+        ("16bit pointwise medium", _gemm(128, 64, 64, 4, 3, **_BOXES)),
+        ("16bit pointwise wide", _gemm(128, 128, 64, 8, 3, **_BOXES)),
+        ("16bit spatial wide", _gemm(128, 128, 64, 4, 3, **_SPATIAL)),
+    ),
+    "conv2d_dgrad": _matrices(
+        ("16bit pointwise narrow", _gemm(128, 32, 64, 4, 3, **_BOXES)),
+        ("16bit pointwise medium", _gemm(128, 64, 64, 4, 3, **_BOXES)),
+        ("16bit pointwise wide", _gemm(128, 128, 64, 8, 3, **_BOXES)),
+        ("16bit spatial wide", _gemm(128, 128, 64, 4, 3, **_SPATIAL)),
+    ),
+    "conv2d_wgrad": _matrices(
+        ("16bit pointwise narrow|medium", _gemm(64, 64, 64, 4, 3, BOXES=1)),
+        ("16bit pointwise wide", _gemm(128, 128, 64, 4, 3, BOXES=1)),
+    ),
+}
+
+# What `python -m fastconv qualify` tries besides, by `Asked.entry`.
+CANDIDATES: dict[str, tuple[Config, ...]] = {
+    f"{kernel} {name}": configs
+    for kernel in ("conv2d_fprop", "conv2d_dgrad")
+    for name, configs in {
+        "16bit pointwise medium": (_gemm(128, 64, 64, 4, 4, **_BOXES), _gemm(256, 64, 64, 8, 3, **_BOXES)),
+        "16bit pointwise wide": (_gemm(128, 256, 64, 8, 3, **_BOXES), _gemm(128, 128, 64, 4, 4, **_BOXES)),
+        "16bit spatial medium": (_gemm(64, 64, 64, 4, 4, **_SPATIAL), _gemm(128, 64, 32, 4, 4, **_SPATIAL)),
+        "16bit spatial wide": (_gemm(64, 256, 64, 4, 3, **_SPATIAL), _gemm(64, 128, 64, 4, 4, **_SPATIAL)),
+        "tf32 pointwise wide": (_gemm(128, 128, 32, 8, 4, **_BOXES), _gemm(64, 128, 32, 4, 4, **_POINTWISE)),
+        "tf32 spatial wide": (_gemm(128, 128, 32, 4, 3, **_SPATIAL), _gemm(64, 64, 32, 4, 4, **_SPATIAL)),
+    }.items()
 }
 
 
@@ -167,6 +204,8 @@ def problem(kernel: str, name: str, config: Any) -> str | None:
             fitting, needed = _STAGES, "1 to 8"
         elif key == "num_warps":
             fitting, needed = _WARPS, "1, 2, 4, 8 or 16"
+        elif key == "BOXES":
+            fitting, needed = frozenset((0, 1)), "0 or 1"
         elif key.startswith("BLOCK") and "BLOCK_K" in shipped:
             fitting, needed = _MATRIX_SIZES, "a power of two from 16 to 4096"
         else:
@@ -193,26 +232,32 @@ class Asked(NamedTuple):
     config: Config
 
 
-class _Preferred(threading.local):
-    """Of a thread: what counts in each of the blocks that are open, the innermost last."""
+class _Preference:
+    """Entries that count within a block."""
 
-    def __init__(self) -> None:
-        self.blocks: list[dict[str, Config]] = [{}]
+    def __init__(self, configs: dict[str, Config]) -> None:
+        self.configs = configs
+
+    def __enter__(self) -> None:
+        _preferred.blocks = (*_preferred.blocks, self)
+
+    def __exit__(self, *exception: object) -> None:
+        _preferred.blocks = _preferred.blocks[:-1]
+
+
+class _Preferred(threading.local):
+    """Of a thread: the blocks that are open, the innermost last."""
+
+    blocks: tuple[_Preference, ...] = ()
 
 
 _preferred = _Preferred()
 _asked: list[list[Asked]] = []
 
 
-class _Preference:
-    def __init__(self, configs: dict[str, Config]) -> None:
-        self._configs = configs
-
-    def __enter__(self) -> None:
-        _preferred.blocks.append({**_preferred.blocks[-1], **self._configs})
-
-    def __exit__(self, *exception: object) -> None:
-        _preferred.blocks.pop()
+def preferences() -> tuple[_Preference, ...]:
+    """What decides, besides its arguments, what `ask` finds on this thread."""
+    return _preferred.blocks
 
 
 def preferred(configs: Mapping[str, Config]) -> contextlib.AbstractContextManager[None]:
@@ -238,11 +283,44 @@ def split_entry(entry: str) -> tuple[str, str]:
     return kernel, name
 
 
-def config(kernel: str, *classes: str, filter: tuple[int, int] = (1, 1)) -> Config:
-    """The entry of a kernel for a shape class, with the guard for filters larger than 1x1."""
+def shipped(kernel: str, name: str, device: torch.device | None = None) -> Config:
+    """The entry of the table for the device; without one, that for every card."""
+    large = LARGE.get(kernel, {}) if device is not None and launch.has_large_tiles(device) else {}
+    return large.get(name) or SHIPPED[kernel][name]
+
+
+def ask(kernel: str, *classes: str, device: torch.device | None = None, filter: tuple[int, int] = (1, 1)) -> Asked:
+    """The entry of a kernel for a shape class, with the guard for filters larger than 1x1.
+
+    Kernels that `LARGE` has entries of name their device. Whoever launches with it says so, see `note`.
+    """
     name, taps = " ".join(classes), filter[0] * filter[1]
     entry = f"{kernel} {name}"
-    found = guarded(_preferred.blocks[-1].get(entry) or SHIPPED[kernel][name], taps)
+    found = next((b.configs[entry] for b in reversed(_preferred.blocks) if entry in b.configs), None)
+    return Asked(entry, taps, launch.guarded(found or shipped(kernel, name, device), taps))
+
+
+def note(asked: Asked) -> None:
+    """Tells the blocks of `noted`."""
     for each in _asked:
-        each.append(Asked(entry, taps, found))
-    return found
+        each.append(asked)
+
+
+def config(kernel: str, *classes: str) -> Config:
+    """`ask` and `note`, for kernels that every card has the same entries of."""
+    asked = ask(kernel, *classes)
+    note(asked)
+    return asked.config
+
+
+def ask_for_convolution(
+    kernel: str, dtype_class: str, filter: tuple[int, int], width: int, vector: int, device: torch.device
+) -> Asked:
+    """The entry of a convolution's kernel for tiles of so many columns, and operands in vectors of so many bytes."""
+    kind = "thin" if vector < VECTOR_BYTES else "pointwise" if filter == (1, 1) else "spatial"
+    return ask(kernel, dtype_class, kind, launch.width_class(width), device=device, filter=filter)
+
+
+def block(config: Config, depth: int) -> tuple[int, int, int]:
+    """A tile's rows, columns and terms, the latter no more than the depth needs."""
+    return config["BLOCK_M"], config["BLOCK_N"], min(config["BLOCK_K"], max(16, triton.next_power_of_2(depth)))

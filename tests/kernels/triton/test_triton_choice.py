@@ -22,7 +22,7 @@ def device() -> Iterator[torch.device]:
 
 
 def kernels(op: str, *args: Any, **options: Any) -> tuple[list[str], list[str]]:
-    """Of the forward, and of a backward for all of the arguments."""
+    """Of the forward, and of a backward for all of the arguments; not those that add parts."""
     from fastconv.triton_kernels import launch
 
     lists = [arg if isinstance(arg, list) else [arg] for arg in args]
@@ -32,7 +32,8 @@ def kernels(op: str, *args: Any, **options: Any) -> tuple[list[str], list[str]]:
     results = results if isinstance(results, list) else [results]
     with launch.recorded() as backward:
         torch.autograd.grad(sum(result.square().sum() for result in results), leaves)
-    return [one.kernel for one in forward], [one.kernel for one in backward if one.kernel != "sum_parts_kernel"]
+    names = [[one.kernel for one in found if "parts_kernel" not in one.kernel] for found in (forward, backward)]
+    return names[0], names[1]
 
 
 def values(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -72,12 +73,13 @@ def test_group() -> None:
 
 
 def test_elementwise() -> None:
-    """Tensors that lie alike in memory; windows that fit a tile."""
+    """Tensors that lie alike in memory; windows that a thread's registers hold, and wider ones."""
     x = values(1, 4, 2, 2)
     assert kernels("add_relu", x, values(1, 4, 2, 2)) == (["add_relu_fprop"], ["add_relu_dgrad"])
     assert kernels("add_relu", x, values(1, 4, 2, 2).mT)[0] == []
     assert kernels("local_response_norm", x, 5) == (["local_response_norm_kernel"], ["local_response_norm_kernel"])
-    assert kernels("local_response_norm", values(1, 5000, 1, 1), 4001)[0] == []
+    wide = ["local_response_norm_wide"]
+    assert kernels("local_response_norm", values(1, 150, 1, 1), 131) == (wide, wide * 2)
 
 
 def test_block_sizes_are_those_of_the_table() -> None:
@@ -91,6 +93,49 @@ def test_block_sizes_are_those_of_the_table() -> None:
     assert one.meta.items() >= table.config("add_relu", "any").items()
     ops.add_relu(x, x)
     assert len(found) == 1
+
+
+def test_boxes() -> None:
+    """The TMA brings operands where the table says so: of dense 1x1 convolutions, in vectors of 16 bytes."""
+    from fastconv.triton_kernels import launch, table
+
+    entries = {f"{kernel} {name}": config for kernel, rows in table.LARGE.items() for name, config in rows.items()}
+
+    def boxes(x: Tensor, w: Tensor, **options: Any) -> list[bool]:
+        leaves = [x.requires_grad_(), w.requires_grad_()]
+        with table.preferred(entries), launch.recorded() as found:
+            torch.autograd.grad(ops.conv2d_relu(x, w, activation="none", **options).sum(), leaves)
+        return [one.meta["BOXES"] for one in found if one.kernel.startswith("conv2d")]
+
+    x, w = (values(*shape, dtype=torch.float16) for shape in ((2, 16, 5, 6), (8, 16, 1, 1)))
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert boxes(x, w) == [True] * 3
+    assert boxes(x.detach(), w.detach(), stride=2) == [False] * 3
+    assert boxes(x.detach(), w.detach(), padding=1) == [False] * 3
+    assert boxes(x.detach()[:, :12], w.detach()[:, :12].contiguous()) == [False] * 3
+
+
+def test_plans_are_made_once() -> None:
+    """For the same shapes, whatever lies there; not for others, nor within another preference."""
+    from fastconv.triton_kernels import _conv2d_fprop, launch, table
+
+    launch.forget_plans()
+    x, w = values(2, 16, 5, 6), values(8, 16, 1, 1)
+    made = []
+    for call in (
+        lambda: ops.conv2d_relu(x, w),
+        lambda: ops.conv2d_relu(x + 1, w * 2),
+        lambda: ops.conv2d_relu(x[:1], w),
+        lambda: ops.conv2d_relu(x, w, stride=2),
+    ):
+        call()
+        made.append(_conv2d_fprop._plan.cache_info().misses)  # type: ignore[attr-defined]
+    assert made == [1, 1, 2, 3]
+    wanted = shipped(POINTWISE, BLOCK_N=16)
+    for _ in range(2):
+        with table.preferred({POINTWISE: wanted}):
+            assert launched(ops.conv2d_relu, x.shape, w.shape) == wanted
+    assert launched(ops.conv2d_relu, x.shape, w.shape)["BLOCK_N"] == shipped(POINTWISE)["BLOCK_N"]
 
 
 # ------------------------------------------------------------------------------------- preferences
@@ -108,13 +153,13 @@ def shipped(entry: str, **changes: int) -> dict[str, int]:
 
 
 def launched(function: Callable[..., Any], *shapes: tuple[int, ...]) -> dict[str, int]:
-    """The block sizes of a call's only launch."""
-    from fastconv.triton_kernels import launch
+    """The block sizes of a call's kernel."""
+    from fastconv.triton_kernels import launch, table
 
-    with launch.recorded() as found:
+    with table.noted() as asked, launch.recorded() as found:
         function(*(values(*shape) for shape in shapes))
-    (one,) = found
-    return {key: value for key, value in one.meta.items() if key.startswith(("BLOCK", "GROUP", "num_"))}
+    # where a depth is split, another kernel adds the parts
+    return {key: int(found[0].meta[key]) for key in asked[0].config}
 
 
 def add() -> dict[str, int]:
@@ -211,10 +256,10 @@ def test_what_a_call_asks_for_is_noted() -> None:
         with ThreadPoolExecutor(1) as other:
             other.submit(torch.autograd.grad, y, (x, w), torch.ones_like(y)).result()
     y = ops.conv2d_relu(x, w)
-    assert inner == [table.Asked(SPATIAL, 9, wanted)]
-    assert outer[:1] == inner
-    dgrad, wgrad = "conv2d_dgrad ieee spatial narrow", "conv2d_wgrad ieee dense narrow"
-    entries = [one.entry for one in outer[1:]]
-    assert sorted({*entries} - {"sum_parts any"}) == sorted([dgrad, wgrad, "mask_and_sum pixels"])
+    assert inner[:1] == [table.Asked(SPATIAL, 9, wanted)]
+    assert outer[: len(inner)] == inner
+    dgrad, wgrad = "conv2d_dgrad ieee spatial narrow", "conv2d_wgrad ieee spatial narrow"
+    entries = [one.entry for one in outer[1:] if "_parts" not in one.entry]
+    assert sorted(entries) == sorted([dgrad, wgrad, "mask_and_sum pixels"])
     assert {one.entry: one.taps for one in outer[1:]}[dgrad] == 9
     assert all(one.config == shipped(one.entry) for one in outer[1:])

@@ -27,18 +27,20 @@ LAYOUTS = {"pixels": "contiguous", "channels": "channels_last"}
 
 
 def entries() -> list[Any]:
-    """(kernel, entry) of the whole table."""
+    """(kernel, entry, whether of the larger cards) of the whole table."""
     from fastconv.triton_kernels import table
 
     found = []
-    for kernel, rows in table.SHIPPED.items():
-        for entry in rows:
+    for large, rows in ((False, table.SHIPPED), (True, table.LARGE)):
+        for kernel, entry in ((kernel, entry) for kernel, row in rows.items() for entry in row):
             marks: Any = ()
             if entry.startswith("tf32"):
                 marks = pytest.mark.skipif(backends.interpreted(), reason="the interpreter has no TF32")
-            elif entry.startswith("ieee") or entry.endswith(("medium", "wide")):
+            elif not large and (entry.startswith("ieee") or entry.endswith(("medium", "wide"))):
                 marks = pytest.mark.slow
-            found.append(pytest.param(kernel, entry, id=f"{kernel} {entry}", marks=marks))
+            found.append(
+                pytest.param(kernel, entry, large, id=f"{kernel} {entry}{' large' if large else ''}", marks=marks)
+            )
     return found
 
 
@@ -47,13 +49,17 @@ def convolution(K: int, C: int, taps: int) -> Layer:
     return Layer("conv2d_relu", "entry", shapes, "", {"padding": taps // 2, "activation": "relu6"})
 
 
-def layer_for(kernel: str, kind: str, width: int) -> Layer:
+def layer_for(kernel: str, classes: list[str]) -> Layer:
     """A layer whose forward or backward asks for such an entry."""
-    taps = 1 if kind == "pointwise" else 3
-    if kernel == "conv2d_dgrad":
-        return convolution(40, width, taps)
+    width = WIDTHS.get(classes[-1], 0)
     if kernel.startswith("conv2d"):
-        return convolution(width, 3 if kind == "ragged" else 24, taps)
+        kind = classes[1]
+        # vectors of 8 bytes are four of 16 bits, or two
+        depth = {"pointwise": 40, "spatial": 24, "thin": 20 if classes[0] == "16bit" else 6}[kind]
+        channels = (depth, width) if kernel == "conv2d_dgrad" else (width, depth)
+        return convolution(*channels, 1 if kind == "pointwise" else 3)
+    if kernel == "finish_parts":  # one tile, of whose depth there are several parts
+        return convolution(8, 72, 3)
     if kernel == "pointwise_group":
         shapes = {
             "input": (2, 24, 5, 6),
@@ -91,26 +97,19 @@ def precision(name: str) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("kernel", "entry"), entries())
-def test_every_entry(kernel: str, entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kernel", "entry", "large"), entries())
+def test_every_entry(kernel: str, entry: str, large: bool) -> None:
     from fastconv.triton_kernels import table
 
     if (reason := backends.problem("triton")) is not None:
         pytest.skip(reason)
-    asked = []
-    config = table.config
-
-    def remember(kernel: str, *classes: str, **more: Any) -> Any:
-        asked.append((kernel, " ".join(classes)))
-        return config(kernel, *classes, **more)
-
-    monkeypatch.setattr(table, "config", remember)
     classes = entry.split()
-    layer = layer_for(kernel, classes[1] if len(classes) == 3 else "", WIDTHS.get(classes[-1], 0))
+    layer = layer_for(kernel, classes)
     dtype = torch.float32 if classes[0] in ("tf32", "ieee") else torch.float16
     device = torch.device("cpu" if backends.interpreted() else "cuda")
-    with precision(classes[0]):
+    rows = table.LARGE if large else table.SHIPPED
+    with precision(classes[0]), table.preferred({f"{kernel} {entry}": rows[kernel][entry]}), table.noted() as asked:
         found = comparisons(layer, dtype, LAYOUTS.get(entry, "channels_last"), device, "triton")
-    assert (kernel, entry) in asked
+    assert f"{kernel} {entry}" in [one.entry for one in asked]
     for comparison in itertools.chain(*found):
         assert comparison.verdict.ok, f"{comparison.tensor}: {comparison.verdict}"
