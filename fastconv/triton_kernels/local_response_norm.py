@@ -27,7 +27,7 @@ from torch import Tensor
 from ..operators import activations, checks
 from ..operators import local_response_norm as aten
 from . import launch, table
-from ._device import activate, index, masked, narrow, quotient, widen, within
+from ._device import activate, index, masked, narrow, quotient, widen
 from ._operands import Form, divisor, form, unit_of
 
 
@@ -54,7 +54,7 @@ def from_columns(values, COUNT: tl.constexpr):
 
 @triton.jit
 def load_channels(
-    ptr, stride, inside, channel, C,
+    ptr, stride, inside, channel, C, ACTIVATION: tl.constexpr,
     FIRST: tl.constexpr, COUNT: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """A tuple of COUNT channels from `channel` + FIRST on, 0 where there is none; ptr is at vectors of `channel`."""
@@ -62,7 +62,8 @@ def load_channels(
     START: tl.constexpr = FIRST // STEP * STEP
     found = ()
     for i in tl.static_range(START, FIRST + COUNT, STEP):
-        vector = widen(tl.load(ptr + i * stride, (inside & within(channel + i, C))[:, None], 0.0))
+        exists = channel >= -i if i < 0 else channel < C - i
+        vector = activate(widen(tl.load(ptr + i * stride, (inside & exists)[:, None], 0.0)), ACTIVATION)
         if PLANES:
             found = found + (vector,)
         else:
@@ -142,13 +143,12 @@ def local_response_norm_kernel(
     SIZE: tl.constexpr = BEFORE + AFTER + 1
     LOW: tl.constexpr = 0 if g_ptr is None else AFTER
     COUNT: tl.constexpr = BLOCK_N if g_ptr is None else BLOCK_N + SIZE - 1
-    x = ()
+    x = load_channels(
+        x_ptr + vector, stride, inside, channel, C, ACTIVATION, -LOW - BEFORE, COUNT + SIZE - 1, PLANES, UNIT
+    )
     squares = ()
-    loaded = load_channels(x_ptr + vector, stride, inside, channel, C, -LOW - BEFORE, COUNT + SIZE - 1, PLANES, UNIT)
     for i in tl.static_range(COUNT + SIZE - 1):
-        value = activate(loaded[i], ACTIVATION)
-        x = x + (value,)
-        squares = squares + (value * value,)
+        squares = squares + (x[i] * x[i],)
     sums = window_sums(squares, COUNT, SIZE)
     results = ()
     if g_ptr is None:
@@ -158,12 +158,12 @@ def local_response_norm_kernel(
     else:
         direct = ()
         terms = ()
-        g = load_channels(g_ptr + vector, stride, inside, channel, C, -LOW, COUNT, PLANES, UNIT)
+        g = load_channels(g_ptr + vector, stride, inside, channel, C, "none", -LOW, COUNT, PLANES, UNIT)
         for i in tl.static_range(COUNT):
             power, steeper = powers(k + scale * sums[i], beta, BETA, NORMAL)
             term = g[i] * x[i + BEFORE] * steeper
             if not NORMAL:  # d may be 0 where there is no channel
-                term = tl.where(within(channel + (i - LOW), C), term, 0.0)
+                term = tl.where(channel >= LOW - i if i < LOW else channel < C - (i - LOW), term, 0.0)
             direct = direct + (g[i] * power,)
             terms = terms + (term,)
         # channel j is in the window of c from BEFORE below it, so c collects from BEFORE above itself
@@ -201,11 +201,12 @@ def local_response_norm_wide(
     terms = tl.zeros((BLOCK, UNIT), tl.float32)
     for shift in range(-before, after + 1):
         step = shift * index(inner.value, WIDE) * UNIT
-        value = tl.load(x_ptr + vector + step, inside & within(channel + shift, C.value)[:, None], 0.0)
-        value = activate(widen(value), ACTIVATION)
+        exists = (channel >= -shift) & (channel < C.value - shift)
+        value = activate(widen(tl.load(x_ptr + vector + step, inside & exists[:, None], 0.0)), ACTIVATION)
         squares += value * value
         if t_ptr is not None:  # the windows that hold a channel mirror its own
-            terms += tl.load(t_ptr + vector - step, inside & within(channel - shift, C.value)[:, None], 0.0)
+            exists = (channel >= shift) & (channel < C.value + shift)
+            terms += tl.load(t_ptr + vector - step, inside & exists[:, None], 0.0)
     x = activate(widen(tl.load(x_ptr + vector, inside, 0.0)), ACTIVATION)
     power, steeper = powers(k + scale * squares, beta, BETA, NORMAL)
     if g_ptr is None:
@@ -285,12 +286,13 @@ def _plan(
     # values of the input that a thread holds, such that half of its registers, or little more, suffice for all
     most = 96 if not backward and x.dtype.itemsize == 2 else 64
     if 2 * halo > most:
+        rows *= unit_of(x.dtype)  # elements
         if not planes:
             unit = 1
         del meta["BLOCK_M"], meta["BLOCK_N"]
-        vectors = elements // unit
-        numbers = vectors, divisor(channels), divisor(inner // unit), before, after, *scalars
-        return _Plan(asked, True, launch.cdiv(vectors, rows), numbers, {**meta, "UNIT": unit, "BLOCK": rows})
+        numbers = elements // unit, divisor(channels), divisor(inner // unit), before, after, *scalars
+        meta |= {"UNIT": unit, "BLOCK": rows // unit}
+        return _Plan(asked, True, launch.cdiv(elements, rows), numbers, meta)
     if planes:
         while unit * (max(halo, _LEAST_CHANNELS) + halo) > most:
             unit //= 2

@@ -221,3 +221,19 @@ def check_special_values_through_lrn(dtype: torch.dtype, layout: str, value: flo
     (expected,) = run(case.op, arguments, backend="reference")
     assert torch.equal(output.isnan(), expected.isnan())
     torch.testing.assert_close(output, expected, equal_nan=True)
+
+
+# ----------------------------------------------------------------------------- arguments of a test's own
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def judge(op: str, arguments: dict[str, Any], *, grad: bool = True) -> None:
+    """Forward and, for gradients that do not hang on a rounding error, backward by the policy."""
+    case = Case(op, "own", {}, "")
+    arguments = mapped(arguments, lambda t: t.requires_grad_(grad))
+    check_outputs(case, arguments)
+    if grad:
+        check_gradients(case, arguments, [torch.randn_like(output) for output in run(op, arguments)])

@@ -22,8 +22,9 @@ from fastconv import models, ops
 from fastconv.measure.timing import true_float32
 from fastconv.operators.schemas import WITH_OUT
 from support import numerics
-from support.cases import CASES, CONV_OPS, FIRST, LAYOUTS, Case, mapped, named, run
+from support.cases import CASES, CONV_OPS, FIRST, LAYOUTS, Case, named, run
 from support.kernel_backends import on_triton
+from support.numerics import judge, random
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -121,19 +122,6 @@ def test_special_values_through_lrn(value: float) -> None:
 
 
 # ----------------------------------------------------------------------------- what these kernels have
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
-    return torch.randn(shape, device=device).to(dtype)
-
-
-def judge(op: str, arguments: dict[str, Any], *, grad: bool = True) -> None:
-    """Forward and, for gradients that do not hang on a rounding error, backward by the policy."""
-    case = Case(op, "own", {}, "")
-    arguments = mapped(arguments, lambda t: t.requires_grad_(grad))
-    numerics.check_outputs(case, arguments)
-    if grad:
-        numerics.check_gradients(case, arguments, [torch.randn_like(output) for output in run(op, arguments)])
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 2), (4, 6), (2, 1)], ids=str)
