@@ -7,6 +7,8 @@
                                                     version of Triton and architecture; --compare: with what is there
     python tools/triton_code.py --goals             the goals for Hopper, from what is recorded
 
+One file because the calls, what they compile to and what is recorded of it are one table.
+
 A process of its own, as Triton must not be in its interpreter. The launchers run on meta tensors, so that each kernel
 gets the very arguments, hence the specialization, of a call; a stand-in for the driver names the architecture.
 """

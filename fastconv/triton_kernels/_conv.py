@@ -12,9 +12,9 @@ from ..operators import activations, checks, convolution_operators, destinations
 from ..operators import conv2d_backward as operator
 from ..operators.conv2d_backward import empty_gradient
 from ..operators.convolution import FusedConvolution, by_aten
-from . import _conv2d_dgrad, _conv2d_fprop, _conv2d_wgrad, _depthwise, launch
-from ._operands import form, image
+from . import conv2d_dgrad, conv2d_fprop, conv2d_wgrad, depthwise, launch
 from ._reduce import mask_and_sum
+from .operands import form, image
 
 
 def is_depthwise(conv: FusedConvolution) -> bool:
@@ -41,7 +41,7 @@ def convolve(conv: FusedConvolution, out: Tensor | None = None) -> Tensor:
         return found if out is None else out.copy_(found)
     plain = residual is not None or activation == "relu"
     output = launch.new_output(input, weight, geometry, plain) if out is None else out
-    fprop = _depthwise.fprop if is_depthwise(conv) else _conv2d_fprop.fprop
+    fprop = depthwise.fprop if is_depthwise(conv) else conv2d_fprop.fprop
     fprop(conv._replace(bias=None if bias is None else bias.contiguous()), output)
     return output
 
@@ -55,18 +55,18 @@ def gradients(grad: Tensor, conv: FusedConvolution, wanted: Sequence[bool]) -> t
             torch.zeros_like(input) if wanted[0] else grad_input,
             torch.zeros_like(weight) if wanted[1] else grad_weight,
         )
-    depthwise = is_depthwise(conv)
+    by_channel = is_depthwise(conv)
     layout = launch.convolution_layout(input, weight, geometry)
-    if not depthwise and wanted[0] and wanted[1]:  # what would be copied is so once
+    if not by_channel and wanted[0] and wanted[1]:  # what would be copied is so once
         grad = image(form(grad), geometry.groups).of(grad)
     if wanted[0]:
         grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=layout)
-        dgrad = _depthwise.dgrad if depthwise else _conv2d_dgrad.dgrad
+        dgrad = depthwise.dgrad if by_channel else conv2d_dgrad.dgrad
         dgrad(grad, weight, grad_input, geometry)
     if wanted[1]:
         grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device, memory_format=layout)
         if grad.numel():
-            wgrad = _depthwise.wgrad if depthwise else _conv2d_wgrad.wgrad
+            wgrad = depthwise.wgrad if by_channel else conv2d_wgrad.wgrad
             wgrad(grad, input, grad_weight, geometry)
         else:
             grad_weight.zero_()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._operands import Form, form, unit_of
+from .operands import Form, form, unit_of
 
 _LAYOUTS = {"channels": torch.channels_last, "pixels": torch.contiguous_format}
 

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import activate, index, narrow, quotient, widen, within
-from ._operands import Divisor
+from .device import activate, index, narrow, quotient, widen, within
+from .operands import Divisor
 
 # A position that lies in no image.
 FAR = tl.constexpr(1 << 30)

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, table
-from ._device import image_of, index, masked, narrow, quotient, widen
-from ._operands import Form, Pixel, divisor, form, unit_of
+from .device import image_of, index, masked, narrow, quotient, widen
+from .operands import Form, Pixel, divisor, form, unit_of
 
 
 @triton.jit

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, table
-from ._device import begin, finish, image_of, index, pixel_offset
-from ._operands import Divisor, Form, Pixel, Result, channels_last, divisor, flat, form, unit_of
+from .device import begin, finish, image_of, index, pixel_offset
+from .operands import Divisor, Form, Pixel, Result, channels_last, divisor, flat, form, unit_of
 
 # A part has at least so many steps of its loop: fewer cost more in writing and adding the parts than they gain.
 LEAST_STEPS = 4

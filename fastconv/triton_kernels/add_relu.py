@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..operators import activations, checks
 from . import launch, table
-from ._device import activate, index, masked, narrow, widen
+from .device import activate, index, masked, narrow, widen
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Convolution + bias + residual + ReLU in one kernel, see `_conv2d_fprop`."""
+"""Convolution + bias + residual + ReLU in one kernel, see `conv2d_fprop`."""
 
 from __future__ import annotations
 

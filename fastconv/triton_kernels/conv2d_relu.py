@@ -1,4 +1,4 @@
-"""Convolution + bias + ReLU in one kernel, see `_conv2d_fprop`."""
+"""Convolution + bias + ReLU in one kernel, see `conv2d_fprop`."""
 
 from __future__ import annotations
 

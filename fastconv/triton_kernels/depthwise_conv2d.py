@@ -1,4 +1,4 @@
-"""Depthwise convolution + bias + activation in one kernel, see `_depthwise`."""
+"""Depthwise convolution + bias + activation in one kernel, see `depthwise`."""
 
 from __future__ import annotations
 

@@ -22,11 +22,11 @@ from ..operators.conv2d_backward import empty_gradient
 from ..operators.convolution import POINTWISE, FusedConvolution
 from ..operators.depthwise_separable import read, read_backward
 from . import _conv, launch, table
-from ._depthwise import MOST_TAPS, NUMBERS, by_taps
-from ._device import activate, dot, index, narrow, widen
 from ._layouts import channels_of, laid, lay, runs_along, size_of, strides_of, vector_of
-from ._operands import VECTOR_BYTES, Divisor, divisor, form
 from ._patches import Grid, Patches, Window, convolve, corner, filled, image, joined, outputs, place
+from .depthwise import MOST_TAPS, NUMBERS, by_taps
+from .device import activate, dot, index, narrow, widen
+from .operands import VECTOR_BYTES, Divisor, divisor, form
 
 _MOST_COLUMNS = 2
 _MOST_PATCH = 4

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..operators.convolution import Geometry, output_shape
 from ..operators.precision import allow_tf32
-from ._operands import Form
+from .operands import Form
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
@@ -62,6 +62,11 @@ def planner(function: _Function) -> _Function:
     cached = functools.lru_cache(maxsize=4096)(function)
     _planners.append(cached)
     return cast(_Function, cached)
+
+
+def plans() -> int:
+    """How many are kept."""
+    return sum(each.cache_info().currsize for each in _planners)
 
 
 def forget_plans() -> None:

@@ -1,4 +1,4 @@
-"""1x1 convolution with bias, residual and activation: `_conv2d_fprop` with one tap, hence no test for padding."""
+"""1x1 convolution with bias, residual and activation: `conv2d_fprop` with one tap, hence no test for padding."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from ..operators.activations import mask
 from ..operators.conv2d_backward import empty_gradient
 from ..operators.convolution import POINTWISE, FusedConvolution
 from . import _conv, launch, table
-from ._device import dot, finish, image_of, index, pixel_offset
-from ._operands import Filters, Form, Image, Result, divisor, filters, form, image, result
+from .device import dot, finish, image_of, index, pixel_offset
+from .operands import Filters, Form, Image, Result, divisor, filters, form, image, result
 
 # So many branches in one launch at most, as their arguments are a kernel's; more of them take more launches.
 BRANCHES = 4

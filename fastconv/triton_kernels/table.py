@@ -25,8 +25,8 @@ import torch
 import triton
 
 from . import launch
-from ._operands import VECTOR_BYTES
 from .launch import listening
+from .operands import VECTOR_BYTES
 
 Config = dict[str, int]
 Table = dict[str, dict[str, Config]]
@@ -51,7 +51,7 @@ def _matrices(*rows: tuple[str, Config]) -> dict[str, Config]:
     }
 
 
-# GROUP: tiles of rows that run through all columns before the next ones start, see _device.grouped_tile. BOXES: whether
+# GROUP: tiles of rows that run through all columns before the next ones start, see device.grouped_tile. BOXES: whether
 # the TMA brings operands of a dense 1x1 convolution.
 _SPATIAL = {"GROUP": 8}
 _POINTWISE = {"GROUP": 8, "BOXES": 0}

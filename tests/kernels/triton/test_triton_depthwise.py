@@ -68,7 +68,7 @@ def test_depthwise_patches(
 def test_depthwise_tensors_that_lie_otherwise(channels: int) -> None:
     """Slices are read and written as they lie, the rest is copied; none of it changes a result."""
     from fastconv.operators.convolution import FusedConvolution, Geometry
-    from fastconv.triton_kernels import _depthwise
+    from fastconv.triton_kernels import depthwise
 
     def lying(values: Tensor) -> Iterator[Tensor]:
         N, C, H, W = values.shape
@@ -87,13 +87,13 @@ def test_depthwise_tensors_that_lie_otherwise(channels: int) -> None:
     )
     for input, g in zip(lying(x), lying(grad), strict=True):
         for output in lying(torch.empty_like(x)):
-            _depthwise.fprop(FusedConvolution(input, weight, None, input, geometry, "none"), output)
+            depthwise.fprop(FusedConvolution(input, weight, None, input, geometry, "none"), output)
             torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
-            _depthwise.dgrad(g, weight, output, geometry)
+            depthwise.dgrad(g, weight, output, geometry)
             torch.testing.assert_close(output, wanted[0], rtol=1e-4, atol=1e-4)
         for other in lying(x):
             grad_weight = torch.empty_like(weight)
-            _depthwise.wgrad(g, other, grad_weight, geometry)
+            depthwise.wgrad(g, other, grad_weight, geometry)
             torch.testing.assert_close(grad_weight, wanted[1], rtol=1e-4, atol=1e-3)
 
 
@@ -119,14 +119,14 @@ def test_depthwise_patches_of_any_size(sizes: dict[str, int], layout: str) -> No
 
 def test_depthwise_numbers_compile_nothing() -> None:
     """No integer of these kernels is looked at, a batch size or another: all but constants and pointers."""
-    from fastconv.triton_kernels import _depthwise
+    from fastconv.triton_kernels import depthwise
 
     separable = importlib.import_module("fastconv.triton_kernels.depthwise_separable_conv2d")
-    kernels = [_depthwise.depthwise_fprop, _depthwise.depthwise_dgrad, _depthwise.depthwise_wgrad]
+    kernels = [depthwise.depthwise_fprop, depthwise.depthwise_dgrad, depthwise.depthwise_wgrad]
     for kernel in (*kernels, separable.depthwise_separable_fprop):
         names = kernel.fn.__code__.co_varnames[: kernel.fn.__code__.co_argcount]
         constants = set(kernel.fn.__annotations__)
-        assert {n for n in names if n not in constants and not n.endswith("_ptr")} <= set(_depthwise.NUMBERS)
+        assert {n for n in names if n not in constants and not n.endswith("_ptr")} <= set(depthwise.NUMBERS)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -1,4 +1,4 @@
-"""The gradient of a 2-d convolution's weight as a matrix product; letters as in `_conv2d_fprop`.
+"""The gradient of a 2-d convolution's weight as a matrix product; letters as in `conv2d_fprop`.
 
 dw[k, (r, s, c)] = sum over pixels m  dy[m, k] * x[pixel(m) + tap(r, s), c]
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..operators.convolution import Geometry
 from . import launch, table
-from ._device import dot, image_of, index, narrow, quotient, within
-from ._operands import Divisor, Form, Image, Pixel, Window, divisor, filters, fixed, flat, form, image, window
 from ._reduce import room_for_parts, sum_parts
+from .device import dot, image_of, index, narrow, quotient, within
+from .operands import Divisor, Form, Image, Pixel, Window, divisor, filters, fixed, flat, form, image, window
 
 _NUMBERS = [
     *("pixels", "C", "C_magic", "C_shift", "K", "H", "W", "P", "P_magic", "P_shift", "Q", "Q_magic", "Q_shift"),

@@ -19,9 +19,7 @@ from torch import Tensor
 
 from ..operators.convolution import FusedConvolution, Geometry
 from . import launch, table
-from ._device import index, narrow, widen
 from ._layouts import channels_of, laid, lay, room, runs_along, size_of, strides_of, vector_of
-from ._operands import VECTOR_BYTES, Divisor, Form, divisor, fixed, form
 from ._patches import (
     Grid,
     Window,
@@ -45,6 +43,8 @@ from ._patches import (
     windows,
 )
 from ._reduce import room_for_parts, sum_parts
+from .device import index, narrow, widen
+from .operands import VECTOR_BYTES, Divisor, Form, divisor, fixed, form
 
 # Filters of up to so many taps are written out, in the gradient of the input those that one output meets. There a patch
 # is whole periods of the strides, in which up to so many outputs differ.

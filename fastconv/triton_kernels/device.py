@@ -95,7 +95,7 @@ def pixel(m, P, Q):
 
 @triton.jit
 def quotient(n, divisor, WIDE: tl.constexpr):
-    """n // divisor.value for 0 <= n, see `_operands.divisor`."""
+    """n // divisor.value for 0 <= n, see `operands.divisor`."""
     if WIDE:
         result = n // divisor.value
     else:
@@ -125,7 +125,7 @@ def within(position, size):
 
 @triton.jit
 def pixel_offset(n, p, q, strides, columns, UNIT: tl.constexpr, PLANES: tl.constexpr):
-    """Of pixel (n, p, q) in a tensor as `_operands.Result` describes it, which has so many columns."""
+    """Of pixel (n, p, q) in a tensor as `operands.Result` describes it, which has so many columns."""
     if PLANES:
         offset = n * (strides.n * UNIT) + (p * columns + q)
         offset = tl.max_contiguous(tl.multiple_of(offset, UNIT), UNIT)
@@ -136,7 +136,7 @@ def pixel_offset(n, p, q, strides, columns, UNIT: tl.constexpr, PLANES: tl.const
 
 @triton.jit
 def columns_of(k, channel, UNIT: tl.constexpr, PLANES: tl.constexpr):
-    """The offsets of channels k in a tensor as `_operands.Result` describes it."""
+    """The offsets of channels k in a tensor as `operands.Result` describes it."""
     return k * (channel * UNIT) if PLANES else k
 
 

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from ..operators.convolution import FusedConvolution, Geometry
 from . import launch, table
-from ._device import begin, dot, finish, grouped_tile, image_of, index, pixel_offset, quotient, within
-from ._operands import (
+from ._split import finish_parts, parts_of, sums_form
+from .device import begin, dot, finish, grouped_tile, image_of, index, pixel_offset, quotient, within
+from .operands import (
     Divisor,
     Filters,
     Form,
@@ -44,7 +45,6 @@ from ._operands import (
     result,
     window,
 )
-from ._split import finish_parts, parts_of, sums_form
 
 _NUMBERS = [
     *(

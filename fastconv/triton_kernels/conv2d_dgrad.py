@@ -1,4 +1,4 @@
-"""The gradient of a 2-d convolution's input as a matrix product; letters and loop as in `_conv2d_fprop`.
+"""The gradient of a 2-d convolution's input as a matrix product; letters and loop as in `conv2d_fprop`.
 
 dx[m, c] = sum over (r, s, k)  dy[(pixel(m) - tap(r, s)) / stride, k] * w[k, (r, s, c)]
 """
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..operators.convolution import Geometry
 from . import launch, table
-from ._device import dot, finish, grouped_tile, image_of, index, pixel_offset, quotient, within
-from ._operands import (
+from ._split import finish_parts, parts_of, sums_form
+from .device import dot, finish, grouped_tile, image_of, index, pixel_offset, quotient, within
+from .operands import (
     Divisor,
     Filters,
     Form,
@@ -35,7 +36,6 @@ from ._operands import (
     result,
     window,
 )
-from ._split import finish_parts, parts_of, sums_form
 
 
 @triton.jit

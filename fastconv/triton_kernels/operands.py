@@ -89,7 +89,7 @@ class Window(NamedTuple):
 
 
 class Divisor(NamedTuple):
-    """A divisor of numbers below 2^31, for `_device.quotient`: n // value = (2 n * magic >> 32) >> shift."""
+    """A divisor of numbers below 2^31, for `device.quotient`: n // value = (2 n * magic >> 32) >> shift."""
 
     value: int
     magic: int  # 32 bits, as a signed number
