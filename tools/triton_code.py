@@ -89,6 +89,10 @@ def convolutions(dtype: torch.dtype) -> Calls:
         yield f"stem {width}", convolution(width, 3, 7, 3, 2, dtype=dtype)
         yield f"3x3 {width}", convolution(width, width, 3, 1, dtype=dtype)
         yield f"1x1 {width}", convolution(width, width, 1, 0, dtype=dtype)
+    for width in (28, 60, 132):  # vectors of 8 bytes
+        width += 0 if dtype.itemsize == 2 else 2
+        yield f"3x3 thin {width}", convolution(width, width, 3, 1, image=14, dtype=dtype)
+    yield "3x3 small grid", convolution(128, 512, 3, 1, image=7, dtype=dtype)
     yield "1x1 stride 2", convolution(256, 256, 1, 0, 2, dtype=dtype)
     yield "3x3 24 channels", convolution(96, 24, 3, 1, dtype=dtype)
     yield "1x1 40 channels", convolution(96, 40, 1, 0, dtype=dtype)
@@ -106,7 +110,7 @@ def others(dtype: torch.dtype) -> Calls:
     def vector(size: int) -> Tensor:
         return tensor(size, dtype=dtype)
 
-    for width in (32, 64, 256):
+    for width in (32, 64, 128, 256):
         x = tensor(8, 192, 28, 28, dtype=dtype)
         weights = [tensor(k, 192, 1, 1, dtype=dtype) for k in (width, 16, width)]
         biases = [vector(w.shape[0]) for w in weights]
