@@ -21,7 +21,7 @@ from emulator.build import import_build
 
 # By the first pattern that an instruction, with its suffixes, begins with.
 CLASSES = {
-    "tensor": r"HMMA|IMMA|HGMMA|DMMA",
+    "tensor": r"HMMA|IMMA|HGMMA|DMMA|UTC[A-Z]+MMA",
     "fma": r"FFMA",
     "ldsm": r"LDSM",
     "shared": r"LDS|STS|ATOMS|SHFL",

@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -245,23 +245,38 @@ def described(function: str, call: str, entry: tuple[str, str], dtype: str, meta
 def compiled(architecture: int, pattern: str = "") -> Iterator[Compiled]:
     """Every kernel, as it is compiled."""
     triton.runtime.driver.set_active(Driver(architecture))
-    seen: set[Any] = set()
+    known: dict[Any, dict[str, Compiled]] = {}
     made: list[Compiled] = []
     call = ""
     asked: list[table.Asked] = []
 
     def compile_only(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-        described_args = [str(a.dtype) if isinstance(a, Tensor) else a for a in args]
-        # of kernels without a matrix product one size is as good as another
-        plain = kernel.fn.__name__ in ("mask_and_sum_kernel", "sum_parts_kernel")
-        key = (kernel.fn.__name__, "" if plain else str(described_args), str(meta))
-        entry = table.split_entry(asked[-1].entry)
-        line = f"{kernel.fn.__name__} | {entry[1]} | {call} | {getattr(args[0], 'base', args[0]).dtype}"
-        if key in seen or not re.search(pattern, line):
+        name, entry, dtype = (
+            kernel.fn.__name__,
+            table.split_entry(asked[-1].entry),
+            getattr(args[0], "base", args[0]).dtype,
+        )
+        if not re.search(pattern, f"{name} | {entry[1]} | {call} | {dtype}"):
             return
-        seen.add(key)
-        code = kernel.warmup(*args, grid=(programs,), **meta)
-        made.append(described(kernel.fn.__name__, call, entry, line.split()[-1], meta, code))
+        # what differs only in numbers that nothing is specialized for is the same code
+        special = [
+            a.dtype if isinstance(a, Tensor) else None if parameter.do_not_specialize else a
+            for a, parameter in zip(args, kernel.params, strict=False)
+        ]
+        # and float32's convolutions have float16's branches: one of each for every tile
+        short = dtype == torch.float32 and "PRECISION" in meta
+        kind = (
+            {key: value for key, value in meta.items() if key.startswith(("BLOCK", "num_", "PREC"))} if short else meta
+        )
+        same = known.setdefault(f"{name} {special} {kind}", {})
+        if entry[1] in same:
+            return
+        if same:
+            same[entry[1]] = replace(next(iter(same.values())), call=call, entry=entry[1])
+        else:
+            code = kernel.warmup(*args, grid=(programs,), **meta)
+            same[entry[1]] = described(name, call, entry, str(dtype), meta, code)
+        made.append(same[entry[1]])
 
     launch.launch = compile_only
     launch.processors = lambda device: 132

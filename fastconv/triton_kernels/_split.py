@@ -17,14 +17,6 @@ from . import launch, table
 from .device import begin, finish, image_of, index, pixel_offset
 from .operands import Divisor, Form, Pixel, Result, channels_last, divisor, flat, form, unit_of
 
-# A part has at least so many steps of its loop: fewer cost more in writing and adding the parts than they gain.
-LEAST_STEPS = 4
-
-
-def parts_of(steps: int, tiles: int, device: torch.device) -> int:
-    """Among how many programs the steps of each tile are split: as many as a device has room for besides the tiles."""
-    return max(1, min(launch.processors(device) // max(tiles, 1), steps // LEAST_STEPS))
-
 
 def sums_form(parts: int, like: Form) -> Form:
     """Of the parts' sums, [parts * N, K, P, Q]."""

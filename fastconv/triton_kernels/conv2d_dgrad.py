@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..operators.convolution import Geometry
 from . import launch, table
-from ._split import finish_parts, parts_of, sums_form
+from ._split import finish_parts, sums_form
 from .device import dot, finish, grouped_tile, image_of, index, pixel_offset, quotient, within
 from .operands import (
     Divisor,
@@ -51,7 +51,7 @@ def first_tap(phase, padding, STEP: tl.constexpr, inverse, divisor):
 
 
 _NUMBERS = [
-    *("pixels", "C", "K", "K_magic", "K_shift", "H", "W", "P", "Q", "columns_c", "parts", "part_size"),
+    *("pixels", "C", "K", "K_magic", "K_shift", "H", "W", "P", "Q", "columns_c", "parts", "part_steps", "part_size"),
     *("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w"),
     *("phase_p", "phase_p_magic", "phase_p_shift", "phase_q", "phase_q_magic", "phase_q_shift"),
     *("g_n", "g_h", "g_w", "y_n", "y_h", "y_w", "y_channel", "inverse_h", "inverse_w", "divisor_h", "divisor_w"),
@@ -61,7 +61,7 @@ _NUMBERS = [
 @triton.jit(do_not_specialize=_NUMBERS)
 def conv2d_dgrad(
     g, w, y_ptr,
-    pixels, C, K, K_magic, K_shift, H, W, P, Q, columns_c, parts,
+    pixels, C, K, K_magic, K_shift, H, W, P, Q, columns_c, parts, part_steps,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     phase_p, phase_p_magic, phase_p_shift, phase_q, phase_q_magic, phase_q_shift,
     g_n, g_h, g_w, y_n, y_h, y_w, y_channel, inverse_h, inverse_w, divisor_h, divisor_w, part_size,
@@ -134,7 +134,8 @@ def conv2d_dgrad(
     steps = tl.cdiv(taps * filters, BLOCK_K) if FLAT else taps * (filters // BLOCK_K)
     first, last = 0, steps
     if SPLIT:
-        first, last = steps * part // parts, steps * (part + 1) // parts
+        first = part * part_steps
+        last = tl.minimum(first + part_steps, steps)
     for step in range(first, last):
         if BOXES:
             a = g.load([row * BLOCK_M, step * BLOCK_K])
@@ -174,12 +175,17 @@ def conv2d_dgrad(
             w_tap = k * depth + ((r0 + u * STEP_H) * S + (s0 + v * STEP_W)) * w_channels
             b = tl.load(w + w_tap + ((lane * depth)[:, None] + w_column[None, :]))
         sums = dot(a, b, sums, PRECISION)
-    in_rows = (m < pixels) & (row_h < H) & (column_w < W)
+    in_rows = m < pixels
+    if STRIDE_H * STRIDE_W > 1:
+        in_rows = in_rows & (row_h < H) & (column_w < W)
     in_columns = c < channels
     c += group * channels
     if SPLIT:
         y_ptr += index(part, WIDE) * (part_size * RESULT_UNIT)
-    y_offset = pixel_offset(n, row_h, column_w, y_pixel, W, RESULT_UNIT, PLANES)
+    if SPLIT and STRIDE_H * STRIDE_W == 1:  # sums are dense
+        y_offset = m * (y_pixel.w * RESULT_UNIT)
+    else:
+        y_offset = pixel_offset(n, row_h, column_w, y_pixel, W, RESULT_UNIT, PLANES)
     finish(sums, None, y_ptr, y_offset, in_rows, c, in_columns, y_channel, RESULT_UNIT, PLANES, "none")
 
 
@@ -218,12 +224,13 @@ def _plan(
     asked = table.ask_for_convolution("conv2d_dgrad", dtype_class, (R, S), C, vector, device)
     block_m, block_n, block_k = table.block(asked.config, depth)
     tiles = launch.cdiv(pixels, block_m) * launch.cdiv(C, block_n) * groups * phases
-    parts = parts_of(launch.cdiv(depth, block_k) // phases, tiles, device)
+    divisors = [gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
+    step = [s // d for s, d in zip(stride, divisors, strict=True)]
+    taps = launch.cdiv(R, step[0]) * launch.cdiv(S, step[1])  # of the phase that has most
+    part_steps, parts = launch.split(launch.cdiv(taps * g.channels, block_k), tiles, device, programs=1)
     target = y if parts == 1 else result(sums_form(parts, y.form), groups)
     padded = not (R == S == 1 and (H, W) == (P, Q) and not any(padding))
     dense = not padded and g.form.has_dense_pixels
-    divisors = [gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
-    step = [s // d for s, d in zip(stride, divisors, strict=True)]
     meta = {
         **asked.config,
         "BLOCK_K": block_k,
@@ -236,7 +243,7 @@ def _plan(
         "WIDE": launch.wide(g.form, weight, target.form),
     }  # fmt: skip
     numbers = flat(
-        pixels, target.channels, divisor(g.channels // g.unit), H, W, P, Q, w_channels // w_unit, parts,
+        pixels, target.channels, divisor(g.channels // g.unit), H, W, P, Q, w_channels // w_unit, parts, part_steps,
         window(geometry), *(divisor(size) for size in phase), g.pixel, *target.strides,
         *(_inverse(d // f, s) for d, f, s in zip(dilation, divisors, step, strict=True)), *divisors,
         math.prod(target.form.shape) // parts // target.unit,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..operators.convolution import FusedConvolution, Geometry
 from . import launch, table
-from ._split import finish_parts, parts_of, sums_form
+from ._split import finish_parts, sums_form
 from .device import begin, dot, finish, grouped_tile, image_of, index, pixel_offset, quotient, within
 from .operands import (
     Divisor,
@@ -47,23 +47,9 @@ from .operands import (
 )
 
 _NUMBERS = [
-    *(
-        "pixels",
-        "C",
-        "C_magic",
-        "C_shift",
-        "K",
-        "H",
-        "W",
-        "P",
-        "P_magic",
-        "P_shift",
-        "Q",
-        "Q_magic",
-        "Q_shift",
-        "parts",
-    ),
-    *("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w", "part_size"),
+    *("pixels", "C", "C_magic", "C_shift", "K", "H", "W", "parts", "part_steps", "part_size"),
+    *("P", "P_magic", "P_shift", "Q", "Q_magic", "Q_shift"),
+    *("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w"),
     *("x_n", "x_h", "x_w", "y_n", "y_h", "y_w", "y_channel", "z_n", "z_h", "z_w", "z_channel"),
 ]
 
@@ -71,7 +57,7 @@ _NUMBERS = [
 @triton.jit(do_not_specialize=_NUMBERS)
 def conv2d_fprop(
     x, w, bias_ptr, z_ptr, y_ptr,
-    pixels, C, C_magic, C_shift, K, H, W, P, P_magic, P_shift, Q, Q_magic, Q_shift, parts,
+    pixels, C, C_magic, C_shift, K, H, W, P, P_magic, P_shift, Q, Q_magic, Q_shift, parts, part_steps,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     x_n, x_h, x_w, y_n, y_h, y_w, y_channel, z_n, z_h, z_w, z_channel, part_size,
     R: tl.constexpr, S: tl.constexpr, UNIT: tl.constexpr, RESULT_UNIT: tl.constexpr,
@@ -83,7 +69,7 @@ def conv2d_fprop(
 
     PADDED: a tap may lie outside of the image. DENSE: output pixel m reads input pixel m. BOXES: and x and w are
     descriptors, of which the TMA brings boxes. SPLIT: the tile's depth is split among `parts` programs, each of which
-    writes its sums, see `_split`. C and, but for PLANES, K are in units.
+    takes `part_steps` and writes its sums, see `_split`. C and, but for PLANES, K are in units.
     """
     C, P, Q = Divisor(C, C_magic, C_shift), Divisor(P, P_magic, P_shift), Divisor(Q, Q_magic, Q_shift)
     window = Window(stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w)
@@ -117,7 +103,8 @@ def conv2d_fprop(
     steps = tl.cdiv(depth, BLOCK_K) if FLAT else R * S * (channels // BLOCK_K)
     first, last = 0, steps
     if SPLIT:
-        first, last = steps * part // parts, steps * (part + 1) // parts
+        first = part * part_steps
+        last = tl.minimum(first + part_steps, steps)
     for step in range(first, last):
         if BOXES:
             a = x.load([row * BLOCK_M, step * BLOCK_K])
@@ -157,7 +144,10 @@ def conv2d_fprop(
         sums = dot(a, b, sums, PRECISION)
     if SPLIT:
         y_ptr += index(part, WIDE) * (part_size * RESULT_UNIT)
-    y_offset = pixel_offset(n, p, q, y_pixel, Q.value, RESULT_UNIT, PLANES)
+    if SPLIT:  # sums are dense
+        y_offset = m * (y_pixel.w * RESULT_UNIT)
+    else:
+        y_offset = pixel_offset(n, p, q, y_pixel, Q.value, RESULT_UNIT, PLANES)
     finish(
         sums, bias_ptr, y_ptr, y_offset, in_rows, y_column, in_columns, y_channel, RESULT_UNIT, PLANES, ACTIVATION
     )  # fmt: skip
@@ -191,7 +181,7 @@ def _plan(
     asked = table.ask_for_convolution("conv2d_fprop", dtype_class, (R, S), K // groups, vector, device)
     block_m, block_n, block_k = table.block(asked.config, depth)
     tiles = launch.cdiv(pixels, block_m) * launch.cdiv(K // groups, block_n) * groups
-    parts = parts_of(launch.cdiv(depth, block_k), tiles, device)
+    part_steps, parts = launch.split(launch.cdiv(depth, block_k), tiles, device, programs=1)
     target = y if parts == 1 else result(sums_form(parts, y.form), groups)
     padded = any(geometry.padding)
     dense = R * S == 1 and (H, W) == (P, Q) and not padded and x.form.has_dense_pixels
@@ -207,8 +197,9 @@ def _plan(
         "WIDE": launch.wide(x.form, weight, target.form, y.residual),
     }  # fmt: skip
     numbers = flat(
-        pixels, divisor(x.channels // x.unit), target.channels, H, W, divisor(P), divisor(Q), parts, window(geometry),
-        x.pixel, *target.strides, *target.residual_strides, math.prod(target.form.shape) // parts // target.unit,
+        pixels, divisor(x.channels // x.unit), target.channels, H, W, divisor(P), divisor(Q), parts, part_steps,
+        window(geometry), x.pixel, *target.strides, *target.residual_strides,
+        math.prod(target.form.shape) // parts // target.unit,
     )  # fmt: skip
     block = (block_m, block_n, block_k) if meta["BOXES"] else None
     return _Plan(asked, x, w, y, parts, block, tiles * parts, numbers, meta)

@@ -87,13 +87,6 @@ def grouped_tile(program, rows, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def pixel(m, P, Q):
-    """(n, p, q) of pixel m in [N, P, Q]."""
-    image = m // Q
-    return image // P, image % P, m % Q
-
-
-@triton.jit
 def quotient(n, divisor, WIDE: tl.constexpr):
     """n // divisor.value for 0 <= n, see `operands.divisor`."""
     if WIDE:

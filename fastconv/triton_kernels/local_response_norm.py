@@ -54,17 +54,17 @@ def from_columns(values, COUNT: tl.constexpr):
 
 @triton.jit
 def load_channels(
-    ptr, stride, m, rows, channel, C, ACTIVATION: tl.constexpr,
+    ptr, stride, inside, channel, C, ACTIVATION: tl.constexpr,
     FIRST: tl.constexpr, COUNT: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """A tuple of COUNT channels from `channel` + FIRST on, 0 where there is none; ptr is at `channel` of rows m."""
+    """A tuple of COUNT channels from `channel` + FIRST on, 0 where there is none; ptr is at `channel`."""
     STEP: tl.constexpr = 1 if PLANES else UNIT
     START: tl.constexpr = FIRST // STEP * STEP
     found = ()
     for i in tl.static_range(START, FIRST + COUNT, STEP):
         exists = channel >= -i if i < 0 else channel < C - i
-        inside = m < tl.where(exists, rows, 0)
-        vector = activate(widen(tl.load(ptr + i * stride, inside[:, None], 0.0)), ACTIVATION)
+        wanted = tl.where(exists, inside, False)  # the interpreter of Triton 3.9 takes no mask & scalar
+        vector = activate(widen(tl.load(ptr + i * stride, wanted[:, None], 0.0)), ACTIVATION)
         if PLANES:
             found = found + (vector,)
         else:
@@ -138,13 +138,14 @@ def local_response_norm_kernel(
         offset = pixel * C + channel // UNIT
         stride = 1
         C *= UNIT
+    inside = m < rows
     vector = (offset * UNIT)[:, None] + tl.arange(0, UNIT)[None, :]
     # the backward takes terms of neighbours, too, whose windows reach as far once more
     SIZE: tl.constexpr = BEFORE + AFTER + 1
     LOW: tl.constexpr = 0 if g_ptr is None else AFTER
     COUNT: tl.constexpr = BLOCK_N if g_ptr is None else BLOCK_N + SIZE - 1
     x = load_channels(
-        x_ptr + vector, stride, m, rows, channel, C, ACTIVATION, -LOW - BEFORE, COUNT + SIZE - 1, PLANES, UNIT
+        x_ptr + vector, stride, inside, channel, C, ACTIVATION, -LOW - BEFORE, COUNT + SIZE - 1, PLANES, UNIT
     )
     squares = ()
     for i in tl.static_range(COUNT + SIZE - 1):
@@ -158,7 +159,7 @@ def local_response_norm_kernel(
     else:
         direct = ()
         terms = ()
-        g = load_channels(g_ptr + vector, stride, m, rows, channel, C, "none", -LOW, COUNT, PLANES, UNIT)
+        g = load_channels(g_ptr + vector, stride, inside, channel, C, "none", -LOW, COUNT, PLANES, UNIT)
         for i in tl.static_range(COUNT):
             power, steeper = powers(k + scale * sums[i], beta, BETA, NORMAL)
             term = g[i] * x[i + BEFORE] * steeper
@@ -176,8 +177,7 @@ def local_response_norm_kernel(
     for i in tl.static_range(0, BLOCK_N, STEP):
         result = results[i] if PLANES else from_columns(results[i : i + UNIT], UNIT)
         result = narrow(result, y_ptr.dtype.element_ty)
-        inside = m < tl.where(channel < C - i, rows, 0)
-        tl.store(y_ptr + vector + i * stride, result, inside[:, None])
+        tl.store(y_ptr + vector + i * stride, result, tl.where(channel < C - i, inside, False)[:, None])
 
 
 @triton.jit(do_not_specialize=["units", "C", "inner", "before", "after"])

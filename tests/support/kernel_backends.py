@@ -16,6 +16,8 @@ from fastconv import use_backend
 from fastconv.measure.timing import true_float32
 from fastconv.operators import backends, kernels, registration
 
+from . import interpreter
+
 CUDA = ("cuda-emulated", "cuda")
 
 
@@ -47,6 +49,8 @@ def device_of(backend: str) -> torch.device:
     reason = None if backend == "auto" else problem(backend)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
+    if backend == "triton":
+        interpreter.speed_up()
     return torch.device("cuda" if backend in ("cuda", "cudnn") else "cpu")
 
 
@@ -88,6 +92,8 @@ def on_triton() -> Iterator[torch.device]:
     if reason is not None:
         pytest.skip(reason)
     device = torch.device("cpu" if backends.interpreted() else "cuda")
+    if device.type == "cpu":
+        interpreter.speed_up()
     # The interpreter has no TF32.
     with use_backend("triton"), true_float32(), device:
         yield device

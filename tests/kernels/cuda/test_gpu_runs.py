@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,10 +46,25 @@ def run(folder: Path, *options: str) -> str:
     return process.stdout
 
 
+def rows_of(file: Path) -> dict[str, dict[str, Any]]:
+    """Of a table of outcomes, by what stands in the brackets."""
+    rows = {row["test"]: row for row in map(json.loads, file.read_text().splitlines())}
+    assert all(row["seconds"] >= 0 for row in rows.values())
+    return {test.removeprefix("test_some.py::test").strip("[]"): row for test, row in rows.items()}
+
+
+BROKEN = "test_some.py::test[1]: the process ends with it: CUDA error: an illegal memory access\n"
+
+
 def test_a_broken_gpu_ends_the_run(tmp_path: Path) -> None:
-    printed = run(tmp_path)
-    assert "test_some.py::test[1]: the process ends with it: CUDA error: an illegal memory access\n" in printed
+    """Each test has its line in the table as soon as it ran."""
+    file = tmp_path / "outcomes.jsonl"
+    printed = run(tmp_path, f"--outcomes={file}")
+    assert BROKEN in printed
     assert "1 failed, 1 passed" in printed
+    rows = rows_of(file)
+    assert {test: row["outcome"] for test, row in rows.items()} == {"0": "ok", "1": "error"}
+    assert rows["1"]["problem"] == "RuntimeError: CUDA error: an illegal memory access"
 
 
 def test_a_test_that_hangs_ends_the_run(tmp_path: Path) -> None:
@@ -60,33 +76,20 @@ def test_a_test_that_hangs_ends_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_workers_are_replaced(tmp_path: Path) -> None:
-    """The two tests fail by name, the others pass."""
+    """The two tests fail by name, the others pass; in the table those that ended their workers stand, too."""
     if importlib.util.find_spec("xdist") is None:
         pytest.skip("pytest-xdist is not installed")
-    printed = run(tmp_path, "-n", "2")
-    assert "test_some.py::test[1]: the process ends with it: CUDA error: an illegal memory access\n" in printed
+    file = tmp_path / "outcomes.jsonl"
+    printed = run(tmp_path, f"--outcomes={file}", "-n", "2")
+    assert BROKEN in printed
     assert "2 failed, 3 passed" in printed
     for i in (1, 3):
         assert f"FAILED test_some.py::test[{i}] - worker" in printed
-
-
-@pytest.mark.parametrize("workers", [(), pytest.param(("-n", "2"), marks=pytest.mark.slow)], ids=str)
-def test_a_table_of_outcomes(workers: tuple[str, ...], tmp_path: Path) -> None:
-    """Each test has its line as soon as it ran; where workers are replaced, one that ended its worker, too."""
-    if workers and importlib.util.find_spec("xdist") is None:
-        pytest.skip("pytest-xdist is not installed")
-    file = tmp_path / "outcomes.jsonl"
-    run(tmp_path, f"--outcomes={file}", *workers)
-    rows = {row["test"]: row for row in map(json.loads, file.read_text().splitlines())}
-    found = {test.removeprefix("test_some.py::"): row["outcome"] for test, row in rows.items()}
-    bad = rows["test_some.py::test[1]"]
-    if workers:
-        assert found == {f"test[{i}]": "error" if i in (1, 3) else "ok" for i in range(5)}
-        assert "crashed while running" in bad["problem"]
-    else:
-        assert found == {"test[0]": "ok", "test[1]": "error"}
-        assert bad["problem"] == "RuntimeError: CUDA error: an illegal memory access"
-    assert all(row["seconds"] >= 0 for row in rows.values())
+    rows = rows_of(file)
+    assert {test: row["outcome"] for test, row in rows.items()} == {
+        f"{i}": "error" if i in (1, 3) else "ok" for i in range(5)
+    }
+    assert "crashed while running" in rows["1"]["problem"]
 
 
 def test_only_the_named_backend_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from fastconv.measure.timing import true_float32
 from fastconv.operators.schemas import WITH_OUT
 from support import numerics
 from support.cases import CASES, CONV_OPS, FIRST, LAYOUTS, Case, named, run
+from support.interpreter import overflow_is_an_error
 from support.kernel_backends import on_triton
 from support.numerics import judge, random
 
@@ -198,23 +199,25 @@ def test_out_with_gaps_between_its_rows() -> None:
         torch.testing.assert_close(one, expected)
 
 
-def test_wide_indices_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The 64-bit variants, which tensors past 2^31 elements take, on a small tensor."""
-
+@pytest.mark.parametrize("case", [named("conv2d_relu")[1], *FIRST.values()], ids=str)
+def test_wide_indices_give_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 64-bit variants, which tensors past 2^31 elements take, on a small one, whose 32 bits don't overflow."""
     from fastconv.triton_kernels import launch as launching
 
-    case = named("conv2d_relu")[1]
-    others = [named(op)[0] for op in ("depthwise_separable_conv2d", "pointwise_conv2d_group", "local_response_norm")]
-    for chosen in (case, *others):
-        arguments = chosen.arguments(requires_grad=True)
-        expected = numerics.gradients(chosen, arguments, [torch.ones_like(o) for o in run(chosen.op, arguments)])
+    arguments = case.arguments(requires_grad=True)
+
+    def results() -> list[Tensor]:
         launching.forget_plans()
-        monkeypatch.setattr(launching, "wide", lambda *tensors: True)
-        found = numerics.gradients(chosen, arguments, [torch.ones_like(o) for o in run(chosen.op, arguments)])
-        monkeypatch.undo()
-        launching.forget_plans()
-        for one, other in zip(found, expected, strict=True):
-            assert torch.equal(one, other)
+        return numerics.gradients(case, arguments, [torch.ones_like(o) for o in run(case.op, arguments)])
+
+    with overflow_is_an_error():
+        expected = results()
+    monkeypatch.setattr(launching, "wide", lambda *tensors: True)
+    found = results()
+    monkeypatch.undo()
+    launching.forget_plans()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_when_indices_are_wide() -> None:
