@@ -10,6 +10,7 @@ from torch import Tensor
 from ..operators import activations, checks
 from . import launch, table
 from .device import activate, index, masked, narrow, widen
+from .operands import unit_of
 
 
 @triton.jit
@@ -18,18 +19,22 @@ def add_some(a_ptr, b_ptr, y_ptr, i, inside, ACTIVATION: tl.constexpr):
     tl.store(y_ptr + i, narrow(activate(value, ACTIVATION), y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["size"])
-def add_relu_fprop(a_ptr, b_ptr, y_ptr, size, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """y = activation(a + b), BLOCK elements to a program; in float32, so that the sum is rounded once.
+@triton.jit(do_not_specialize=["units"])
+def add_relu_fprop(
+    a_ptr, b_ptr, y_ptr, units,
+    ACTIVATION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = activation(a + b), BLOCK elements to a program, of `units` vectors of UNIT; in float32, so that the sum is
+    rounded once.
 
-    Without a mask, which would take vectors apart, but for the last program's.
+    Without a mask, which would take vectors longer than UNIT apart, but for the last program's.
     """
-    first = index(tl.program_id(0), WIDE) * BLOCK
+    first, size = index(tl.program_id(0), WIDE) * BLOCK, index(units, WIDE) * UNIT
     i = first + tl.arange(0, BLOCK)
     if first + BLOCK <= size:
         add_some(a_ptr, b_ptr, y_ptr, i, None, ACTIVATION)
     else:
-        add_some(a_ptr, b_ptr, y_ptr, i, i < size, ACTIVATION)
+        add_some(a_ptr, b_ptr, y_ptr, i, tl.max_constancy(i < size, UNIT), ACTIVATION)
 
 
 @triton.jit
@@ -39,15 +44,18 @@ def mask_some(g_ptr, z_ptr, y_ptr, i, inside, ACTIVATION: tl.constexpr):
     tl.store(y_ptr + i, narrow(grad, y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["size"])
-def add_relu_dgrad(g_ptr, z_ptr, y_ptr, size, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["units"])
+def add_relu_dgrad(
+    g_ptr, z_ptr, y_ptr, units,
+    ACTIVATION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """y = g where the activation's output z let the value through, in blocks as `add_relu_fprop`'s."""
-    first = index(tl.program_id(0), WIDE) * BLOCK
+    first, size = index(tl.program_id(0), WIDE) * BLOCK, index(units, WIDE) * UNIT
     i = first + tl.arange(0, BLOCK)
     if first + BLOCK <= size:
         mask_some(g_ptr, z_ptr, y_ptr, i, None, ACTIVATION)
     else:
-        mask_some(g_ptr, z_ptr, y_ptr, i, i < size, ACTIVATION)
+        mask_some(g_ptr, z_ptr, y_ptr, i, tl.max_constancy(i < size, UNIT), ACTIVATION)
 
 
 def add_relu(input: Tensor, other: Tensor, activation: str) -> Tensor:
@@ -82,6 +90,9 @@ def add_relu_backward(grad_output: Tensor, output: Tensor, activation: str) -> T
 def _flat(kernel: triton.JITFunction, first: Tensor, second: Tensor, result: Tensor, activation: str) -> None:
     size = result.numel()
     config = table.config("add_relu", "any")
-    wide = size > launch.NARROW_LIMIT
-    programs = triton.cdiv(size, config["BLOCK"])
-    launch.launch(kernel, programs, first, second, result, size, ACTIVATION=activation, WIDE=wide, **config)
+    unit, wide = unit_of(result.dtype, size), size > launch.NARROW_LIMIT
+    programs = launch.cdiv(size, config["BLOCK"])
+    launch.launch(
+        kernel, programs, first, second, result, size // unit,
+        ACTIVATION=activation, UNIT=unit, WIDE=wide, **config,
+    )  # fmt: skip
