@@ -183,7 +183,7 @@ def conv2d_dgrad(
     if SPLIT:
         y_ptr += index(part, WIDE) * (part_size * RESULT_UNIT)
     if SPLIT and STRIDE_H * STRIDE_W == 1:  # sums are dense
-        y_offset = m * (y_pixel.w * RESULT_UNIT)
+        y_offset = tl.where(in_rows, m, 0) * (y_pixel.w * RESULT_UNIT)
     else:
         y_offset = pixel_offset(n, row_h, column_w, y_pixel, W, RESULT_UNIT, PLANES)
     finish(sums, None, y_ptr, y_offset, in_rows, c, in_columns, y_channel, RESULT_UNIT, PLANES, "none")

@@ -142,10 +142,9 @@ def conv2d_fprop(
                 a = tl.load(x + lane[None, :] + offset[:, None])
             b = tl.load(w + (tap * channels + c) + (lane[:, None] + w_row[None, :]))
         sums = dot(a, b, sums, PRECISION)
-    if SPLIT:
-        y_ptr += index(part, WIDE) * (part_size * RESULT_UNIT)
     if SPLIT:  # sums are dense
-        y_offset = m * (y_pixel.w * RESULT_UNIT)
+        y_ptr += index(part, WIDE) * (part_size * RESULT_UNIT)
+        y_offset = tl.where(in_rows, m, 0) * (y_pixel.w * RESULT_UNIT)
     else:
         y_offset = pixel_offset(n, p, q, y_pixel, Q.value, RESULT_UNIT, PLANES)
     finish(
