@@ -95,7 +95,7 @@ SHIPPED: Table = {
     "conv2d_wgrad": _matrices(
         ("16bit pointwise narrow", _gemm(32, 64, 64, 4, 3, BOXES=0)),
         ("16bit pointwise medium", _gemm(64, 64, 64, 4, 3, BOXES=0)),
-        ("16bit pointwise wide", _gemm(128, 128, 64, 4, 3, BOXES=0)),
+        ("16bit pointwise wide", _gemm(128, 128, 64, 8, 3, BOXES=0)),
         ("16bit spatial|thin narrow", _gemm(32, 64, 64, 4, 3)),
         ("16bit spatial|thin medium", _gemm(64, 64, 64, 4, 3)),
         ("16bit spatial wide", _gemm(128, 128, 64, 4, 3)),

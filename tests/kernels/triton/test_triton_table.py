@@ -118,6 +118,7 @@ def test_every_entry_of_the_table_compiles(architecture: int) -> None:
     for kernel in kernels:
         if not kernel["wide"]:
             assert kernel["stack"] <= PARKED, f"spills: {kernel}"
+            assert "local" not in kernel["kinds"], f"spills in its loop: {kernel}"
         assert kernel["shared"] <= MOST_SHARED[architecture], kernel
         if kernel["kernel"] in MATRIX_KERNELS and not kernel["entry"].startswith("ieee"):
             assert kernel["tensor_core"], f"no tensor cores: {kernel}"
