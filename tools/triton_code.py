@@ -263,11 +263,12 @@ def compiled(architecture: int, pattern: str = "") -> Iterator[Compiled]:
             a.dtype if isinstance(a, Tensor) else None if parameter.do_not_specialize else a
             for a, parameter in zip(args, kernel.params, strict=False)
         ]
-        # and float32's convolutions have float16's branches: one of each for every tile
-        short = dtype == torch.float32 and "PRECISION" in meta
-        kind = (
-            {key: value for key, value in meta.items() if key.startswith(("BLOCK", "num_", "PREC"))} if short else meta
-        )
+        # and float32's convolutions have float16's branches: one of each for every tile and width of vectors
+        kind = meta
+        if dtype == torch.float32 and "PRECISION" in meta:
+            kind = {
+                key: value for key, value in meta.items() if key.startswith(("BLOCK", "num_", "PREC")) or "UNIT" in key
+            }
         same = known.setdefault(f"{name} {special} {kind}", {})
         if entry[1] in same:
             return

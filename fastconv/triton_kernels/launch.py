@@ -148,7 +148,7 @@ def split(steps: int, tiles: int, device: torch.device, programs: int = _PROGRAM
 
     As many parts as fill the device. The same for the same shapes on the same kind of device, hence the same bits.
     """
-    parts = max(1, programs * processors(device) // max(tiles, 1))
+    parts = max(1, programs * processors(device) // tiles) if tiles else 1
     part_steps = max(cdiv(steps, parts), min(_LEAST_STEPS, steps), 1)
     return part_steps, cdiv(steps, part_steps)
 

@@ -80,6 +80,7 @@ def test_a_small_grid_splits_its_depth(layout: torch.memory_format) -> None:
     assert found[0].programs > 1
     assert torch.equal(first, ops.conv2d_add_relu(**arguments))
     judge("conv2d_add_relu", {**arguments, "activation": "none"})
+    assert ops.conv2d_relu(arguments["input"][:0], arguments["weight"]).shape == (0, 20, 2, 2)
     strided = {"input": arguments["input"], "weight": arguments["weight"], "stride": 2}
     judge("conv2d_relu", {**strided, "activation": "none"})
 
