@@ -2,7 +2,7 @@
 
     python tools/triton_code.py 90                  a line for each kernel: its loop, accesses, registers
     python tools/triton_code.py 90 --only PATTERN   of the kernels whose function, entry or call matches; --names
-    python tools/triton_code.py 90 --json           one JSON object a line
+    python tools/triton_code.py 90 --brief          one call for each entry and dtype; --json: one JSON object a line
     python tools/triton_code.py 90 --write          records the float16 kernels in benchmarks/expected/triton.json, by
                                                     version of Triton and architecture; --compare: with what is there
     python tools/triton_code.py --goals             the goals for Hopper, and what is recorded; fails if one is missed
@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -242,42 +242,28 @@ def described(function: str, call: str, entry: tuple[str, str], dtype: str, meta
     )
 
 
-def compiled(architecture: int, pattern: str = "") -> Iterator[Compiled]:
-    """Every kernel, as it is compiled."""
+def compiled(architecture: int, pattern: str = "", brief: bool = False) -> Iterator[Compiled]:
+    """Every kernel, as it is compiled; `brief`: for each entry and dtype that of the first call alone."""
     triton.runtime.driver.set_active(Driver(architecture))
-    known: dict[Any, dict[str, Compiled]] = {}
+    seen: set[tuple[str, ...]] = set()
     made: list[Compiled] = []
     call = ""
     asked: list[table.Asked] = []
 
     def compile_only(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-        name, entry, dtype = (
-            kernel.fn.__name__,
-            table.split_entry(asked[-1].entry),
-            getattr(args[0], "base", args[0]).dtype,
-        )
-        if not re.search(pattern, f"{name} | {entry[1]} | {call} | {dtype}"):
-            return
+        name, entry = kernel.fn.__name__, table.split_entry(asked[-1].entry)
+        dtype = str(getattr(args[0], "base", args[0]).dtype)
         # what differs only in numbers that nothing is specialized for is the same code
         special = [
             a.dtype if isinstance(a, Tensor) else None if parameter.do_not_specialize else a
             for a, parameter in zip(args, kernel.params, strict=False)
         ]
-        # and float32's convolutions have float16's branches: one of each for every tile and width of vectors
-        kind = meta
-        if dtype == torch.float32 and "PRECISION" in meta:
-            kind = {
-                key: value for key, value in meta.items() if key.startswith(("BLOCK", "num_", "PREC")) or "UNIT" in key
-            }
-        same = known.setdefault(f"{name} {special} {kind}", {})
-        if entry[1] in same:
+        key = (name, entry[1], dtype, str(meta["WIDE"]) if brief else f"{special} {meta}")
+        if key in seen or not re.search(pattern, f"{name} | {entry[1]} | {call} | {dtype}"):
             return
-        if same:
-            same[entry[1]] = replace(next(iter(same.values())), call=call, entry=entry[1])
-        else:
-            code = kernel.warmup(*args, grid=(programs,), **meta)
-            same[entry[1]] = described(name, call, entry, str(dtype), meta, code)
-        made.append(same[entry[1]])
+        seen.add(key)
+        code = kernel.warmup(*args, grid=(programs,), **meta)
+        made.append(described(name, call, entry, dtype, meta, code))
 
     launch.launch = compile_only
     launch.processors = lambda device: 132
@@ -349,10 +335,9 @@ def recorded() -> dict[str, Record]:
 
 
 def changes(architecture: int, found: Record) -> list[str]:
-    """Against what is recorded for this version of Triton, if it is."""
+    """Of what was compiled, against what is recorded for this version of Triton, if it is."""
     before = recorded().get(f"{triton.__version__} sm_{architecture}", found)
-    keys = sorted(before.keys() | found.keys())
-    return [f"{key}: {before.get(key)} -> {found.get(key)}" for key in keys if before.get(key) != found.get(key)]
+    return [f"{key}: {before.get(key)} -> {now}" for key, now in found.items() if before.get(key) != now]
 
 
 def write(architecture: int, found: Record) -> None:
@@ -428,6 +413,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architecture", type=int, nargs="?", choices=(80, 90, 100))
     parser.add_argument("--only", default="", metavar="PATTERN", help="kernels whose function, entry or call matches")
+    parser.add_argument("--brief", action="store_true", help="one call for each entry and dtype")
     parser.add_argument("--names", action="store_true", help="count the instructions of the loops, too")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", action="store_true", help="record it")
@@ -441,7 +427,7 @@ def main() -> None:
     if args.architecture is None:
         parser.error("needs an architecture")
     found = []
-    for one in compiled(args.architecture, args.only):
+    for one in compiled(args.architecture, args.only, args.brief):
         found.append(one)
         print(json.dumps(asdict(one)) if args.json else one, flush=True)
         if args.names:
