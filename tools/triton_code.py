@@ -206,20 +206,28 @@ def accesses(code: machine_code.Code) -> dict[str, dict[str, int]]:
     return {kind: dict(sorted(counts.items())) for kind, counts in found.items() if counts}
 
 
-def read(cubin: bytes) -> tuple[machine_code.Kernel, machine_code.Code]:
-    """What it takes, and its instructions."""
+def copies(ptx: str) -> dict[str, int]:
+    """As `accesses` has them, but before ptxas has unrolled and dropped some."""
+    sizes = re.findall(r"cp\.async\.(?:c[ag]\.shared\.global .*, 0x(\w+), .*|bulk\.tensor)", ptx)
+    return Counter(str(int(size, 16)) if size else "box" for size in sizes)
+
+
+def read(cubin: bytes, instructions: bool) -> tuple[machine_code.Kernel, machine_code.Code]:
+    """What it takes, and its instructions, which a second goes into."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         path = Path(file.name)
         (by_name,) = machine_code.kernels(path).values()
         (kernel,) = by_name.values()
-        (code,) = machine_code.code(path).values()
+        (code,) = machine_code.code(path).values() if instructions else [()]
     return kernel, code
 
 
-def described(function: str, call: str, entry: tuple[str, str], dtype: str, meta: Any, compiled: Any) -> Compiled:
-    kernel, code = read(compiled.asm["cubin"])
+def described(
+    function: str, call: str, entry: tuple[str, str], dtype: str, meta: Any, compiled: Any, instructions: bool
+) -> Compiled:
+    kernel, code = read(compiled.asm["cubin"], instructions)
     loop = machine_code.main_loop(code)
     inside = loop.instructions if loop else ()
     ptx = compiled.asm["ptx"]
@@ -237,13 +245,17 @@ def described(function: str, call: str, entry: tuple[str, str], dtype: str, meta
         len(code),
         len(inside),
         dict(loop.counts) if loop else {},
-        accesses(code),
+        accesses(code) if code else {"copy": copies(ptx)},
         dict(Counter(i.name for i in inside or code).most_common()),
     )
 
 
 def compiled(architecture: int, pattern: str = "", brief: bool = False) -> Iterator[Compiled]:
-    """Every kernel, as it is compiled; `brief`: for each entry and dtype that of the first call alone."""
+    """Every kernel, as it is compiled.
+
+    `brief`: for each entry and dtype that of the first call alone, only float16's taken apart, and float32's without
+    tensor cores, in which the architectures hardly differ, only for sm_80.
+    """
     triton.runtime.driver.set_active(Driver(architecture))
     seen: set[tuple[str, ...]] = set()
     made: list[Compiled] = []
@@ -263,7 +275,8 @@ def compiled(architecture: int, pattern: str = "", brief: bool = False) -> Itera
             return
         seen.add(key)
         code = kernel.warmup(*args, grid=(programs,), **meta)
-        made.append(described(name, call, entry, dtype, meta, code))
+        instructions = not brief or dtype == "torch.float16"
+        made.append(described(name, call, entry, dtype, meta, code, instructions))
 
     launch.launch = compile_only
     launch.processors = lambda device: 132
@@ -283,15 +296,15 @@ def compiled(architecture: int, pattern: str = "", brief: bool = False) -> Itera
             made.clear()
 
     for dtype, precision in ((torch.float16, ""), (torch.float32, "tf32"), (torch.float32, "ieee")):
+        if brief and precision == "ieee" and architecture != 80:
+            continue
         torch.backends.cudnn.conv.fp32_precision = precision or "none"
         yield from through(convolutions(dtype))
         yield from through(others(dtype))
     if architecture != 80:  # what follows has the same tiles and shared memory, on every architecture
         return
-    # 64-bit offsets, which tensors of more than 2^31 elements take; bfloat16, which shares float16's entries
-    launch.wide, narrow = (lambda *tensors: True), launch.wide
-    yield from through(c for c in [*convolutions(torch.float16), *others(torch.float16)] if "64" in c[0])
-    launch.wide = narrow
+    # bfloat16, which shares float16's entries, with 64-bit offsets, which tensors of more than 2^31 elements take
+    launch.wide = lambda *tensors: True
     yield from through(c for c in [*convolutions(torch.bfloat16), *others(torch.bfloat16)] if "64" in c[0])
 
 

@@ -98,6 +98,7 @@ def check_inference(backend: str, name: str) -> None:
         assert all(kernel in launched for kernel in NETWORKS[name][2]), launched
 
 
+@pytest.mark.slow
 @runs(["alexnet2012", "googlenet", "resnet50"])
 def test_training_step(backend: str, name: str) -> None:
     """Gradients of every parameter; batch norms keep their statistics, as when a trained network is tuned.

@@ -116,6 +116,7 @@ def test_other_backends_are_added_to_what_is_known() -> None:
     assert {one.backend for one in entry.candidates} == {"reference", "winner", "border"}
 
 
+@pytest.mark.slow
 def test_emulated_and_interpreted_kernels() -> None:
     """In the emulator and in Triton's interpreter: kernels one by one, and block sizes. All are right."""
     for backend in ("cuda-emulated", "triton"):
@@ -161,6 +162,7 @@ print(len(found.entries), found.is_interrupted, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed(folder: Path) -> None:
     """By Ctrl-C while a candidate hangs. What was found before is kept, and the rest is done by the next run."""
     command = [sys.executable, "-c", INTERRUPTED, str(torch.get_num_threads())]

@@ -35,11 +35,6 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def opchecked(case: Case) -> bool:
-    """Beside the first of each op, those whose arguments a fake kernel treats in a way of its own."""
-    return case in FIRST.values() or case.name in ("unbatched", "empty_batch", "empty", "same", "broadcast", "one_bias")
-
-
 def check_opcheck(case: Case, namespace: str) -> None:
     """Schema, fake kernel, autograd registration and AOT dispatch of op and backward op."""
     arguments = case.arguments(requires_grad=True)

@@ -5,9 +5,9 @@
     python tests/support/random_calls.py --backend cpu --seed 7 --only 123      the one call that a failure names
 
 A call is decided by backend, seed and number alone. Compared are values and gradients (by
-`fastconv.measure.tolerance`), where they are NaN or Inf, shapes, dtypes and strides, and what the fake kernels say of
-these. tests/ops/test_random_calls.py runs 10,000 of them. All tensors are the CPU's: the Triton kernels run in its
-interpreter, the CUDA kernels in the emulator, both on small tensors.
+`fastconv.measure.tolerance`), where they are NaN or Inf, shapes, dtypes and strides, and in every fourth call what the
+fake kernels say of these. tests/ops/test_random_calls.py runs 10,000 of them. All tensors are the CPU's: the Triton
+kernels run in its interpreter, the CUDA kernels in the emulator, both on small tensors.
 """
 
 from __future__ import annotations
@@ -209,7 +209,8 @@ def _check(call: Call) -> None:
         if call.dtype == torch.float64 and raises(lambda: gradients(baseline, plain, lambda grad: grad)):
             raise EagerRaises from None
         raise
-    if call.backend != "reference":  # what torch's fakes say of aten is torch's
+    # What torch's fakes say of aten is torch's; of ours every fourth call, as that takes as long as all the rest.
+    if call.backend != "reference" and call.number % 4 == 0:
         compare_with_fake(call, found, ours, gradients)
     if not used or ill_conditioned(call, exact):
         return

@@ -93,6 +93,7 @@ def test_strides(kind: str, weights: str, layout: str, shape: tuple[int, ...], b
     check(kind, weights, layout, shape, between)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 7, 7), (2, 4, 7, 6), (2, 3, 1, 1), (1, 2, 5, 1)], ids=str)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("kind", KINDS)

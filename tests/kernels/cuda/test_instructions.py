@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 
 from fastconv import ops
@@ -83,10 +84,11 @@ def may_run(candidate: kernels.Candidate, among: str) -> bool:
     )  # of which the second is no refusal
 
 
+@pytest.mark.slow
 def test_kernels_use_what_their_table_says() -> None:
     """On a large GPU convolutions split their depth, on a small one they do not."""
     ran: dict[str, set[str]] = {}
-    for count, layout in itertools.product((64, 1), ("contiguous", "channels_last")):
+    for count, layout in ((64, "contiguous"), (1, "channels_last")):
         with emulated_gpu(multiprocessors=count, shared_per_block=163 * 1024) as library:
             for dtype, calls in itertools.product((*HALVES, torch.float32), (convolutions, depthwise, others)):
                 for call in calls(dtype, layout):
@@ -104,7 +106,7 @@ def test_kernels_use_what_their_table_says() -> None:
                     with_every_kernel(call)
             for name, used in library.statistics()["instructions"].items():
                 ran.setdefault(name, set()).update(used)
-    for count, channels, size in ((64, 72, 4), (64, 16, 20), (1, 16, 6)):
+    for count, channels, size in ((64, 72, 4), (64, 16, 16), (1, 16, 6)):
         with emulated_hopper(count) as library:
             for dtype in HALVES:
                 for call in convolutions(dtype, "channels_last", channels, size):

@@ -14,7 +14,7 @@ from torch import Tensor
 from support import dispatching
 from support.autograd import check_gradgradcheck
 from support.cases import CASES, FIRST, Case, run, tensors
-from support.dispatching import FIRST_WITH_OUT, Call, opchecked
+from support.dispatching import FIRST_WITH_OUT, Call
 from support.kernel_backends import on_triton
 
 if importlib.util.find_spec("triton") is None:
@@ -74,11 +74,14 @@ print("fastconv.triton_kernels" in sys.modules)
     assert done.stdout.split() == ["False"], done.stderr
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.small and opchecked(c)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*FIRST.values(), *(c for c in CASES if c.name == "empty_batch")], ids=str)
 def test_opcheck(case: Case) -> None:
+    """Of fewer cases than tests/ops/test_dispatch.py has, as its fake kernels are the same and its real ones slow."""
     dispatching.check_opcheck(case, "fastconv_triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FIRST_WITH_OUT, ids=str)
 def test_out_as_torch_has_it(case: Case) -> None:
     dispatching.check_opcheck_out(case, "fastconv_triton")
@@ -87,10 +90,10 @@ def test_out_as_torch_has_it(case: Case) -> None:
     dispatching.check_autocast_out(case, "triton")
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FIRST.values(), ids=str)
-def test_compile_fullgraph(case: Case, dynamic: bool) -> None:
-    dispatching.check_compile_fullgraph(case, dynamic)
+def test_compile_fullgraph(case: Case) -> None:
+    dispatching.check_compile_fullgraph(case, dynamic=True)
 
 
 @pytest.mark.parametrize("case", FIRST.values(), ids=str)

@@ -112,9 +112,10 @@ def test_goals_are_reached() -> None:
 def test_every_entry_of_the_table_compiles(architecture: int) -> None:
     """To machine code, without a GPU: no spills, shared memory within bounds, tensor cores, vectors, pipelines; and for
     versions of Triton that are recorded, the very instructions."""
-    kernels = [json.loads(line) for line in code(str(architecture), "--json", "--compare").splitlines()]
+    kernels = [json.loads(line) for line in code(str(architecture), "--brief", "--json", "--compare").splitlines()]
     compiled = {(k["kernel"], k["entry"]) for k in kernels}
-    assert compiled == {(kernel, entry) for kernel, rows in table.SHIPPED.items() for entry in rows}
+    shipped = {(kernel, entry) for kernel, rows in table.SHIPPED.items() for entry in rows}
+    assert compiled == {one for one in shipped if architecture == 80 or not one[1].startswith("ieee")}
     for kernel in kernels:
         if not kernel["wide"]:
             assert kernel["stack"] <= PARKED, f"spills: {kernel}"
