@@ -151,7 +151,7 @@ def test_a_changed_resource_is_noticed():
 
 @pytest.mark.parametrize("arch", LATER)
 def test_ptx_compiles_for_later_gpus(arch, tmp_path):
-    """Every second file for each, which differ little: of float16 and bfloat16, whose files are of a size, each has one."""
+    """Every second file for each, which differ little: of float16's and bfloat16's, twins in size, each has one."""
     cuda = import_build().toolchain.find_cuda()
     ptxas = cuda and cuda.include.parent / "bin/ptxas"
     if not ptxas or not ptxas.is_file():

@@ -18,7 +18,8 @@ if importlib.util.find_spec("triton") is None:
 
 from fastconv.triton_kernels import launch, table
 
-CODE = Path(__file__).parents[3] / "tools" / "triton_code.py"
+REPOSITORY = Path(__file__).parents[3]
+CODE = REPOSITORY / "tools" / "triton_code.py"
 
 
 def test_no_more_than_four_warps_for_large_filters() -> None:
@@ -100,6 +101,24 @@ def code(*options: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-9000:]
     return done.stdout
+
+
+# Of what is recorded, the kernels that do spill, and bytes.
+SPILLS = {
+    ("3.6.0 sm_100", "conv2d_wgrad | 16bit thin wide"): 40,
+    ("3.9.0 sm_100", "depthwise_dgrad | pixels"): 64,
+}
+
+
+def test_recorded_kernels_do_not_spill() -> None:
+    recorded = json.loads((REPOSITORY / "benchmarks" / "expected" / "triton.json").read_text())
+    spilled: dict[tuple[str, str], int] = {}
+    for version, kernels in recorded.items():
+        for key, kernel in kernels.items():
+            if kernel["stack"] > PARKED:
+                which = version, key.rpartition(" | ")[0]
+                spilled[which] = max(kernel["stack"], spilled.get(which, 0))
+    assert spilled == SPILLS
 
 
 @pytest.mark.slow
