@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastconv import ops
@@ -91,6 +92,7 @@ def test_a_wrong_result_gets_no_time(tmp_path):
 
 # aten's own in place of cuDNN's, and no other contender.
 CUDNN = """
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -112,6 +114,7 @@ def pytest_configure():
 """
 
 
+@pytest.mark.slow
 def test_cudnn_takes_part_where_it_can(tmp_path: Path) -> None:
     """Where it has a fused convolution the result is the op's: with groups, and paddings that differ, too."""
     (tmp_path / "stub.py").write_text(CUDNN)

@@ -78,6 +78,7 @@ def test_nothing_differs() -> None:
     assert found.kernels == {kernel["name"]: tuple(kernel["uses"]) for kernel in kernel_table(BACKEND)}
 
 
+@pytest.mark.slow
 def test_what_differs_disables_the_kernels_that_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """By name; a case that ends its process, hangs or meets an error of the device counts as one that differs, and
     costs the others nothing. Of a case's instructions those are not blamed that pass cases of their own."""
@@ -98,6 +99,7 @@ def test_what_differs_disables_the_kernels_that_use_it(monkeypatch: pytest.Monke
     assert {"conv2d_fprop_fp32_64x64_sm80", "depthwise_conv2d_fprop_nhwc", ADD_16}.isdisjoint(disabled)
 
 
+@pytest.mark.slow
 def test_a_table_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
     """That nothing differed: it is not asked again, unless all is."""
     found = examine()

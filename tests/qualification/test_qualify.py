@@ -61,6 +61,7 @@ def reasons(entry: Entry) -> dict[str, str]:
     return {one.backend: one.reason for one in entry.candidates if one.outcome != "ok"}
 
 
+@pytest.mark.slow
 def test_liars_are_refused_and_the_rest_goes_on(folder: Path) -> None:
     among = ("border", "once", "nan", "loses-nan", "unwritten", "hangs", "exits", "crashes", "raises", "winner")
     found = examine(a_layer(), *among, patience=10.0)
@@ -110,6 +111,7 @@ def test_lost_nan_may_be_allowed() -> None:
     assert (found["loses-nan"].outcome, found["loses-nan"].keeps_nan) == ("ok", False)
 
 
+@pytest.mark.slow
 def test_other_backends_are_added_to_what_is_known() -> None:
     examine(a_layer(), "winner")
     (entry,) = examine(a_layer(), "winner", "border").entries

@@ -180,6 +180,7 @@ def model_of(seed: int = 0) -> Net:
 calls = st.tuples(st.booleans(), st.sampled_from([{}, {"scale": 2.0}]), st.integers(1, 3))
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.sampled_from(sorted(CHANGES)), calls), min_size=1, max_size=4), calls | st.none())
 def test_random_changes(changes: list[tuple[str, Any]], warm_up: Any) -> None:

@@ -6,6 +6,7 @@ import copy
 import operator
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
@@ -99,6 +100,7 @@ def outcome(net: nn.Module, x: Tensor, target: Tensor | None) -> dict[str, Any]:
     return seen | dict(net.named_buffers())
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(networks, st.booleans(), st.booleans(), st.integers(0, 2**16))
 def test_random_networks(net, training, gradients, seed):

@@ -154,6 +154,7 @@ def run(*command, **environ):
     return subprocess.run([sys.executable, *map(str, command)], env=environ, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command_resumes(tmp_path):
     """What was found is kept; the line that was being written is not."""
     name = "synthetic:returns-list"
@@ -192,6 +193,7 @@ def create_model(name, pretrained):
 """
 
 
+@pytest.mark.slow
 def test_a_crash_and_a_hang_are_findings(tmp_path):
     (tmp_path / "timm.py").write_text(STAND_IN)
     code = "import json, swap_sweep; print(json.dumps(list(swap_sweep.sweep(NAMES, 2, 20, True))))"

@@ -134,6 +134,7 @@ def test_dgrad_phases(stride: tuple[int, int], dilation: tuple[int, int]) -> Non
     judge("conv2d_relu", {**arguments, **options})
 
 
+@pytest.mark.slow
 def test_more_channels_than_a_tile() -> None:
     """Several tiles in every direction, none of them full."""
     arguments = {"input": random(2, 70, 9, 8), "weight": random(150, 70, 3, 3) * 0.04, "bias": random(150)}
