@@ -29,7 +29,7 @@ demo: .venv/built
 	$(PY) -m fastconv demo $(ARGS)
 
 test: .venv/built
-	$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 bench: .venv/built
 	$(PY) -m pytest benchmarks $(ARGS)

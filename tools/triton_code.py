@@ -209,7 +209,7 @@ def accesses(code: machine_code.Code) -> dict[str, dict[str, int]]:
 def copies(ptx: str) -> dict[str, int]:
     """As `accesses` has them, but before ptxas has unrolled and dropped some."""
     sizes = re.findall(r"cp\.async\.(?:c[ag]\.shared\.global .*, 0x(\w+), .*|bulk\.tensor)", ptx)
-    return Counter(str(int(size, 16)) if size else "box" for size in sizes)
+    return dict(Counter(str(int(size, 16)) if size else "box" for size in sizes))
 
 
 def read(cubin: bytes, instructions: bool) -> tuple[machine_code.Kernel, machine_code.Code]:
@@ -270,6 +270,8 @@ def compiled(architecture: int, pattern: str = "", brief: bool = False) -> Itera
             a.dtype if isinstance(a, Tensor) else None if parameter.do_not_specialize else a
             for a, parameter in zip(args, kernel.params, strict=False)
         ]
+        if brief and entry[1].startswith("ieee") and architecture != 80:
+            return
         key = (name, entry[1], dtype, str(meta["WIDE"]) if brief else f"{special} {meta}")
         if key in seen or not re.search(pattern, f"{name} | {entry[1]} | {call} | {dtype}"):
             return
@@ -296,8 +298,6 @@ def compiled(architecture: int, pattern: str = "", brief: bool = False) -> Itera
             made.clear()
 
     for dtype, precision in ((torch.float16, ""), (torch.float32, "tf32"), (torch.float32, "ieee")):
-        if brief and precision == "ieee" and architecture != 80:
-            continue
         torch.backends.cudnn.conv.fp32_precision = precision or "none"
         yield from through(convolutions(dtype))
         yield from through(others(dtype))
