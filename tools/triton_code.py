@@ -265,13 +265,13 @@ def compiled(architecture: int, pattern: str = "", brief: bool = False) -> Itera
     def compile_only(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
         name, entry = kernel.fn.__name__, table.split_entry(asked[-1].entry)
         dtype = str(getattr(args[0], "base", args[0]).dtype)
+        if brief and entry[1].startswith("ieee") and architecture != 80:
+            return
         # what differs only in numbers that nothing is specialized for is the same code
         special = [
             a.dtype if isinstance(a, Tensor) else None if parameter.do_not_specialize else a
             for a, parameter in zip(args, kernel.params, strict=False)
         ]
-        if brief and entry[1].startswith("ieee") and architecture != 80:
-            return
         key = (name, entry[1], dtype, str(meta["WIDE"]) if brief else f"{special} {meta}")
         if key in seen or not re.search(pattern, f"{name} | {entry[1]} | {call} | {dtype}"):
             return
@@ -347,10 +347,11 @@ def recorded() -> dict[str, Record]:
     return found
 
 
-def changes(architecture: int, found: Record) -> list[str]:
-    """Of what was compiled, against what is recorded for this version of Triton, if it is."""
+def changes(architecture: int, found: Record, whole: bool) -> list[str]:
+    """Against what is recorded for this version of Triton, if it is; where all was compiled, what is gone, too."""
     before = recorded().get(f"{triton.__version__} sm_{architecture}", found)
-    return [f"{key}: {before.get(key)} -> {now}" for key, now in found.items() if before.get(key) != now]
+    keys = sorted(before.keys() | found.keys()) if whole else found
+    return [f"{key}: {before.get(key)} -> {found.get(key)}" for key in keys if before.get(key) != found.get(key)]
 
 
 def write(architecture: int, found: Record) -> None:
@@ -447,7 +448,8 @@ def main() -> None:
             print("    " + ", ".join(f"{count} {name}" for name, count in one.names.items()), flush=True)
     if args.write:
         write(args.architecture, record(found))
-    if args.compare and (found_changes := changes(args.architecture, record(found))):
+    whole = not args.brief and not args.only
+    if args.compare and (found_changes := changes(args.architecture, record(found), whole)):
         sys.exit("\n".join(found_changes))
 
 

@@ -92,7 +92,6 @@ def test_a_wrong_result_gets_no_time(tmp_path):
 
 # aten's own in place of cuDNN's, and no other contender.
 CUDNN = """
-import pytest
 import torch
 import torch.nn.functional as F
 
